@@ -1,0 +1,600 @@
+//! A process group as its user holds it: checks arguments, finds the plan, hands the operation to the engine.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::call::{Call, Collective};
+use crate::dtype::{DType, ReduceOp};
+use crate::element::Element;
+use crate::engine::Engine;
+use crate::engine::graph::Ready;
+use crate::engine::group::Seat;
+use crate::engine::op::{Callback, OpState, Work};
+use crate::error::{Error, Result, Site};
+use crate::memory::Region;
+use crate::plan::select::{self, CallShape, Tuning};
+use crate::topology::GroupShape;
+use crate::transport::{Fabric, MsgKey, Transports};
+
+/// Plans kept; beyond that the cache starts anew.
+const PLANS_KEPT: usize = 256;
+/// How long destroying a group waits for work that is under way.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Elements of each rank's block, by group rank.
+pub type Blocks = Arc<[usize]>;
+
+/// A collective call on raw memory.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub collective: Collective,
+    pub dtype: DType,
+    pub op: ReduceOp,
+    /// Group rank; for rooted collectives.
+    pub root: usize,
+    /// Elements, as [`Call::count`] says.
+    pub count: usize,
+    pub input: Region,
+    pub output: Region,
+    /// Uneven all_gather and reduce_scatter: elements of each rank's block, equal on all ranks.
+    pub counts: Option<Blocks>,
+    /// Uneven all_to_all: elements this rank sends to, and receives from, each rank.
+    pub splits: Option<(Blocks, Blocks)>,
+    /// The group's when `None`.
+    pub timeout: Option<Duration>,
+}
+
+impl Request {
+    pub fn new(collective: Collective, dtype: DType, count: usize, input: Region, output: Region) -> Request {
+        Request {
+            collective,
+            dtype,
+            op: ReduceOp::Sum,
+            root: 0,
+            count,
+            input,
+            output,
+            counts: None,
+            splits: None,
+            timeout: None,
+        }
+    }
+
+    fn call(&self) -> Call {
+        Call {
+            collective: self.collective,
+            dtype: self.dtype,
+            op: self.op,
+            root: self.root as u32,
+            count: if self.splits.is_some() { 0 } else { self.count as u64 },
+            uneven: self.counts.is_some() || self.splits.is_some(),
+        }
+    }
+}
+
+struct Inner<T: Transports> {
+    engine: Arc<Engine<T>>,
+    index: usize,
+    id: u64,
+    name: Arc<str>,
+    rank: usize,
+    shape: Arc<GroupShape>,
+    tuning: Tuning,
+    timeout_nanos: AtomicU64,
+    plans: Mutex<HashMap<CallShape, Arc<Ready>>>,
+    /// Number of the next message by (peer, tag, sending).
+    message_numbers: Mutex<HashMap<(usize, u64, bool), u64>>,
+    last_algorithm: Mutex<&'static str>,
+    closed: AtomicBool,
+}
+
+impl<T: Transports> Inner<T> {
+    fn close(&self) {
+        if !self.closed.swap(true, Ordering::AcqRel) && self.engine.is_ours() {
+            self.engine.remove(self.index, LINGER);
+        }
+    }
+}
+
+impl<T: Transports> Drop for Inner<T> {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// A process group. Cheap to clone; the last clone's end, or [`shutdown`](Self::shutdown), takes the group down.
+pub struct Communicator<T: Transports> {
+    inner: Arc<Inner<T>>,
+}
+
+impl<T: Transports> Clone for Communicator<T> {
+    fn clone(&self) -> Self {
+        Communicator { inner: Arc::clone(&self.inner) }
+    }
+}
+
+/// An operation under way.
+pub struct Handle<T: Transports> {
+    engine: Arc<Engine<T>>,
+    op: Arc<OpState>,
+}
+
+impl<T: Transports> Clone for Handle<T> {
+    fn clone(&self) -> Self {
+        Handle { engine: Arc::clone(&self.engine), op: Arc::clone(&self.op) }
+    }
+}
+
+impl<T: Transports> Handle<T> {
+    /// Helps until the operation is done. When `limit` passes first, returns `Error::Timeout` and leaves the operation
+    /// under way.
+    pub fn wait(&self, limit: Option<Duration>) -> Result<()> {
+        self.engine.wait(&self.op, limit)
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.op.is_done()
+    }
+
+    pub fn result(&self) -> Option<Result<()>> {
+        self.op.result().cloned()
+    }
+
+    /// Calls `f` when the operation is done: at once if it is, else on the thread that completes it.
+    pub fn on_done(&self, f: Callback) {
+        self.op.on_done(f);
+    }
+}
+
+impl<T: Transports> Communicator<T> {
+    /// Seats a group whose transports are connected. `timeout` is that of operations that give none.
+    pub fn new(
+        engine: Arc<Engine<T>>,
+        seat: Seat<T::Local>,
+        tuning: Tuning,
+        timeout: Duration,
+    ) -> Result<Communicator<T>> {
+        let (id, name, rank, shape) = (seat.id, Arc::clone(&seat.name), seat.rank, Arc::clone(&seat.shape));
+        let index = engine.add(seat)?;
+        let inner = Inner {
+            engine,
+            index,
+            id,
+            name,
+            rank,
+            shape,
+            tuning,
+            timeout_nanos: AtomicU64::new(nanos(timeout)),
+            plans: Mutex::new(HashMap::new()),
+            message_numbers: Mutex::new(HashMap::new()),
+            last_algorithm: Mutex::new("none"),
+            closed: AtomicBool::new(false),
+        };
+        Ok(Communicator { inner: Arc::new(inner) })
+    }
+
+    pub fn rank(&self) -> usize {
+        self.inner.rank
+    }
+
+    pub fn size(&self) -> usize {
+        self.inner.shape.size()
+    }
+
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Random identity, equal on all members.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+
+    pub fn shape(&self) -> &GroupShape {
+        &self.inner.shape
+    }
+
+    pub fn timeout(&self) -> Duration {
+        Duration::from_nanos(self.inner.timeout_nanos.load(Ordering::Relaxed))
+    }
+
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.inner.timeout_nanos.store(nanos(timeout), Ordering::Relaxed);
+    }
+
+    /// The algorithm of the last collective started here, as the selection table names it.
+    pub fn last_algorithm(&self) -> String {
+        self.inner.last_algorithm.lock().map_or_else(|_| String::new(), |name| (*name).to_owned())
+    }
+
+    /// One line for people: shape and fabric.
+    pub fn describe(&self) -> String {
+        let shape = self.shape();
+        let fabric = match shape.node_count() {
+            1 => None,
+            _ => self.inner.engine.fabric_info(|f| f.describe()),
+        };
+        format!(
+            "{} ranks on {} node(s) ({shape}), shared memory in a node{}",
+            shape.size(),
+            shape.node_count(),
+            fabric.map_or_else(String::new, |f| format!(", {f} between nodes"))
+        )
+    }
+
+    /// Fabric bytes by peer of the process: (peer id, sent, received).
+    pub fn traffic(&self) -> Vec<(u32, u64, u64)> {
+        self.inner.engine.fabric_info(|f| f.traffic()).unwrap_or_default()
+    }
+
+    /// Starts a collective.
+    ///
+    /// # Safety
+    /// The request's regions stay valid, and are not written by anybody else, until the handle is done.
+    pub unsafe fn start(&self, request: &Request) -> Result<Handle<T>> {
+        let op = self.prepare(request)?;
+        self.inner.engine.submit(Arc::clone(&op));
+        Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
+    }
+
+    /// Runs a collective; the caller's thread drives it.
+    ///
+    /// # Safety
+    /// The request's regions are valid, and not written by anybody else, during the call.
+    pub unsafe fn run(&self, request: &Request) -> Result<()> {
+        let op = self.prepare(request)?;
+        self.inner.engine.run(&op, None)
+    }
+
+    /// As [`run`](Self::run), but when `limit` has passed hands back the operation, still under way: for callers that
+    /// must look around now and then, at signals for instance.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    pub unsafe fn run_for(&self, request: &Request, limit: Duration) -> Result<Option<Handle<T>>> {
+        let op = self.prepare(request)?;
+        let _ = self.inner.engine.run(&op, Some(limit));
+        match op.result() {
+            Some(result) => result.clone().map(|()| None),
+            // The limit has passed; or a driver panicked, as waiting on the handle will tell.
+            None => Ok(Some(Handle { engine: Arc::clone(&self.inner.engine), op })),
+        }
+    }
+
+    /// Starts sending `data` to group rank `to`.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    pub unsafe fn start_send(&self, to: usize, tag: u64, dtype: DType, data: Region) -> Result<Handle<T>> {
+        self.message(to, tag, dtype, data, true)
+    }
+
+    /// Starts receiving into `data` from group rank `from`.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    pub unsafe fn start_recv(&self, from: usize, tag: u64, dtype: DType, data: Region) -> Result<Handle<T>> {
+        self.message(from, tag, dtype, data, false)
+    }
+
+    /// Fails the group on every rank; every waiter gets `Error::Aborted` with `reason`.
+    pub fn abort(&self, reason: &str) {
+        let error = Error::Aborted { site: self.site(""), reason: reason.to_owned() };
+        // The one error possible is a driver that panicked; then there is nobody left to tell.
+        let _ = self.inner.engine.abort(self.inner.index, &error);
+    }
+
+    /// Why the group failed, if it did.
+    pub fn failure(&self) -> Option<Error> {
+        self.inner.engine.failure(self.inner.index)
+    }
+
+    /// Waits a little for outstanding work and frees everything. Later calls are errors.
+    pub fn shutdown(&self) {
+        self.inner.close();
+    }
+
+    fn site(&self, op: &str) -> Site {
+        Site { rank: self.inner.rank, group: self.inner.name.to_string(), op: op.to_owned(), seq: 0 }
+    }
+
+    fn check_open(&self, op: &str) -> Result<()> {
+        if self.inner.closed.load(Ordering::Acquire) {
+            return Err(Error::Aborted { site: self.site(op), reason: "the group was destroyed".to_owned() });
+        }
+        if !self.inner.engine.is_ours() {
+            return Err(Error::Aborted {
+                site: self.site(op),
+                reason: "the process was forked after the group was made; make it in the child".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    fn message(&self, peer: usize, tag: u64, dtype: DType, region: Region, send: bool) -> Result<Handle<T>> {
+        let name = if send { "send" } else { "recv" };
+        self.check_open(name)?;
+        self.inner.shape.check_rank(name, if send { "to" } else { "from" }, peer)?;
+        if peer == self.inner.rank {
+            return Err(argument(name, "peer", "another rank", format!("this rank, {peer}"), "Copy instead"));
+        }
+        let count = whole_elements(name, dtype, region.len())?;
+        let number = {
+            let mut numbers = self.inner.message_numbers.lock().map_err(|_| poisoned())?;
+            let next = numbers.entry((peer, tag, send)).or_insert(0);
+            *next += 1;
+            *next - 1
+        };
+        let key = MsgKey { group: self.inner.id, seq: MsgKey::P2P | number, tag };
+        let call = Call::new(Collective::SendRecv, dtype, count as u64);
+        let op = Arc::new(self.op(call, Work::Message { peer, key, region, send }, None));
+        self.inner.engine.submit(Arc::clone(&op));
+        Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
+    }
+
+    fn op(&self, call: Call, work: Work, timeout: Option<Duration>) -> OpState {
+        let timeout = timeout.unwrap_or_else(|| self.timeout());
+        OpState::new(call, work, self.inner.index, Arc::clone(&self.inner.name), self.inner.rank, timeout)
+    }
+
+    fn prepare(&self, request: &Request) -> Result<Arc<OpState>> {
+        self.check_open(request.collective.name())?;
+        self.check(request)?;
+        let ready = self.plan(request)?;
+        let work = Work::Collective { ready, input: request.input, output: request.output };
+        Ok(Arc::new(self.op(request.call(), work, request.timeout)))
+    }
+
+    fn plan(&self, request: &Request) -> Result<Arc<Ready>> {
+        let key = CallShape {
+            collective: request.collective,
+            elem: request.dtype.size(),
+            count: request.count,
+            root: if request.collective.rooted() { request.root } else { 0 },
+            counts: request.counts.clone(),
+            splits: request.splits.clone(),
+        };
+        let mut plans = self.inner.plans.lock().map_err(|_| poisoned())?;
+        let ready = match plans.get(&key) {
+            Some(ready) => Arc::clone(ready),
+            None => {
+                let schedule =
+                    select::schedule(&self.inner.shape, self.inner.rank, &key, &self.inner.tuning)?;
+                if plans.len() >= PLANS_KEPT {
+                    plans.clear();
+                }
+                let ready = Arc::new(Ready::new(schedule));
+                plans.insert(key, Arc::clone(&ready));
+                ready
+            }
+        };
+        drop(plans);
+        if let Ok(mut last) = self.inner.last_algorithm.lock() {
+            *last = ready.schedule.algorithm;
+        }
+        Ok(ready)
+    }
+
+    /// Ranks, reduction and lengths, before anything moves.
+    fn check(&self, request: &Request) -> Result<()> {
+        let name = request.collective.name();
+        if request.collective.reduces() && !request.op.supports(request.dtype) {
+            return Err(Error::Unsupported { op: name.to_owned(), reduce: request.op, dtype: request.dtype });
+        }
+        if request.collective.rooted() {
+            self.inner.shape.check_rank(name, "root", request.root)?;
+        }
+        let (input, output) = self.lengths(request)?;
+        let size = request.dtype.size();
+        for (argument_name, want, given) in
+            [("input", input, request.input.len()), ("output", output, request.output.len())]
+        {
+            if want.checked_mul(size) != Some(given) {
+                return Err(argument(
+                    name,
+                    argument_name,
+                    format!("{want} elements of {} ({} bytes)", request.dtype, want.saturating_mul(size)),
+                    format!("{given} bytes"),
+                    format!("The group '{}' has {} ranks", self.inner.name, self.size()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Elements of input and output.
+    fn lengths(&self, request: &Request) -> Result<(usize, usize)> {
+        let name = request.collective.name();
+        let (n, count) = (self.size(), request.count);
+        let is_root = request.root == self.inner.rank;
+        let all = match &request.counts {
+            Some(counts) => {
+                if counts.len() != n {
+                    return Err(argument(
+                        name,
+                        "counts",
+                        format!("{n} numbers"),
+                        counts.len().to_string(),
+                        "One a rank",
+                    ));
+                }
+                counts.iter().sum()
+            }
+            None => count.saturating_mul(n),
+        };
+        let own = request.counts.as_ref().map_or(count, |c| c[self.inner.rank]);
+        Ok(match request.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (count, count),
+            Collective::Barrier => (0, 0),
+            Collective::AllGather => (own, all),
+            Collective::ReduceScatter => (all, own),
+            Collective::AllToAll => match &request.splits {
+                Some((send, recv)) if send.len() == n && recv.len() == n => {
+                    (send.iter().sum(), recv.iter().sum())
+                }
+                Some((send, recv)) => {
+                    let given = format!("{} and {}", send.len(), recv.len());
+                    return Err(argument(name, "splits", format!("{n} numbers each"), given, "One a rank"));
+                }
+                None => (all, all),
+            },
+            Collective::Gather => (count, if is_root { all } else { 0 }),
+            Collective::Scatter => (if is_root { all } else { 0 }, count),
+            Collective::SendRecv => {
+                return Err(argument(
+                    name,
+                    "collective",
+                    "a collective",
+                    "a message",
+                    "Use start_send or start_recv",
+                ));
+            }
+        })
+    }
+}
+
+/// Blocking calls on slices. Shapes are in elements; every rank of the group makes the same call.
+impl<T: Transports> Communicator<T> {
+    fn run_typed(&self, request: &Request) -> Result<()> {
+        // SAFETY: the regions come from borrows that outlive this blocking call, and when it fails the engine has
+        // withdrawn the operation (G2), so nothing touches them later.
+        unsafe { self.run(request) }
+    }
+
+    /// Combines `buffer` of all ranks, in place; all end with the same bits.
+    pub fn all_reduce<E: Element>(&self, buffer: &mut [E], op: ReduceOp) -> Result<()> {
+        let region = whole(buffer);
+        let request = Request::new(Collective::AllReduce, E::DTYPE, buffer.len(), region, region);
+        self.run_typed(&Request { op, ..request })
+    }
+
+    /// `output` = this rank's block of the combination; `input` holds one block of `output.len()` for each rank.
+    pub fn reduce_scatter<E: Element>(&self, input: &[E], output: &mut [E], op: ReduceOp) -> Result<()> {
+        let (from, to) = (source(input), whole(output));
+        let request = Request::new(Collective::ReduceScatter, E::DTYPE, output.len(), from, to);
+        self.run_typed(&Request { op, ..request })
+    }
+
+    /// `output` = every rank's `input`, in rank order.
+    pub fn all_gather<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<()> {
+        let (from, to) = (source(input), whole(output));
+        self.run_typed(&Request::new(Collective::AllGather, E::DTYPE, input.len(), from, to))
+    }
+
+    /// Block `j` of `input` goes to rank `j`; block `i` of `output` comes from rank `i`.
+    pub fn all_to_all<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<()> {
+        let (from, to) = (source(input), whole(output));
+        self.run_typed(&Request::new(Collective::AllToAll, E::DTYPE, input.len() / self.size(), from, to))
+    }
+
+    /// As [`all_to_all`](Self::all_to_all) with blocks of different lengths, in elements, by rank.
+    pub fn all_to_all_uneven<E: Element>(
+        &self,
+        input: &[E],
+        send_counts: &[usize],
+        output: &mut [E],
+        recv_counts: &[usize],
+    ) -> Result<()> {
+        let (from, to) = (source(input), whole(output));
+        let request = Request::new(Collective::AllToAll, E::DTYPE, 0, from, to);
+        self.run_typed(&Request { splits: Some((send_counts.into(), recv_counts.into())), ..request })
+    }
+
+    /// Every rank's `buffer` becomes that of `root`.
+    pub fn broadcast<E: Element>(&self, buffer: &mut [E], root: usize) -> Result<()> {
+        let region = whole(buffer);
+        let request = Request::new(Collective::Broadcast, E::DTYPE, buffer.len(), region, region);
+        self.run_typed(&Request { root, ..request })
+    }
+
+    /// `buffer` of `root` becomes the combination; the others' stay as they are.
+    pub fn reduce<E: Element>(&self, buffer: &mut [E], root: usize, op: ReduceOp) -> Result<()> {
+        let region = whole(buffer);
+        let request = Request::new(Collective::Reduce, E::DTYPE, buffer.len(), region, region);
+        self.run_typed(&Request { root, op, ..request })
+    }
+
+    /// `output` of `root` = every rank's `input`, in rank order; the others pass `None`.
+    pub fn gather<E: Element>(&self, input: &[E], output: Option<&mut [E]>, root: usize) -> Result<()> {
+        let to = output.map_or(Region::EMPTY, whole);
+        let request = Request::new(Collective::Gather, E::DTYPE, input.len(), source(input), to);
+        self.run_typed(&Request { root, ..request })
+    }
+
+    /// `output` = this rank's block of `root`'s `input`; the others pass `None`.
+    pub fn scatter<E: Element>(&self, input: Option<&[E]>, output: &mut [E], root: usize) -> Result<()> {
+        let from = input.map_or(Region::EMPTY, source);
+        let request = Request::new(Collective::Scatter, E::DTYPE, output.len(), from, whole(output));
+        self.run_typed(&Request { root, ..request })
+    }
+
+    /// Returns when every rank has called it.
+    pub fn barrier(&self) -> Result<()> {
+        self.run_typed(&Request::new(Collective::Barrier, DType::U8, 0, Region::EMPTY, Region::EMPTY))
+    }
+
+    /// Sends `data` to rank `to`; returns when `data` may be used again.
+    pub fn send<E: Element>(&self, data: &[E], to: usize, tag: u64) -> Result<()> {
+        // SAFETY: waited for below while `data` is borrowed; a failure withdraws it (G2).
+        let handle = unsafe { self.start_send(to, tag, E::DTYPE, source(data))? };
+        handle.wait(None)
+    }
+
+    /// Receives from rank `from`; `data` must have the length that was sent.
+    pub fn recv<E: Element>(&self, data: &mut [E], from: usize, tag: u64) -> Result<()> {
+        // SAFETY: as in `send`.
+        let handle = unsafe { self.start_recv(from, tag, E::DTYPE, whole(data))? };
+        handle.wait(None)
+    }
+}
+
+/// The region of a buffer that a blocking call borrows until it returns.
+fn whole<E: Element>(buffer: &mut [E]) -> Region {
+    // SAFETY: every caller is a method above that borrows the buffer until its operation is over (R1).
+    unsafe { Region::of(buffer) }
+}
+
+/// As [`whole`], for a buffer that is only read.
+fn source<E: Element>(buffer: &[E]) -> Region {
+    // SAFETY: as in `whole`; plans never write to an input that differs from the output (proven by the checker).
+    unsafe { Region::new(buffer.as_ptr().cast_mut().cast(), size_of_val(buffer)) }
+}
+
+fn whole_elements(op: &str, dtype: DType, bytes: usize) -> Result<usize> {
+    if bytes.is_multiple_of(dtype.size()) {
+        return Ok(bytes / dtype.size());
+    }
+    Err(argument(
+        op,
+        "data",
+        format!("whole elements of {dtype}"),
+        format!("{bytes} bytes"),
+        "Check count and dtype",
+    ))
+}
+
+fn argument(
+    op: &str,
+    argument: &'static str,
+    expected: impl Into<String>,
+    given: impl Into<String>,
+    hint: impl Into<String>,
+) -> Error {
+    Error::Argument {
+        op: op.to_owned(),
+        argument,
+        expected: expected.into(),
+        given: given.into(),
+        hint: hint.into(),
+    }
+}
+
+fn nanos(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn poisoned() -> Error {
+    Error::Internal("a thread panicked while it held a group's table".to_owned())
+}

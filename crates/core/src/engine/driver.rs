@@ -1,0 +1,243 @@
+//! The state that whoever drives progress works on, one thread at a time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::group::{Group, Seat, group_of};
+use crate::engine::idle::{LIVENESS, LONGEST_SLEEP};
+use crate::engine::op::OpState;
+use crate::engine::staging::Staging;
+use crate::error::{Error, Result};
+use crate::transport::{Bell, Ctx, Fabric, FabricFailure, NodeLocal, Transports};
+
+pub struct Driver<T: Transports> {
+    groups: Vec<Option<Group<T::Local>>>,
+    /// By identity, for failures the fabric reports.
+    by_id: HashMap<u64, usize>,
+    /// Indices of groups with something queued or under way.
+    busy: Vec<usize>,
+    pub fabric: Option<T::Fabric>,
+    pub staging: Staging,
+    done: Vec<Ctx>,
+    /// Operations whose callbacks are to be run once the driver's lock is free.
+    pub finished: Vec<Arc<OpState>>,
+    looked: Instant,
+}
+
+/// Where to sleep, and for how long at most.
+pub enum Bed {
+    Bell(Arc<dyn Bell>, Duration),
+    Fabric(Duration),
+}
+
+impl<T: Transports> Driver<T> {
+    pub fn new(staging: usize) -> Driver<T> {
+        Driver {
+            groups: Vec::new(),
+            by_id: HashMap::new(),
+            busy: Vec::new(),
+            fabric: None,
+            staging: Staging::new(staging),
+            done: Vec::new(),
+            finished: Vec::new(),
+            looked: Instant::now(),
+        }
+    }
+
+    pub fn add(&mut self, seat: Seat<T::Local>) -> Result<usize> {
+        let index = match self.groups.iter().position(Option::is_none) {
+            Some(free) => free,
+            None if self.groups.len() < 1 << 16 => {
+                self.groups.push(None);
+                self.groups.len() - 1
+            }
+            None => {
+                return Err(Error::Resource {
+                    what: format!("process group '{}'", seat.name),
+                    resource: "group slots",
+                    reason: "65536 groups live in this process".to_owned(),
+                    hint: "Destroy groups that are no longer used".to_owned(),
+                });
+            }
+        };
+        self.by_id.insert(seat.id, index);
+        self.groups[index] = Some(Group::new(index, seat));
+        Ok(index)
+    }
+
+    /// Takes the group away; what was under way fails. Its memory is free afterwards.
+    pub fn remove(&mut self, index: usize) {
+        if let Some(mut group) = self.groups.get_mut(index).and_then(Option::take) {
+            self.by_id.remove(&group.seat.id);
+            self.busy.retain(|&b| b != index);
+            if group.is_busy() {
+                let error =
+                    Error::Aborted { site: group.site(), reason: "the group was destroyed".to_owned() };
+                group.fail(&error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
+            } else if group.failure().is_none() {
+                group.withdraw(self.fabric.as_mut(), None);
+            }
+        }
+    }
+
+    pub fn group(&mut self, index: usize) -> Option<&mut Group<T::Local>> {
+        self.groups.get_mut(index)?.as_mut()
+    }
+
+    pub fn group_count(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.busy.is_empty()
+    }
+
+    pub fn fail(&mut self, index: usize, error: &Error) {
+        if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
+            group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
+        }
+    }
+
+    /// Takes an operation up.
+    pub fn start(&mut self, op: Arc<OpState>) {
+        let index = op.group;
+        let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else {
+            let error = Error::Aborted { site: op.site(), reason: "the group was destroyed".to_owned() };
+            if op.finish(Err(error)) {
+                self.finished.push(op);
+            }
+            return;
+        };
+        let result = group.start(op, self.fabric.as_mut(), &mut self.finished);
+        if group.is_busy() && !self.busy.contains(&index) {
+            self.busy.push(index);
+        }
+        if let Err(error) = result {
+            self.fail(index, &error);
+        }
+    }
+
+    /// Polls everything once and starts what can start. True when anything moved.
+    pub fn turn(&mut self) -> bool {
+        let mut moved = false;
+        let mut spans_nodes = false;
+        for at in 0..self.busy.len() {
+            let index = self.busy[at];
+            let Some(group) = self.groups[index].as_mut() else { continue };
+            spans_nodes |= group.seat.shape.node_count() > 1;
+            let result = group.seat.local.poll(&mut self.done);
+            moved |= self.after_poll(index, result);
+        }
+        if spans_nodes {
+            moved |= self.poll_fabric();
+        }
+        for at in 0..self.busy.len() {
+            let index = self.busy[at];
+            let Some(group) = self.groups[index].as_mut() else { continue };
+            match group.advance(self.fabric.as_mut(), &mut self.staging, &mut self.finished) {
+                Ok(m) => moved |= m,
+                Err(error) => self.fail(index, &error),
+            }
+        }
+        self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
+        moved
+    }
+
+    /// Distributes completions; a failed poll fails its group.
+    fn after_poll(&mut self, index: usize, result: Result<bool>) -> bool {
+        let mut moved = matches!(result, Ok(true));
+        let mut failed = result.err().map(|e| (index, e));
+        for at in 0..self.done.len() {
+            let ctx = self.done[at];
+            moved = true;
+            let owner = group_of(ctx);
+            let outcome = match self.groups.get_mut(owner).and_then(Option::as_mut) {
+                Some(group) => group.complete(ctx, &mut self.finished),
+                None => Ok(()),
+            };
+            if let Err(error) = outcome {
+                failed.get_or_insert((owner, error));
+            }
+        }
+        self.done.clear();
+        if let Some((owner, error)) = failed {
+            self.fail(owner, &error);
+        }
+        moved
+    }
+
+    fn poll_fabric(&mut self) -> bool {
+        let Some(fabric) = self.fabric.as_mut() else { return false };
+        let result = fabric.poll(&mut self.done);
+        let moved = self.after_poll(usize::MAX, Ok(matches!(result, Ok(true))));
+        if let Err(failure) = result {
+            self.fabric_failed(&failure);
+            return true;
+        }
+        moved
+    }
+
+    fn fabric_failed(&mut self, failure: &FabricFailure) {
+        match failure.group {
+            Some(id) => match self.by_id.get(&id) {
+                Some(&index) => self.fail(index, &failure.error),
+                None => tracing::debug!(error = %failure.error, "failure of a group that is gone"),
+            },
+            None => {
+                for index in 0..self.groups.len() {
+                    if self.groups[index].as_ref().is_some_and(|g| g.seat.shape.node_count() > 1) {
+                        self.fail(index, &failure.error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Fails what has waited past its time limit, and groups whose members have died.
+    pub fn look_around(&mut self) {
+        let now = Instant::now();
+        let liveness = now.duration_since(self.looked) > LIVENESS;
+        for at in 0..self.busy.len() {
+            let index = self.busy[at];
+            let Some(group) = self.groups[index].as_mut() else { continue };
+            let dead = if liveness { group.dead_peer() } else { None };
+            let error = match (dead, group.overdue(now)) {
+                (Some(error), _) => error,
+                (None, Some(op)) => op.timeout_error(group.missing(self.fabric.as_ref())),
+                (None, None) => continue,
+            };
+            self.fail(index, &error);
+        }
+        if liveness {
+            self.looked = now;
+        }
+    }
+
+    /// Announces the sleep to the node's peers and says where to sleep; `None` when there is nothing to wait for.
+    /// `nap` is the limit where a bell alone does not bring all news.
+    pub fn lie_down(&mut self, nap: Duration) -> Option<Bed> {
+        let many = self.busy.len() > 1;
+        let mut on_fabric = false;
+        let mut bell = None;
+        for at in 0..self.busy.len() {
+            let Some(group) = self.groups[self.busy[at]].as_mut() else { continue };
+            on_fabric |= group.waits_for_fabric() && group.seat.shape.node_count() > 1;
+            group.seat.local.arm();
+            bell.get_or_insert_with(|| group.seat.local.bell());
+        }
+        match bell {
+            Some(_) if on_fabric && self.fabric.is_some() => Some(Bed::Fabric(nap)),
+            Some(bell) => Some(Bed::Bell(bell, if many { nap } else { LONGEST_SLEEP })),
+            None => None,
+        }
+    }
+
+    pub fn rise(&mut self) {
+        for at in 0..self.busy.len() {
+            if let Some(group) = self.groups[self.busy[at]].as_mut() {
+                group.seat.local.disarm();
+            }
+        }
+    }
+}

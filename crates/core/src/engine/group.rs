@@ -1,0 +1,346 @@
+//! One process group inside the engine: its transport, its queue, the call it runs now, its messages under way.
+//!
+//! Invariants
+//! - **G1** collectives run one after the other, in the order started; messages run beside them.
+//! - **G2** after a failure everything queued has failed with the same error, the transports have forgotten the group's
+//!   work (so its memory is free), and every later operation fails at once.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crate::call::Collective;
+use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
+use crate::engine::op::{OpState, Work};
+use crate::engine::staging::{Loan, Staging};
+use crate::error::{Error, Result, Site};
+use crate::topology::GroupShape;
+use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, NodeLocal};
+
+/// What the engine needs to know of a group.
+pub struct Seat<L> {
+    /// Random identity, equal on all members.
+    pub id: u64,
+    pub name: Arc<str>,
+    pub rank: usize,
+    pub shape: Arc<GroupShape>,
+    pub local: L,
+    /// By group rank.
+    pub routes: Vec<Route>,
+}
+
+/// A [`Ctx`] is: group index, 16 bits; message flag, 1 bit; message index, 15 bits; execution's own, 32 bits.
+const MESSAGE: u64 = 1 << 47;
+const MESSAGES: usize = 1 << 15;
+
+/// Group index of a mark.
+pub fn group_of(ctx: Ctx) -> usize {
+    (ctx.0 >> 48) as usize
+}
+
+struct Active {
+    op: Arc<OpState>,
+    execution: Execution,
+    loan: Loan,
+}
+
+pub struct Group<L> {
+    pub seat: Seat<L>,
+    index: usize,
+    queue: VecDeque<Arc<OpState>>,
+    active: Option<Active>,
+    messages: Vec<Option<Arc<OpState>>>,
+    messages_left: usize,
+    next_seq: u64,
+    spare: Workspace,
+    failed: Option<Error>,
+}
+
+impl<L: NodeLocal> Group<L> {
+    pub fn new(index: usize, seat: Seat<L>) -> Group<L> {
+        Group {
+            seat,
+            index,
+            queue: VecDeque::new(),
+            active: None,
+            messages: Vec::new(),
+            messages_left: 0,
+            next_seq: 0,
+            spare: Workspace::default(),
+            failed: None,
+        }
+    }
+
+    /// Whether anything is queued or under way.
+    pub fn is_busy(&self) -> bool {
+        self.active.is_some() || !self.queue.is_empty() || self.messages_left > 0
+    }
+
+    /// Whether any of it is in the hands of the fabric.
+    pub fn waits_for_fabric(&self) -> bool {
+        self.messages_left > 0 || self.active.as_ref().is_some_and(|a| a.execution.on_fabric > 0)
+    }
+
+    fn mark(&self) -> u64 {
+        (self.index as u64) << 48
+    }
+
+    /// Takes an operation up (G1). A refused one is finished with the reason.
+    pub fn start<F: Fabric>(
+        &mut self,
+        op: Arc<OpState>,
+        fabric: Option<&mut F>,
+        finished: &mut Vec<Arc<OpState>>,
+    ) -> Result<()> {
+        if let Some(why) = &self.failed {
+            conclude(&op, Err(after(why, op.site())), finished);
+            return Ok(());
+        }
+        match op.work {
+            Work::Collective { .. } => {
+                op.seq.store(self.next_seq, Ordering::Relaxed);
+                self.next_seq += 1;
+                self.queue.push_back(op);
+                Ok(())
+            }
+            Work::Message { peer, key, region, send } => {
+                op.seq.store(key.seq & (u64::MAX >> 1), Ordering::Relaxed);
+                let Some(slot) = self.free_message() else {
+                    let error = Error::Resource {
+                        what: op.call.to_string(),
+                        resource: "message slots",
+                        reason: format!("{MESSAGES} messages of group '{}' are under way", self.seat.name),
+                        hint: "Wait for some of them first".to_owned(),
+                    };
+                    conclude(&op, Err(error), finished);
+                    return Ok(());
+                };
+                let ctx = Ctx(self.mark() | MESSAGE | (slot as u64) << 32);
+                let call = op.call.pack();
+                let mut message = Message { key, peer: 0, peer_rank: peer as u32, region, call, ctx };
+                self.messages[slot] = Some(op);
+                self.messages_left += 1;
+                let mut hands = Hands { local: &mut self.seat.local, fabric, routes: &self.seat.routes };
+                post(&mut hands, peer, &mut message, send)
+            }
+        }
+    }
+
+    fn free_message(&mut self) -> Option<usize> {
+        if let Some(i) = self.messages.iter().position(Option::is_none) {
+            return Some(i);
+        }
+        if self.messages.len() == MESSAGES {
+            return None;
+        }
+        self.messages.push(None);
+        Some(self.messages.len() - 1)
+    }
+
+    /// A transport has done what was marked `ctx`.
+    pub fn complete(&mut self, ctx: Ctx, finished: &mut Vec<Arc<OpState>>) -> Result<()> {
+        if ctx.0 & MESSAGE == 0 {
+            return match &mut self.active {
+                Some(active) => active.execution.complete(ctx.0 as u32),
+                None => Err(Error::Internal(format!("completion {:#x} with no call running", ctx.0))),
+            };
+        }
+        let slot = (ctx.0 >> 32) as usize & (MESSAGES - 1);
+        match self.messages.get_mut(slot).and_then(Option::take) {
+            Some(op) => {
+                self.messages_left -= 1;
+                conclude(&op, Ok(()), finished);
+                Ok(())
+            }
+            None => Err(Error::Internal(format!("completion {:#x} names no message", ctx.0))),
+        }
+    }
+
+    /// Drives the running call, and begins the next one. True when anything moved.
+    pub fn advance<F: Fabric>(
+        &mut self,
+        mut fabric: Option<&mut F>,
+        staging: &mut Staging,
+        finished: &mut Vec<Arc<OpState>>,
+    ) -> Result<bool> {
+        let mut moved = false;
+        loop {
+            if self.active.is_none() {
+                match self.queue.pop_front() {
+                    Some(op) => self.active = Some(self.begin(op, staging)?),
+                    None => return Ok(moved),
+                }
+                moved = true;
+            }
+            let Some(active) = &mut self.active else { return Ok(moved) };
+            let mut hands = Hands {
+                local: &mut self.seat.local,
+                fabric: fabric.as_deref_mut(),
+                routes: &self.seat.routes,
+            };
+            moved |= active.execution.advance(&mut hands)?;
+            if !active.execution.is_done() {
+                return Ok(moved);
+            }
+            if let Some(done) = self.active.take() {
+                self.spare = done.execution.into_workspace();
+                staging.give_back(done.loan);
+                conclude(&done.op, Ok(()), finished);
+            }
+        }
+    }
+
+    fn begin(&mut self, op: Arc<OpState>, staging: &mut Staging) -> Result<Active> {
+        let Work::Collective { ready, input, output } = &op.work else {
+            return Err(Error::Internal("a message in the queue of collectives".to_owned()));
+        };
+        let loan = staging.lend(ready.scratch())?;
+        let start = Start {
+            ready: Arc::clone(ready),
+            buffers: Buffers { input: *input, output: *output, scratch: loan.region },
+            arith: Arith { dtype: op.call.dtype, op: op.call.op, world: self.seat.shape.size() as u32 },
+            call: op.call.pack(),
+            group: self.seat.id,
+            seq: op.seq.load(Ordering::Relaxed),
+            mark: self.mark(),
+        };
+        let execution = Execution::new(start, std::mem::take(&mut self.spare));
+        Ok(Active { op, execution, loan })
+    }
+
+    /// The operation that has waited past its time limit, if any.
+    pub fn overdue(&self, now: Instant) -> Option<Arc<OpState>> {
+        let running = self.active.iter().map(|a| (&a.op, self.hearsay(a)));
+        let others = self.messages.iter().flatten().chain(self.queue.front()).map(|op| (op, 0));
+        running.chain(others).find(|(op, shares)| op.overdue(now, *shares)).map(|(op, _)| Arc::clone(op))
+    }
+
+    /// How many shares of `HEARSAY` the running call waits beyond its limit, because the rank it waits for may itself
+    /// be waiting, and then knows better who is missing.
+    ///
+    /// First-hand is who has not seen the ranks of its own node come to the call. Ranks of other nodes may be stuck for
+    /// want of a rank of theirs; and a rank of this node that has come, or that only passes on what comes from
+    /// elsewhere, is stuck for want of another.
+    fn hearsay(&self, active: &Active) -> u32 {
+        if self.seat.shape.node_count() == 1 {
+            return 0;
+        }
+        let passed_on = matches!(active.op.call.collective, Collective::Broadcast | Collective::Scatter);
+        match (active.execution.on_fabric > 0, active.execution.phases_done > 0 || passed_on) {
+            (false, false) => 0,
+            (true, _) => 1,
+            (false, true) => 2,
+        }
+    }
+
+    /// Group ranks that the running work waits for.
+    pub fn missing<F: Fabric>(&self, fabric: Option<&F>) -> Vec<usize> {
+        let node = self.seat.shape.ranks_on(self.seat.shape.node_of(self.seat.rank));
+        let mut ranks: Vec<usize> = self
+            .seat
+            .local
+            .waiting_for()
+            .into_iter()
+            .filter_map(|l| node.get(l).map(|&r| r as usize))
+            .collect();
+        ranks.extend(fabric.into_iter().flat_map(|f| f.waiting_for(self.seat.id)));
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
+    /// A member of this node whose process has ended.
+    pub fn dead_peer(&mut self) -> Option<Error> {
+        let local = self.seat.local.dead_peer()?;
+        let node = self.seat.shape.node_of(self.seat.rank);
+        let peer = *self.seat.shape.ranks_on(node).get(local)? as usize;
+        Some(Error::PeerLost {
+            site: Site::unknown(),
+            peer,
+            node: format!("{node} (this one)"),
+            reason: "its process has ended".to_owned(),
+        })
+    }
+
+    /// G2. Tells the other members.
+    pub fn fail<F: Fabric>(
+        &mut self,
+        error: &Error,
+        fabric: Option<&mut F>,
+        staging: &mut Staging,
+        finished: &mut Vec<Arc<OpState>>,
+    ) {
+        if self.failed.is_none() {
+            let site = match (&self.active, self.messages.iter().flatten().next()) {
+                (Some(active), _) => active.op.site(),
+                (None, Some(op)) => op.site(),
+                (None, None) => self.site(),
+            };
+            let error = error.clone().at(&site);
+            tracing::debug!(%error, "group failed");
+            self.seat.local.abort(&error);
+            self.withdraw(fabric, Some(&error));
+            self.failed = Some(error);
+        }
+        let Some(why) = self.failed.clone() else { return };
+        if let Some(active) = self.active.take() {
+            self.spare = active.execution.into_workspace();
+            staging.give_back(active.loan);
+            conclude(&active.op, Err(why.clone()), finished);
+        }
+        for op in self.messages.iter_mut().filter_map(Option::take) {
+            // The message that failed the group gets its own error; the others learn that they failed with it.
+            let own = why.site().is_some_and(|site| *site == op.site());
+            conclude(&op, Err(if own { why.clone() } else { after(&why, op.site()) }), finished);
+        }
+        self.messages_left = 0;
+        for op in self.queue.drain(..) {
+            conclude(&op, Err(after(&why, op.site())), finished);
+        }
+    }
+
+    pub fn withdraw<F: Fabric>(&mut self, fabric: Option<&mut F>, why: Option<&Error>) {
+        if let Some(fabric) = fabric {
+            let peers: Vec<u32> = self
+                .seat
+                .routes
+                .iter()
+                .filter_map(|r| match r {
+                    Route::Fabric(id) => Some(*id),
+                    Route::Local(_) => None,
+                })
+                .collect();
+            if !peers.is_empty() {
+                fabric.withdraw(self.seat.id, &peers, why);
+            }
+        }
+    }
+
+    pub fn failure(&self) -> Option<&Error> {
+        self.failed.as_ref()
+    }
+
+    pub fn site(&self) -> Site {
+        Site {
+            rank: self.seat.rank,
+            group: self.seat.name.to_string(),
+            op: String::new(),
+            seq: self.next_seq,
+        }
+    }
+}
+
+/// What an operation gets that was started, or queued, when the group had failed already.
+fn after(why: &Error, site: Site) -> Error {
+    match why {
+        Error::Aborted { .. } => why.clone(),
+        other => Error::Aborted { site, reason: format!("the group failed before: {other}") },
+    }
+}
+
+fn conclude(op: &Arc<OpState>, result: Result<()>, finished: &mut Vec<Arc<OpState>>) {
+    if op.finish(result) {
+        finished.push(Arc::clone(op));
+    }
+}

@@ -1,0 +1,89 @@
+//! How a driver waits: spin briefly, then yield the core, then sleep.
+//!
+//! A rank whose peers share its cores must not spin at all: a spinning waiter keeps the peer it waits for off the core
+//! for a whole scheduler tick (4 to 16 ms). Even where cores suffice the scheduler may put two ranks on one for a while, so
+//! the others spin for a few microseconds only: long spinning made each call cost its whole length then.
+
+use std::time::Duration;
+
+/// Fruitless polls before each stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    pub spins: u32,
+    pub yields: u32,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Spin,
+    Yield,
+    Sleep,
+}
+
+/// Counts fruitless polls.
+#[derive(Debug)]
+pub struct Idle {
+    pace: Pace,
+    count: u32,
+    sleeps: u32,
+}
+
+impl Idle {
+    pub fn new(pace: Pace) -> Idle {
+        Idle { pace, count: 0, sleeps: 0 }
+    }
+
+    /// Something moved.
+    pub fn reset(&mut self) {
+        self.count = 0;
+        self.sleeps = 0;
+    }
+
+    /// How long to sleep at most where the bell alone does not bring all news: longer and longer.
+    pub fn nap(&mut self) -> Duration {
+        let doublings = (self.sleeps / 8).min(4);
+        self.sleeps = self.sleeps.saturating_add(1);
+        SHORT_SLEEP * (1 << doublings)
+    }
+
+    pub fn fruitless(&mut self) -> Step {
+        self.count = self.count.saturating_add(1);
+        if self.count <= self.pace.spins {
+            Step::Spin
+        } else if self.count <= self.pace.spins.saturating_add(self.pace.yields) {
+            Step::Yield
+        } else {
+            Step::Sleep
+        }
+    }
+
+    /// Whether this is one of the polls at which the clock should be read.
+    pub fn look_at_clock(&self) -> bool {
+        self.count % 64 == 63
+    }
+}
+
+/// Longest sleep on a bell: also how late an abort written by a rank that could not ring is seen.
+pub const LONGEST_SLEEP: Duration = Duration::from_millis(50);
+/// First sleep while several bells, or a bell and the fabric, may bring news.
+pub const SHORT_SLEEP: Duration = Duration::from_micros(200);
+/// How often a fruitless waiter asks whether its peers still live.
+pub const LIVENESS: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_come_in_order_and_start_again() {
+        let mut idle = Idle::new(Pace { spins: 2, yields: 1 });
+        let stages: Vec<Step> = (0..4).map(|_| idle.fruitless()).collect();
+        assert_eq!(stages, [Step::Spin, Step::Spin, Step::Yield, Step::Sleep]);
+        idle.reset();
+        assert_eq!(idle.fruitless(), Step::Spin);
+        let naps: Vec<Duration> = (0..100).map(|_| idle.nap()).collect();
+        assert_eq!(naps[0], SHORT_SLEEP);
+        assert!(naps.is_sorted() && naps[99] == SHORT_SLEEP * 16);
+    }
+}

@@ -1,0 +1,398 @@
+//! One engine a process: drives all groups' operations.
+//!
+//! Whoever waits *helps*: it takes the driver's seat and polls until its operation is done, so a blocking call costs no
+//! thread hand-over. A progress thread takes the seat while operations are under way and nobody helps.
+//!
+//! Invariants
+//! - **E1** all transport state is touched only by the holder of the driver's lock.
+//! - **E2** while operations are pending, the seat is taken, or the progress thread has been woken after it was left.
+//! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
+//!   a submitter fills the inbox before it looks at `sleeping`).
+//! - **E4** callbacks run with no lock held, on threads of their own.
+
+mod callbacks;
+pub mod driver;
+pub mod execution;
+pub mod graph;
+pub mod group;
+pub mod idle;
+pub mod op;
+pub mod staging;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::settings::Settings;
+use crate::transport::{Bell, Fabric, Transports};
+use callbacks::Callbacks;
+use driver::{Bed, Driver};
+use group::Seat;
+use idle::{Idle, Pace, Step};
+use op::OpState;
+
+/// Yields before a waiting caller sleeps; each costs about a microsecond where nobody else wants the core.
+const YIELDS: u32 = 500;
+/// The progress thread shares its core with the user's compute: it hardly spins.
+const THREAD_SPINS: u32 = 20;
+const THREAD_YIELDS: u32 = 50;
+
+struct Shared<T: Transports> {
+    inbox: Mutex<Vec<Arc<OpState>>>,
+    inbox_len: AtomicUsize,
+    driver: Mutex<Driver<T>>,
+    /// Submitted and not finished, as far as the drivers have said.
+    work_left: AtomicBool,
+    /// Callers who want the seat from the progress thread.
+    wanted: AtomicUsize,
+    thread_drives: AtomicBool,
+    sleeping: AtomicBool,
+    bell: Mutex<Option<Arc<dyn Bell>>>,
+    stop: AtomicBool,
+    spins: AtomicU32,
+    callbacks: Callbacks,
+}
+
+pub struct Engine<T: Transports> {
+    shared: Arc<Shared<T>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    process: u32,
+}
+
+impl<T: Transports> Engine<T> {
+    pub fn new(settings: &Settings) -> Result<Engine<T>>
+    where
+        T::Fabric: 'static,
+    {
+        let shared = Arc::new(Shared {
+            inbox: Mutex::new(Vec::new()),
+            inbox_len: AtomicUsize::new(0),
+            driver: Mutex::new(Driver::new(settings.number("SMDDP_STAGING"))),
+            work_left: AtomicBool::new(false),
+            wanted: AtomicUsize::new(0),
+            thread_drives: AtomicBool::new(false),
+            sleeping: AtomicBool::new(false),
+            bell: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            spins: AtomicU32::new(settings.number("SMDDP_SPIN") as u32),
+            callbacks: Callbacks::default(),
+        });
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("smddp-progress".to_owned())
+            .spawn(move || progress(&for_thread))
+            .map_err(|e| Error::Resource {
+                what: "starting the progress thread".to_owned(),
+                resource: "threads",
+                reason: e.to_string(),
+                hint: "Raise the process limit (ulimit -u)".to_owned(),
+            })?;
+        Ok(Engine { shared, thread: Mutex::new(Some(thread)), process: std::process::id() })
+    }
+
+    /// Whether this is the process that made the engine: a forked child inherits the memory, not the thread.
+    pub fn is_ours(&self) -> bool {
+        self.process == std::process::id()
+    }
+
+    /// Ranks of this node outnumber its cores: nobody may spin.
+    pub fn set_crowded(&self) {
+        self.shared.spins.store(0, Ordering::Relaxed);
+    }
+
+    /// The fabric, made by `open` when there is none yet.
+    pub fn with_fabric<R>(
+        &self,
+        open: impl FnOnce() -> Result<T::Fabric>,
+        use_it: impl FnOnce(&mut T::Fabric) -> Result<R>,
+    ) -> Result<R> {
+        self.with_seat(|driver| {
+            if driver.fabric.is_none() {
+                let mut fabric = open()?;
+                fabric.register(driver.staging.whole()?)?;
+                driver.fabric = Some(fabric);
+            }
+            match driver.fabric.as_mut() {
+                Some(fabric) => use_it(fabric),
+                None => Err(Error::Internal("the fabric vanished".to_owned())),
+            }
+        })?
+    }
+
+    pub fn fabric_info<R>(&self, look: impl FnOnce(&T::Fabric) -> R) -> Option<R> {
+        self.with_seat(|driver| driver.fabric.as_ref().map(look)).ok()?
+    }
+
+    pub fn add(&self, seat: Seat<T::Local>) -> Result<usize> {
+        self.with_seat(|driver| driver.add(seat))?
+    }
+
+    /// Groups alive in this process.
+    pub fn groups(&self) -> usize {
+        self.with_seat(|driver| driver.group_count()).unwrap_or(0)
+    }
+
+    /// Lets the group's work end, for at most `limit`; then takes it away.
+    pub fn remove(&self, group: usize, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut gone = false;
+        while !gone {
+            let round = self.with_seat(|driver| {
+                let mut ended = |d: &mut Driver<T>| {
+                    !d.group(group).is_some_and(|g| g.is_busy()) || Instant::now() > until
+                };
+                self.shared.drive(driver, &mut ended, false);
+                if ended(driver) {
+                    driver.remove(group);
+                    return true;
+                }
+                false
+            });
+            gone = round.unwrap_or(true);
+        }
+    }
+
+    /// Fails the group on every rank.
+    pub fn abort(&self, group: usize, error: &Error) -> Result<()> {
+        self.with_seat(|driver| driver.fail(group, error))
+    }
+
+    pub fn failure(&self, group: usize) -> Option<Error> {
+        self.with_seat(|driver| driver.group(group)?.failure().cloned()).ok()?
+    }
+
+    /// Takes the driver's seat, from whoever drives, for `what`.
+    fn with_seat<R>(&self, what: impl FnOnce(&mut Driver<T>) -> R) -> Result<R> {
+        let mut driver = self.shared.seat()?;
+        let result = what(&mut driver);
+        self.finish_help(driver);
+        Ok(result)
+    }
+
+    /// Starts an operation and returns at once.
+    pub fn submit(&self, op: Arc<OpState>) {
+        self.shared.put(op);
+        self.wake_thread();
+    }
+
+    /// Starts an operation and helps until it is done or `limit` has passed.
+    pub fn run(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
+        self.shared.put(Arc::clone(op));
+        self.wait(op, limit)
+    }
+
+    /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.
+    pub fn wait(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
+        let until = limit.map(|l| Instant::now() + l);
+        let late = || until.is_some_and(|u| Instant::now() >= u);
+        let mut enough = |_: &mut Driver<T>| op.is_done() || late();
+        loop {
+            if let Some(result) = op.result() {
+                return result.clone();
+            }
+            match self.shared.driver.try_lock() {
+                Ok(mut driver) => {
+                    self.shared.drive(&mut driver, &mut enough, false);
+                    self.finish_help(driver);
+                    while self.shared.wanted.load(Ordering::SeqCst) > 0 && !op.is_done() {
+                        std::thread::yield_now();
+                    }
+                }
+                Err(TryLockError::WouldBlock) if self.shared.thread_drives.load(Ordering::Acquire) => {
+                    self.with_seat(|driver| self.shared.drive(driver, &mut enough, false))?;
+                }
+                Err(TryLockError::WouldBlock) => op.sleep(idle::LONGEST_SLEEP),
+                Err(TryLockError::Poisoned(_)) => return Err(poisoned()),
+            }
+            if late() && !op.is_done() {
+                return Err(op.timeout_error(Vec::new()));
+            }
+        }
+    }
+
+    /// E2.
+    fn finish_help(&self, driver: MutexGuard<'_, Driver<T>>) {
+        let idle = driver.is_idle();
+        self.shared.leave(driver);
+        if !idle || self.shared.inbox_len.load(Ordering::SeqCst) > 0 {
+            self.wake_thread();
+        }
+    }
+
+    fn wake_thread(&self) {
+        self.shared.work_left.store(true, Ordering::Release);
+        if let Ok(thread) = self.thread.lock()
+            && let Some(handle) = thread.as_ref()
+        {
+            handle.thread().unpark();
+        }
+    }
+}
+
+impl<T: Transports> Drop for Engine<T> {
+    fn drop(&mut self) {
+        if !self.is_ours() {
+            // The thread does not exist in a forked child; what it would clean up belongs to the parent.
+            if let Ok(mut thread) = self.thread.lock() {
+                std::mem::forget(thread.take());
+            }
+            return;
+        }
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.ring();
+        self.wake_thread();
+        let handle = self.thread.lock().ok().and_then(|mut t| t.take());
+        if let Some(handle) = handle
+            && handle.thread().id() != std::thread::current().id()
+        {
+            // A progress thread that panicked has said so already.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl<T: Transports> Shared<T> {
+    fn put(&self, op: Arc<OpState>) {
+        if let Ok(mut inbox) = self.inbox.lock() {
+            inbox.push(op);
+            self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+        }
+        self.ring();
+    }
+
+    /// E3.
+    fn ring(&self) {
+        if self.sleeping.load(Ordering::SeqCst)
+            && let Ok(bell) = self.bell.lock()
+            && let Some(bell) = bell.as_ref()
+        {
+            bell.ring();
+        }
+    }
+
+    /// The driver's seat, taken from the progress thread if need be.
+    fn seat(&self) -> Result<MutexGuard<'_, Driver<T>>> {
+        self.wanted.fetch_add(1, Ordering::SeqCst);
+        self.ring();
+        let guard = self.driver.lock().map_err(|_| poisoned());
+        self.wanted.fetch_sub(1, Ordering::SeqCst);
+        guard
+    }
+
+    /// Leaves the seat, then hands callbacks over (E4).
+    fn leave(&self, mut driver: MutexGuard<'_, Driver<T>>) {
+        if driver.finished.is_empty() {
+            return;
+        }
+        let finished = std::mem::take(&mut driver.finished);
+        drop(driver);
+        for op in finished {
+            self.callbacks.run(op);
+        }
+    }
+
+    fn take_inbox(&self, driver: &mut Driver<T>) {
+        if self.inbox_len.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        loop {
+            let Ok(mut inbox) = self.inbox.lock() else { return };
+            // In order, one at a time, so that the vector keeps its storage.
+            if inbox.is_empty() {
+                self.inbox_len.store(0, Ordering::SeqCst);
+                return;
+            }
+            let op = inbox.remove(0);
+            self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+            drop(inbox);
+            driver.start(op);
+        }
+    }
+
+    /// Polls until `enough`, or until callbacks wait to be run or another thread wants the seat.
+    fn drive(&self, driver: &mut Driver<T>, enough: &mut dyn FnMut(&mut Driver<T>) -> bool, thread: bool) {
+        let spins = self.spins.load(Ordering::Relaxed);
+        let pace = if thread {
+            Pace { spins: spins.min(THREAD_SPINS), yields: THREAD_YIELDS }
+        } else {
+            Pace { spins, yields: YIELDS }
+        };
+        let mut idle = Idle::new(pace);
+        loop {
+            self.take_inbox(driver);
+            let moved = driver.turn();
+            if enough(driver) || !driver.finished.is_empty() || self.wanted.load(Ordering::Relaxed) > 0 {
+                return;
+            }
+            if moved {
+                idle.reset();
+                continue;
+            }
+            match idle.fruitless() {
+                Step::Spin => std::hint::spin_loop(),
+                Step::Yield => std::thread::yield_now(),
+                Step::Sleep => {
+                    self.sleep(driver, idle.nap());
+                    driver.look_around();
+                }
+            }
+            if idle.look_at_clock() {
+                driver.look_around();
+            }
+        }
+    }
+
+    fn sleep(&self, driver: &mut Driver<T>, nap: Duration) {
+        let Some(bed) = driver.lie_down(nap) else {
+            // A caller may wait for an operation that another thread is about to put in the inbox.
+            std::thread::sleep(idle::SHORT_SLEEP);
+            return;
+        };
+        match bed {
+            Bed::Fabric(limit) => {
+                if let Some(fabric) = driver.fabric.as_mut() {
+                    fabric.doze(limit);
+                }
+            }
+            Bed::Bell(bell, limit) => {
+                let value = bell.value();
+                if let Ok(mut place) = self.bell.lock() {
+                    *place = Some(Arc::clone(&bell));
+                }
+                self.sleeping.store(true, Ordering::SeqCst);
+                let called = self.inbox_len.load(Ordering::SeqCst) > 0
+                    || self.stop.load(Ordering::SeqCst)
+                    || self.wanted.load(Ordering::SeqCst) > 0;
+                if !called && !driver.turn() {
+                    bell.wait(value, limit);
+                }
+                self.sleeping.store(false, Ordering::SeqCst);
+            }
+        }
+        driver.rise();
+    }
+}
+
+/// The progress thread.
+fn progress<T: Transports>(shared: &Shared<T>) {
+    while !shared.stop.load(Ordering::Acquire) {
+        if !shared.work_left.swap(false, Ordering::AcqRel) {
+            std::thread::park();
+            continue;
+        }
+        let Ok(mut driver) = shared.driver.lock() else { return };
+        shared.thread_drives.store(true, Ordering::Release);
+        shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), true);
+        if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
+            shared.work_left.store(true, Ordering::Release);
+        }
+        shared.thread_drives.store(false, Ordering::Release);
+        shared.leave(driver);
+    }
+}
+
+fn poisoned() -> Error {
+    Error::Internal("a thread panicked while it drove progress".to_owned())
+}

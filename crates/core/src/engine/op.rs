@@ -1,0 +1,152 @@
+//! One operation as its caller sees it: started, perhaps waited for, done once.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::thread::futex;
+
+use crate::call::Call;
+use crate::engine::graph::Ready;
+use crate::error::{Error, Result, Site};
+use crate::memory::Region;
+use crate::transport::MsgKey;
+
+pub type Callback = Box<dyn FnOnce(&Result<()>) + Send>;
+
+/// What an operation does.
+pub enum Work {
+    Collective { ready: Arc<Ready>, input: Region, output: Region },
+    Message { peer: usize, key: MsgKey, region: Region, send: bool },
+}
+
+/// How long a call past its limit waits for the word of a rank that may know better who is missing; at most a quarter
+/// of the limit.
+const HEARSAY: Duration = Duration::from_millis(500);
+
+/// Shared by the caller, the engine and whoever waits.
+pub struct OpState {
+    pub call: Call,
+    pub work: Work,
+    /// Index of the group in the engine.
+    pub group: usize,
+    pub group_name: Arc<str>,
+    pub rank: usize,
+    pub timeout: Duration,
+    pub started: Instant,
+    /// Number in its group; given when the engine takes it up.
+    pub seq: AtomicU64,
+    /// 0 pending, 1 pending with sleepers, 2 done. A futex.
+    state: AtomicU32,
+    result: OnceLock<Result<()>>,
+    has_callbacks: AtomicBool,
+    callbacks: Mutex<Vec<Callback>>,
+}
+
+const PENDING: u32 = 0;
+const SLEPT_ON: u32 = 1;
+const DONE: u32 = 2;
+
+impl OpState {
+    pub fn new(
+        call: Call,
+        work: Work,
+        group: usize,
+        group_name: Arc<str>,
+        rank: usize,
+        timeout: Duration,
+    ) -> OpState {
+        OpState {
+            call,
+            work,
+            group,
+            group_name,
+            rank,
+            timeout,
+            started: Instant::now(),
+            seq: AtomicU64::new(0),
+            state: AtomicU32::new(PENDING),
+            result: OnceLock::new(),
+            has_callbacks: AtomicBool::new(false),
+            callbacks: Mutex::new(Vec::new()),
+        }
+    }
+
+    #[inline]
+    pub fn is_done(&self) -> bool {
+        self.state.load(Ordering::Acquire) == DONE
+    }
+
+    pub fn result(&self) -> Option<&Result<()>> {
+        if self.is_done() { self.result.get() } else { None }
+    }
+
+    pub fn site(&self) -> Site {
+        Site {
+            rank: self.rank,
+            group: self.group_name.to_string(),
+            op: self.call.to_string(),
+            seq: self.seq.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether the time limit, and `shares` of `HEARSAY` after it, have passed.
+    pub fn overdue(&self, now: Instant, shares: u32) -> bool {
+        let waited = now.duration_since(self.started);
+        waited > self.timeout && waited > self.timeout + HEARSAY.min(self.timeout / 4) * shares
+    }
+
+    /// Makes it done, once; wakes the sleepers. True when callbacks wait to be run.
+    pub fn finish(&self, result: Result<()>) -> bool {
+        if self.result.set(result).is_err() {
+            return false;
+        }
+        if self.state.swap(DONE, Ordering::AcqRel) == SLEPT_ON {
+            // A failed wake-up only delays the sleeper to its next time limit.
+            let _ = futex::wake(&self.state, futex::Flags::PRIVATE, u32::MAX);
+        }
+        self.has_callbacks.load(Ordering::Acquire)
+    }
+
+    /// Runs what `on_done` left. Called with no lock held.
+    pub fn run_callbacks(&self) {
+        let Some(result) = self.result() else { return };
+        let callbacks = match self.callbacks.lock() {
+            Ok(mut list) => std::mem::take(&mut *list),
+            Err(_) => return,
+        };
+        for callback in callbacks {
+            callback(result);
+        }
+    }
+
+    /// Runs `callback` when done: now if it is, else by the thread that makes it so.
+    pub fn on_done(&self, callback: Callback) {
+        if let Ok(mut list) = self.callbacks.lock() {
+            list.push(callback);
+            self.has_callbacks.store(true, Ordering::Release);
+        }
+        // Either the finisher sees the flag, or we see that it has finished: both orders run the callback once.
+        if self.is_done() {
+            self.run_callbacks();
+        }
+    }
+
+    /// Sleeps until done or `limit` has passed.
+    pub fn sleep(&self, limit: Duration) {
+        match self.state.compare_exchange(PENDING, SLEPT_ON, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) | Err(SLEPT_ON) => {}
+            Err(_) => return,
+        }
+        let timeout =
+            futex::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        // Woken, timed out, interrupted or changed already: the caller looks at the state again in every case.
+        let _ = futex::wait(&self.state, futex::Flags::PRIVATE, SLEPT_ON, Some(&timeout));
+    }
+
+    pub fn timeout_error(&self, missing: Vec<usize>) -> Error {
+        Error::Timeout { site: self.site(), waited: self.started.elapsed(), missing }
+    }
+}

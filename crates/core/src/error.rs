@@ -1,0 +1,136 @@
+//! The one error type of core; every transport's own error ends in one of these.
+
+use std::time::Duration;
+
+use crate::dtype::{DType, ReduceOp};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where an error happened: this rank, in which group, in which operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Rank within the group.
+    pub rank: usize,
+    /// The group's name, as the user knows it.
+    pub group: String,
+    /// The operation, as [`crate::Call`] prints it; empty while the group is being made.
+    pub op: String,
+    /// The operation's number in its group, from 0.
+    pub seq: u64,
+}
+
+impl std::fmt::Display for Site {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rank {} of group '{}'", self.rank, self.group)?;
+        if !self.op.is_empty() {
+            write!(f, ", operation {} #{}", self.op, self.seq)?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{op}: argument '{argument}': expected {expected}, given {given}. {hint}")]
+    Argument { op: String, argument: &'static str, expected: String, given: String, hint: String },
+
+    #[error(
+        "{op}: reduction '{reduce}' is not defined for dtype {dtype}. Use a dtype it is defined for, or another reduction"
+    )]
+    Unsupported { op: String, reduce: ReduceOp, dtype: DType },
+
+    #[error(
+        "{site}: ranks disagree: rank {rank} called {ours}, rank {peer} called {theirs}. Every rank must make the same calls in the same order",
+        rank = site.rank
+    )]
+    Mismatch { site: Site, ours: String, peer: usize, theirs: String },
+
+    #[error("{site}: timed out after {:.1} s; waiting for {}. Look at what those ranks do, or raise the timeout",
+        waited.as_secs_f64(), ranks(missing))]
+    Timeout { site: Site, waited: Duration, missing: Vec<usize> },
+
+    #[error("{site}: lost rank {peer} on node {node}: {reason}")]
+    PeerLost { site: Site, peer: usize, node: String, reason: String },
+
+    #[error("{site}: aborted: {reason}")]
+    Aborted { site: Site, reason: String },
+
+    #[error("setting {name}={given}: {expected}. {hint}")]
+    Setting { name: String, given: String, expected: String, hint: String },
+
+    #[error("joining the job: {what}. {hint}")]
+    Bootstrap { what: String, hint: String },
+
+    #[error("{library} could not be used: {reason}. {hint}")]
+    Library { library: &'static str, reason: String, hint: String },
+
+    #[error("{what}: not enough {resource}: {reason}. {hint}")]
+    Resource { what: String, resource: &'static str, reason: String, hint: String },
+
+    #[error("{transport}: {reason}")]
+    Transport { transport: &'static str, reason: String },
+
+    #[error("internal error, please report it: {0}")]
+    Internal(String),
+}
+
+fn ranks(missing: &[usize]) -> String {
+    match missing {
+        [] => "completions on this rank".to_owned(),
+        [one] => format!("rank {one}"),
+        many => {
+            let list: Vec<String> = many.iter().map(ToString::to_string).collect();
+            format!("ranks {}", list.join(", "))
+        }
+    }
+}
+
+impl Error {
+    /// The same error with its site completed: transports know the peer, the engine knows group and operation.
+    pub fn at(mut self, place: &Site) -> Error {
+        match &mut self {
+            Error::Mismatch { site, .. }
+            | Error::Timeout { site, .. }
+            | Error::PeerLost { site, .. }
+            | Error::Aborted { site, .. } => {
+                if site.group.is_empty() {
+                    *site = place.clone();
+                }
+            }
+            Error::Argument { .. }
+            | Error::Unsupported { .. }
+            | Error::Setting { .. }
+            | Error::Bootstrap { .. }
+            | Error::Library { .. }
+            | Error::Resource { .. }
+            | Error::Transport { .. }
+            | Error::Internal(_) => {}
+        }
+        self
+    }
+
+    /// Where it happened, of errors that happen in an operation.
+    pub fn site(&self) -> Option<&Site> {
+        match self {
+            Error::Mismatch { site, .. }
+            | Error::Timeout { site, .. }
+            | Error::PeerLost { site, .. }
+            | Error::Aborted { site, .. } => Some(site),
+            Error::Argument { .. }
+            | Error::Unsupported { .. }
+            | Error::Setting { .. }
+            | Error::Bootstrap { .. }
+            | Error::Library { .. }
+            | Error::Resource { .. }
+            | Error::Transport { .. }
+            | Error::Internal(_) => None,
+        }
+    }
+}
+
+impl Site {
+    /// A site to be completed by the engine (see [`Error::at`]).
+    pub fn unknown() -> Site {
+        Site { rank: 0, group: String::new(), op: String::new(), seq: 0 }
+    }
+}

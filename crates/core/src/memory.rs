@@ -1,0 +1,85 @@
+//! Regions of memory that belong to somebody else for the length of an operation.
+//!
+//! Invariants
+//! - **R1** whoever makes a [`Region`] promises that its bytes stay mapped, and are touched by nobody else in a way
+//!   that races, until the operation it is given to has completed or been aborted and withdrawn.
+//! - **R2** every access goes through [`Region::slice`], which checks bounds.
+//! - **R3** two regions passed to one copy either do not overlap or are the same region.
+
+use std::ptr::NonNull;
+
+/// `len` bytes at `ptr`. Plain data: copying it copies no bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a Region is an address and a length; R1 makes its user responsible for the memory behind it.
+unsafe impl Send for Region {}
+// SAFETY: as above; a shared Region gives no access that an owned one does not.
+unsafe impl Sync for Region {}
+
+impl Region {
+    pub const EMPTY: Region = Region { ptr: NonNull::dangling(), len: 0 };
+
+    /// # Safety
+    /// R1: the memory is valid for reads and writes until every operation given this region is over.
+    /// A region that is only ever a source may point to read-only memory.
+    pub unsafe fn new(ptr: *mut u8, len: usize) -> Region {
+        match NonNull::new(ptr) {
+            Some(ptr) if len > 0 => Region { ptr, len },
+            _ => Region::EMPTY,
+        }
+    }
+
+    /// The region of a slice; the caller keeps the slice borrowed until the operation is over (R1).
+    ///
+    /// # Safety
+    /// As [`Region::new`].
+    pub unsafe fn of<T: Copy>(slice: &mut [T]) -> Region {
+        // SAFETY: passed on to the caller.
+        unsafe { Region::new(slice.as_mut_ptr().cast(), size_of_val(slice)) }
+    }
+
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// `len` bytes from `offset`.
+    ///
+    /// # Panics
+    /// When they are not inside the region: a plan that was not checked against its buffers.
+    #[inline]
+    pub fn slice(&self, offset: usize, len: usize) -> Region {
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len),
+            "range {offset}+{len} outside a region of {} bytes",
+            self.len
+        );
+        if len == 0 {
+            return Region::EMPTY;
+        }
+        // SAFETY: offset < self.len, so the sum stays inside the allocation R1 promises.
+        Region { ptr: unsafe { self.ptr.add(offset) }, len }
+    }
+
+    /// Copies `from` into `self`; lengths must be equal. Copying a region onto itself does nothing.
+    #[inline]
+    pub fn copy_from(&self, from: Region) {
+        assert_eq!(self.len, from.len, "copy between regions of different length");
+        if self.ptr == from.ptr {
+            return;
+        }
+        // SAFETY: R1 (both valid), R2 (lengths checked), R3 (no partial overlap).
+        unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.ptr.as_ptr(), self.len) }
+    }
+}

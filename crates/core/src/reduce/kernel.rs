@@ -1,0 +1,95 @@
+//! The one loop behind every reduction: a block of accumulators on the stack, which stays in the first-level cache,
+//! goes over all sources before its result is written.
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::op::Op;
+use crate::memory::Region;
+
+/// Elements reduced at a time.
+pub const BLOCK: usize = 512;
+
+/// A block of accumulators, aligned so that no vector of them crosses a cache line.
+#[repr(C, align(64))]
+pub struct Block<A>([A; BLOCK]);
+
+impl<A: Copy + Default> Block<A> {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Block([A::default(); BLOCK])
+    }
+
+    #[inline(always)]
+    pub fn first(&mut self, count: usize) -> &mut [A] {
+        &mut self.0[..count]
+    }
+}
+
+/// What is to be reduced where, lengths checked.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    pub dst: Region,
+    pub srcs: &'a [Region],
+    /// What the result is divided by, for averages.
+    pub divisor: Option<u32>,
+}
+
+impl Job<'_> {
+    /// The elements `range` of `src`.
+    #[inline(always)]
+    fn read<R>(src: &Region, range: &Range<usize>) -> *const [R] {
+        let part = src.slice(range.start * size_of::<R>(), range.len() * size_of::<R>());
+        std::ptr::slice_from_raw_parts(part.as_ptr().cast::<R>(), range.len())
+    }
+
+    #[inline(always)]
+    fn write<R>(&self, range: &Range<usize>) -> *mut [R] {
+        let part = self.dst.slice(range.start * size_of::<R>(), range.len() * size_of::<R>());
+        std::ptr::slice_from_raw_parts_mut(part.as_ptr().cast::<R>(), range.len())
+    }
+}
+
+/// Reduces the elements `range` of `job`. Inlined into a function per instruction set, and compiled for that.
+#[inline(always)]
+pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+    const { assert!(align_of::<E::Raw>() == 1) };
+    let mut block = Block::new();
+    let mut start = range.start;
+    while start < range.end {
+        let part = start..range.end.min(start + BLOCK);
+        let acc = block.first(part.len());
+        gather::<E, O>(acc, job.srcs, &part);
+        if let Some(divisor) = job.divisor {
+            for acc in acc.iter_mut() {
+                *acc = E::divide(*acc, divisor);
+            }
+        }
+        // SAFETY: `write` checked the bounds (R2); alignment is 1; R1 makes the bytes valid and ours alone; the
+        // references made in `gather`, which may be to the same bytes (K5), are gone.
+        E::emit(unsafe { &mut *job.write::<E::Raw>(&part) }, acc);
+        start = part.end;
+    }
+}
+
+/// The reduction of all sources' elements `part`.
+#[inline(always)]
+fn gather<E: Element, O: Op<E::Acc>>(acc: &mut [E::Acc], srcs: &[Region], part: &Range<usize>) {
+    // SAFETY: `read` checks the bounds (R2); alignment is 1; R1 makes the bytes valid and unwritten meanwhile, and
+    // this function writes only to `acc`, which is on the stack.
+    let read = |src: &Region| unsafe { &*Job::read::<E::Raw>(src, part) };
+    let rest = match srcs {
+        [] => return,
+        [only] => {
+            E::load(acc, read(only));
+            return;
+        }
+        [a, b, rest @ ..] => {
+            E::pair::<O>(acc, read(a), read(b));
+            rest
+        }
+    };
+    for src in rest {
+        E::fold::<O>(acc, read(src));
+    }
+}

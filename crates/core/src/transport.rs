@@ -1,0 +1,182 @@
+//! What the engine asks of a transport. Both kinds are poll-based and never block.
+//!
+//! Rules common to both
+//! - **T1** a submitted run or message owns its regions until its [`Ctx`] comes back from `poll`, or until
+//!   `withdraw` of its group has returned.
+//! - **T2** nothing relies on the order in which messages arrive; messages match by sender and [`MsgKey`] alone.
+//! - **T3** every first contact of an operation compares [`PackedCall`]s; unequal calls are `Error::Mismatch`.
+//! - **T4** `poll` allocates nothing in steady state and returns soon (at most about one slot's copy).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::call::PackedCall;
+use crate::dtype::{DType, ReduceOp};
+use crate::error::{Error, Result};
+use crate::memory::Region;
+use crate::plan::{Buf, Plan, Span};
+
+/// The engine's own mark on a submitted piece of work; comes back unchanged when it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ctx(pub u64);
+
+/// How contributions are combined, with everything a kernel needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arith {
+    pub dtype: DType,
+    pub op: ReduceOp,
+    /// Size of the whole group: what `Avg` divides by where a step says `finish`.
+    pub world: u32,
+}
+
+/// The three buffers a plan's spans refer to. For in-place calls `input` and `output` are the same region.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffers {
+    pub input: Region,
+    pub output: Region,
+    pub scratch: Region,
+}
+
+impl Buffers {
+    /// The bytes of `span` in the round that starts `shift` bytes into the user's buffers (see [`crate::plan::Schedule`]).
+    #[inline]
+    pub fn at(&self, span: Span, shift: usize) -> Region {
+        match span.buf {
+            Buf::Input => self.input.slice(span.off + shift, span.len),
+            Buf::Output => self.output.slice(span.off + shift, span.len),
+            Buf::Scratch => self.scratch.slice(span.off, span.len),
+        }
+    }
+}
+
+/// One phase of a plan handed to the node's transport: step `step` of `plan` is an `Op::Phase`.
+#[derive(Clone, Debug)]
+pub struct PhaseRun {
+    pub plan: Arc<Plan>,
+    pub step: u32,
+    pub shift: usize,
+    pub buffers: Buffers,
+    pub arith: Arith,
+    pub call: PackedCall,
+    pub ctx: Ctx,
+}
+
+/// Identifies one message between two ranks; both sides derive it from the plan, so it is never exchanged ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct MsgKey {
+    /// Random identity of the group, agreed when it was made.
+    pub group: u64,
+    /// The operation's number in its group; for point-to-point, [`MsgKey::P2P`] | number of that (pair, tag)'s message.
+    pub seq: u64,
+    /// Round and tag of the plan's step; for point-to-point, the user's tag.
+    pub tag: u64,
+}
+
+impl MsgKey {
+    /// Set in `seq` of point-to-point messages, so that they never meet a collective's.
+    pub const P2P: u64 = 1 << 63;
+}
+
+/// A send or a receive of exactly `region.len()` bytes. A length that differs from the peer's is a mismatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    pub key: MsgKey,
+    pub peer: u32,
+    /// Group rank of `peer`, for errors.
+    pub peer_rank: u32,
+    pub region: Region,
+    pub call: PackedCall,
+    pub ctx: Ctx,
+}
+
+/// Where a rank of a node sleeps, and what others ring to wake it. Cheap to share between threads.
+pub trait Bell: Send + Sync {
+    /// The value to pass to `wait`; read it before the last poll that found nothing.
+    fn value(&self) -> u32;
+    /// Sleeps until rung after `value` was read, or `limit` has passed.
+    fn wait(&self, value: u32, limit: Duration);
+    /// Wakes the sleeper, from any thread of this process.
+    fn ring(&self);
+}
+
+/// The ranks of one group on one node: phases in host memory (shared memory) or device memory (NCCL).
+///
+/// Peers are named by their local rank within the group's node. Every member submits the same phases in the
+/// same order.
+pub trait NodeLocal: Send {
+    /// Queues a phase. Phases run in the order submitted; several may be in flight.
+    fn submit(&mut self, run: PhaseRun) -> Result<()>;
+    fn send(&mut self, message: Message) -> Result<()>;
+    fn recv(&mut self, message: Message) -> Result<()>;
+
+    /// Makes progress; appends the marks of what is done. True when anything moved.
+    fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool>;
+
+    /// Announces that this rank is about to sleep on its bell, so that peers ring it. The caller polls once more
+    /// between `arm` and `wait`.
+    fn arm(&mut self);
+    fn disarm(&mut self);
+    fn bell(&self) -> Arc<dyn Bell>;
+
+    /// Local ranks that the oldest unfinished work waits for.
+    fn waiting_for(&self) -> Vec<usize>;
+
+    /// A local rank whose process has ended, if that is known. Asked only after fruitless waiting; may make system
+    /// calls, never blocks.
+    fn dead_peer(&mut self) -> Option<usize> {
+        None
+    }
+
+    /// Tells the node's other members of this group why it failed here: their next poll returns `Error::Aborted`
+    /// with that text. Forgets all queued work; nothing submitted is touched afterwards.
+    fn abort(&mut self, why: &Error);
+}
+
+/// Messages between processes on different nodes. One for the whole process; groups share it.
+pub trait Fabric: Send {
+    /// What other processes need to reach this one (endpoint names of every rail, versions); opaque bytes.
+    fn address(&self) -> Vec<u8>;
+    /// Makes the process with `address` known; the same address gives the same id. `label` names it in errors.
+    fn connect(&mut self, address: &[u8], label: &str) -> Result<u32>;
+
+    /// Memory that will serve often as source and target (the engine's staging); registered once.
+    fn register(&mut self, staging: Region) -> Result<()>;
+
+    /// `message.peer` is an id from `connect`.
+    fn send(&mut self, message: Message) -> Result<()>;
+    fn recv(&mut self, message: Message) -> Result<()>;
+
+    /// Makes progress; appends the marks of what is done. An error here concerns one group when it says so in
+    /// [`FabricFailure::group`], else every group that uses the fabric.
+    fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure>;
+
+    /// Forgets the group's messages; when it returns, nothing touches their regions any more.
+    /// With `why`, tells the peers: their `poll` fails for that group with `Error::Aborted` and that text.
+    fn withdraw(&mut self, group: u64, peers: &[u32], why: Option<&Error>);
+
+    /// Group ranks (from `peer_rank`) with unfinished messages of `group`.
+    fn waiting_for(&self, group: u64) -> Vec<usize>;
+
+    /// Sleeps until something may have arrived or `limit` has passed. May simply sleep.
+    fn doze(&mut self, limit: Duration);
+
+    /// Bytes sent to and received from each peer so far, headers excluded: (peer id, sent, received).
+    fn traffic(&self) -> Vec<(u32, u64, u64)>;
+
+    /// One line for people: provider, version, rails, mode.
+    fn describe(&self) -> String;
+}
+
+/// The transports an engine is built with.
+pub trait Transports: 'static {
+    type Local: NodeLocal;
+    type Fabric: Fabric;
+}
+
+/// Why `Fabric::poll` failed.
+#[derive(Clone, Debug)]
+pub struct FabricFailure {
+    pub group: Option<u64>,
+    pub error: Error,
+}

@@ -1,0 +1,303 @@
+//! Every collective through communicator, engine and interpreter, ranks as threads over plain memory that delivers in
+//! seeded order.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smddp_core::communicator::{Communicator, Request};
+use smddp_core::engine::Engine;
+use smddp_core::engine::execution::Route;
+use smddp_core::engine::group::Seat;
+use smddp_core::plan::select::Tuning;
+use smddp_core::settings::Settings;
+use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
+use smddp_core::{Collective, DType, Error, GroupShape, ReduceOp, Region};
+
+type Group = Communicator<MemoryTransports>;
+
+/// One communicator a rank, each with an engine of its own, as processes would have.
+fn groups(shape: &GroupShape, seed: u64, tuning: &Tuning) -> Vec<Group> {
+    let shape = Arc::new(shape.clone());
+    let fabrics = MemoryFabric::new(shape.size(), seed);
+    let mut nodes: Vec<Vec<Option<MemoryNode>>> = (0..shape.node_count())
+        .map(|n| MemoryNode::new(shape.ranks_on(n).len(), seed + n as u64).into_iter().map(Some).collect())
+        .collect();
+    let route = |from: usize, to: usize| {
+        if shape.same_node(to, from) {
+            Route::Local(shape.local_of(to) as u32)
+        } else {
+            Route::Fabric(to as u32)
+        }
+    };
+    let group = |(rank, fabric): (usize, MemoryFabric)| {
+        let engine = Arc::new(Engine::new(&Settings::default()).unwrap());
+        engine.set_crowded();
+        engine.with_fabric(|| Ok(fabric), |_| Ok(())).unwrap();
+        let seat = Seat {
+            id: 7,
+            name: "test".into(),
+            rank,
+            shape: Arc::clone(&shape),
+            local: nodes[shape.node_of(rank)][shape.local_of(rank)].take().unwrap(),
+            routes: (0..shape.size()).map(|to| route(rank, to)).collect(),
+        };
+        Group::new(engine, seat, tuning.clone(), Duration::from_secs(60)).unwrap()
+    };
+    fabrics.into_iter().enumerate().map(group).collect()
+}
+
+/// Runs `f` on every rank at once.
+fn on_all<R: Send>(groups: &[Group], f: impl Fn(&Group) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let f = &f;
+        let handles: Vec<_> = groups.iter().map(|g| scope.spawn(move || f(g))).collect();
+        handles.into_iter().map(|h| h.join().unwrap()).collect()
+    })
+}
+
+fn shapes() -> Vec<GroupShape> {
+    vec![
+        GroupShape::even(1, 1),
+        GroupShape::even(1, 3),
+        GroupShape::even(3, 1),
+        GroupShape::even(2, 2),
+        GroupShape::uneven(&[2, 1]),
+        GroupShape::from_labels(&[0, 1, 0, 1, 1]),
+    ]
+}
+
+fn small_rounds() -> Tuning {
+    Tuning { chunk: 256, ..Tuning::default() }
+}
+
+fn value(rank: usize, i: usize) -> i64 {
+    (i % 13) as i64 * 3 + rank as i64 + 1
+}
+
+/// Calls `f` for every shape, tuning and count, on every rank.
+fn everywhere(seed: u64, counts: &[usize], f: impl Fn(&Group, usize) + Sync) {
+    for (i, shape) in shapes().iter().enumerate() {
+        for tuning in [Tuning::default(), small_rounds()] {
+            let groups = groups(shape, seed + i as u64, &tuning);
+            for &count in counts {
+                on_all(&groups, |g| f(g, count));
+            }
+        }
+    }
+}
+
+#[test]
+fn reductions_equal_the_single_process_result() {
+    everywhere(1, &[0, 1, 5, 1000], |g, count| {
+        let (n, me, shape) = (g.size(), g.rank(), g.shape());
+        let sum = |i: usize| (0..n).map(|r| value(r, i)).sum::<i64>();
+        let mut a: Vec<i64> = (0..count).map(|i| value(me, i)).collect();
+        g.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+        assert!(a.iter().enumerate().all(|(i, &v)| v == sum(i)), "all_reduce on {shape}");
+
+        let root = n / 2;
+        let mut b: Vec<f64> = (0..count).map(|i| value(me, i) as f64).collect();
+        g.reduce(&mut b, root, ReduceOp::Avg).unwrap();
+        for (i, &v) in b.iter().enumerate() {
+            let want = if me == root { sum(i) as f64 / n as f64 } else { value(me, i) as f64 };
+            assert_eq!(v, want, "reduce on {shape}");
+        }
+
+        let input: Vec<i64> = (0..count * n).map(|i| value(me, i)).collect();
+        let mut out = vec![0i64; count];
+        g.reduce_scatter(&input, &mut out, ReduceOp::Max).unwrap();
+        let want = |i: usize| value(n - 1, me * count + i);
+        assert!(out.iter().enumerate().all(|(i, &v)| v == want(i)), "reduce_scatter on {shape}");
+        assert!(input.iter().enumerate().all(|(i, &v)| v == value(me, i)), "input clobbered");
+    });
+}
+
+#[test]
+fn movements_put_every_element_where_it_belongs() {
+    everywhere(100, &[0, 1, 5, 700], |g, count| {
+        let (n, me, shape) = (g.size(), g.rank(), g.shape());
+        let own: Vec<i64> = (0..count).map(|i| value(me, i)).collect();
+        let gathered = |v: &[i64]| (0..n * count).all(|k| v[k] == value(k / count, k % count));
+        let mut all = vec![0i64; n * count];
+        g.all_gather(&own, &mut all).unwrap();
+        assert!(gathered(&all), "all_gather on {shape}");
+
+        let root = n - 1;
+        let mut at_root = vec![0i64; if me == root { n * count } else { 0 }];
+        g.gather(&own, (me == root).then_some(&mut at_root[..]), root).unwrap();
+        assert!(me != root || gathered(&at_root), "gather on {shape}");
+
+        let mut mine = vec![0i64; count];
+        g.scatter((me == root).then_some(&at_root[..]), &mut mine, root).unwrap();
+        assert_eq!(mine, own, "scatter on {shape}");
+
+        let mut b = if me == 0 { own.clone() } else { vec![0; count] };
+        g.broadcast(&mut b, 0).unwrap();
+        assert!(b.iter().enumerate().all(|(i, &v)| v == value(0, i)), "broadcast on {shape}");
+
+        let input: Vec<i64> = (0..n * count).map(|k| value(me * 10 + k / count, k % count)).collect();
+        let mut out = vec![0i64; n * count];
+        g.all_to_all(&input, &mut out).unwrap();
+        let want = |k: usize| value(k / count * 10 + me, k % count);
+        assert!((0..n * count).all(|k| out[k] == want(k)), "all_to_all on {shape}");
+        g.barrier().unwrap();
+    });
+}
+
+#[test]
+fn uneven_blocks_arrive_whole() {
+    everywhere(200, &[0, 1, 40], |g, scale| {
+        let (n, me, shape) = (g.size(), g.rank(), g.shape());
+        let send: Vec<usize> = (0..n).map(|to| (me + 2 * to) % 4 * scale).collect();
+        let recv: Vec<usize> = (0..n).map(|from| (from + 2 * me) % 4 * scale).collect();
+        let blocks = |k: &[usize], v: &dyn Fn(usize) -> usize| -> Vec<i64> {
+            k.iter().enumerate().flat_map(|(r, &k)| vec![v(r) as i64; k]).collect()
+        };
+        let input = blocks(&send, &|to| me * 100 + to);
+        let mut out = vec![0i64; recv.iter().sum()];
+        g.all_to_all_uneven(&input, &send, &mut out, &recv).unwrap();
+        assert_eq!(out, blocks(&recv, &|from| from * 100 + me), "all_to_all on {shape}");
+
+        let counts: Vec<usize> = (0..n).map(|r| (r % 3) * scale).collect();
+        let mut own = vec![me as i64; counts[me]];
+        let mut all = vec![-1i64; counts.iter().sum()];
+        // SAFETY: the buffers outlive the blocking calls.
+        let run = |collective, input: &mut [i64], output: &mut [i64]| unsafe {
+            let (from, to) = (Region::of(input), Region::of(output));
+            let request = Request::new(collective, DType::I64, 0, from, to);
+            g.run(&Request { counts: Some(counts.clone().into()), ..request }).unwrap();
+        };
+        run(Collective::AllGather, &mut own, &mut all);
+        assert_eq!(all, blocks(&counts, &|r| r), "all_gather on {shape}");
+        run(Collective::ReduceScatter, &mut all, &mut own);
+        assert!(own.iter().all(|&v| v == (me * n) as i64), "reduce_scatter on {shape}");
+    });
+}
+
+#[test]
+fn messages_match_by_tag_whatever_the_order() {
+    let groups = groups(&GroupShape::uneven(&[2, 1]), 3, &Tuning::default());
+    on_all(&groups, |g| {
+        let (next, previous) = ((g.rank() + 1) % 3, (g.rank() + 2) % 3);
+        std::thread::scope(|scope| {
+            for tag in 0..4u64 {
+                scope.spawn(move || g.send(&[g.rank() as i32, tag as i32], next, tag).unwrap());
+            }
+            for tag in (0..4u64).rev() {
+                let mut got = [0i32; 2];
+                g.recv(&mut got, previous, tag).unwrap();
+                assert_eq!(got, [previous as i32, tag as i32]);
+            }
+        });
+    });
+}
+
+#[test]
+fn many_operations_in_flight_all_complete() {
+    let groups = groups(&GroupShape::even(2, 2), 5, &small_rounds());
+    on_all(&groups, |g| {
+        let mut buffers: Vec<Vec<f32>> = (0..20).map(|k| vec![k as f32; 300]).collect();
+        // SAFETY: the buffers outlive the waits below.
+        let start = |b: &mut Vec<f32>| unsafe {
+            let region = Region::of(b);
+            g.start(&Request::new(Collective::AllReduce, DType::F32, 300, region, region)).unwrap()
+        };
+        let handles: Vec<_> = buffers.iter_mut().map(start).collect();
+        let (send, receive) = std::sync::mpsc::channel();
+        handles[7].on_done(Box::new(move |r| send.send(r.is_ok()).unwrap()));
+        for handle in handles.iter().rev() {
+            handle.wait(None).unwrap();
+        }
+        assert!(receive.recv_timeout(Duration::from_secs(20)).unwrap());
+        assert!(buffers.iter().enumerate().all(|(k, b)| b.iter().all(|&v| v == 4.0 * k as f32)));
+    });
+}
+
+#[test]
+fn a_call_that_differs_is_an_error_on_every_rank() {
+    let groups = groups(&GroupShape::even(1, 3), 6, &Tuning::default());
+    let errors = on_all(&groups, |g| {
+        let mut a = vec![1f32; if g.rank() == 1 { 10 } else { 11 }];
+        g.all_reduce(&mut a, ReduceOp::Sum).unwrap_err()
+    });
+    assert!(errors.iter().any(|e| matches!(e, Error::Mismatch { .. })), "{errors:?}");
+    let text = format!("{errors:?}");
+    assert!(text.contains("all_reduce(float32[10]") && text.contains("all_reduce(float32[11]"), "{text}");
+    let later = on_all(&groups, |g| g.barrier().unwrap_err());
+    assert!(later.iter().all(|e| matches!(e, Error::Aborted { .. })), "{later:?}");
+}
+
+#[test]
+fn a_rank_that_stays_away_is_named_by_the_timeout() {
+    for shape in [GroupShape::even(1, 3), GroupShape::even(3, 1)] {
+        let groups = groups(&shape, 8, &Tuning::default());
+        let results = on_all(&groups, |g| {
+            g.set_timeout(Duration::from_millis(300));
+            if g.rank() == 2 { Ok(()) } else { g.all_reduce(&mut [1f32; 4], ReduceOp::Sum) }
+        });
+        let names = |e: &Error| matches!(e, Error::Timeout { missing, .. } if missing.contains(&2));
+        assert!(results.iter().filter_map(|r| r.as_ref().err()).any(names), "{results:?}");
+        assert!(results[0].is_err() && results[1].is_err(), "{results:?}");
+    }
+}
+
+#[test]
+fn abort_frees_every_waiter() {
+    let groups = groups(&GroupShape::even(2, 2), 9, &Tuning::default());
+    let results = on_all(&groups, |g| {
+        if g.rank() == 3 {
+            std::thread::sleep(Duration::from_millis(50));
+            g.abort("the user pressed a button");
+            return Ok(());
+        }
+        g.all_reduce(&mut [1f32; 4], ReduceOp::Sum)
+    });
+    for result in &results[..3] {
+        let text = result.as_ref().unwrap_err().to_string();
+        assert!(text.contains("the user pressed a button"), "{text}");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused_before_anything_moves() {
+    let groups = groups(&GroupShape::even(1, 1), 10, &Tuning::default());
+    let g = &groups[0];
+    let text = g.reduce_scatter(&[1f32; 3], &mut [0f32; 2], ReduceOp::Sum).unwrap_err().to_string();
+    assert!(text.contains("'input'") && text.contains("12 bytes"), "{text}");
+    let text = g.all_reduce(&mut [1f32], ReduceOp::BitXor).unwrap_err().to_string();
+    assert!(text.contains("bxor") && text.contains("float32"), "{text}");
+    let text = g.broadcast(&mut [1f32], 1).unwrap_err().to_string();
+    assert!(text.contains("'root'"), "{text}");
+    let text = g.send(&[1f32], 0, 0).unwrap_err().to_string();
+    assert!(text.contains("another rank"), "{text}");
+    g.barrier().unwrap();
+}
+
+#[test]
+fn a_callback_may_wait_for_a_later_operation() {
+    let groups = groups(&GroupShape::even(2, 1), 11, &Tuning::default());
+    on_all(&groups, |g| {
+        let (send, receive) = std::sync::mpsc::channel();
+        let (mut first, mut second) = (vec![1f32; 8], vec![2f32; 8]);
+        // SAFETY: both buffers outlive the receive below, which comes after the last operation.
+        let start = |b: &mut Vec<f32>| unsafe {
+            let region = Region::of(b);
+            g.start(&Request::new(Collective::AllReduce, DType::F32, 8, region, region)).unwrap()
+        };
+        let one = start(&mut first);
+        let two = start(&mut second);
+        one.on_done(Box::new(move |_| {
+            // As torch's futures do it: blocked until the callback of the other has run, without helping.
+            let (inner, outer) = std::sync::mpsc::channel();
+            two.on_done(Box::new(move |r| inner.send(r.is_ok()).unwrap()));
+            send.send(outer.recv_timeout(Duration::from_secs(20)).unwrap()).unwrap();
+        }));
+        assert!(receive.recv_timeout(Duration::from_secs(30)).unwrap());
+        one.wait(None).unwrap();
+    });
+    for g in &groups {
+        g.shutdown();
+    }
+}
