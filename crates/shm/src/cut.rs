@@ -1,0 +1,199 @@
+//! How the moves of a phase become exchanges: pure arithmetic that every rank does alike.
+//!
+//! Consecutive moves form *groups*; a group is cut into `cuts` exchanges, every move of it alike (cut `k` of each move
+//! travels in exchange `k`). A rank's slot holds its pieces in the order of the moves, each aligned to [`ALIGN`].
+//!
+//! - **G1** All ranks compute the same groups and cuts: only moves, slot size and number of ranks enter.
+//! - **G2** No rank's pieces of one exchange exceed a slot: cuts are a multiple of [`CUT_ALIGN`] long, and
+//!   a group ends before the rounding of its pieces could take more than half a slot.
+//! - **G3** Every phase has at least one exchange, even with nothing to move (ranks may rely on it to meet).
+
+use smddp_core::plan::{Move, Who};
+
+use crate::layout::INLINE;
+use crate::mask::Mask;
+
+/// Alignment of a piece in a slot; the largest element size.
+pub(crate) const ALIGN: usize = 8;
+/// Cuts fall on cache lines of the move.
+const CUT_ALIGN: usize = 64;
+
+pub(crate) fn aligned(len: usize) -> usize {
+    len.next_multiple_of(ALIGN)
+}
+
+/// Moves `start..end` of a phase, run as `cuts` exchanges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) cuts: usize,
+    /// Every rank's pieces fit into its slot's head.
+    pub(crate) inline: bool,
+    /// This rank gives something to others.
+    pub(crate) writes: bool,
+    /// Peers whose slots this rank reads.
+    pub(crate) reads: Mask,
+}
+
+impl Group {
+    /// Offset and length of cut `cut` of a move of `len` bytes.
+    #[inline]
+    pub(crate) fn piece(&self, len: usize, cut: usize) -> (usize, usize) {
+        if self.cuts == 1 {
+            return (0, len);
+        }
+        let step = len.div_ceil(self.cuts).next_multiple_of(CUT_ALIGN);
+        let start = len.min(cut * step);
+        (start, step.min(len - start))
+    }
+}
+
+/// Whether `who` includes `rank`.
+#[inline]
+pub(crate) fn includes(who: Who, rank: usize) -> bool {
+    match who {
+        Who::One(one) => one as usize == rank,
+        Who::All => true,
+    }
+}
+
+/// Whether `rank`'s source of `m` travels to others.
+#[inline]
+pub(crate) fn travels(m: &Move, rank: usize) -> bool {
+    includes(m.from, rank) && m.to != Who::One(rank as u32)
+}
+
+/// Makes groups; keeps its working memory.
+pub(crate) struct Cutter {
+    me: usize,
+    slot_bytes: usize,
+    /// Bytes and pieces each rank has beyond (or short of) what moves from `All` give everybody.
+    bytes: Vec<i64>,
+    pieces: Vec<i64>,
+}
+
+impl Cutter {
+    pub(crate) fn new(me: usize, size: usize, slot_bytes: usize) -> Cutter {
+        Cutter { me, slot_bytes, bytes: vec![0; size], pieces: vec![0; size] }
+    }
+
+    /// The group that starts at move `start`.
+    pub(crate) fn group(&mut self, moves: &[Move], start: usize) -> Group {
+        let limit = (self.slot_bytes / (2 * CUT_ALIGN)) as i64;
+        let (mut all_bytes, mut all_pieces, mut most_pieces) = (0i64, 0i64, 0i64);
+        self.bytes.fill(0);
+        self.pieces.fill(0);
+        let mut group = Group { start, end: start, cuts: 1, ..Group::default() };
+        for m in &moves[start..] {
+            let len = aligned(m.src.len) as i64;
+            let (all, one) = match m.from {
+                Who::All => (all_pieces + 1, most_pieces),
+                Who::One(from) => (all_pieces, most_pieces.max(self.pieces[from as usize] + 1)),
+            };
+            if all + one > limit && group.end > start {
+                break;
+            }
+            (all_pieces, most_pieces) = (all, one);
+            match m.from {
+                Who::All => {
+                    all_bytes += len;
+                    if let Who::One(to) = m.to {
+                        self.bytes[to as usize] -= len;
+                    }
+                }
+                Who::One(from) => {
+                    self.pieces[from as usize] += 1;
+                    if m.to != m.from {
+                        self.bytes[from as usize] += len;
+                    }
+                }
+            }
+            self.note_part(&mut group, m);
+            group.end += 1;
+        }
+        let most = self.bytes.iter().max().map_or(0, |extra| all_bytes + extra).max(0) as usize;
+        group.inline = most <= INLINE;
+        if most > self.slot_bytes {
+            let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
+            group.cuts = most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2));
+        }
+        group
+    }
+
+    /// What this rank has to do with `m`.
+    fn note_part(&self, group: &mut Group, m: &Move) {
+        let size = self.bytes.len();
+        group.writes |= size > 1 && travels(m, self.me);
+        if !includes(m.to, self.me) {
+            return;
+        }
+        match m.from {
+            Who::One(from) => group.reads.set(from as usize),
+            Who::All => (0..size).for_each(|rank| group.reads.set(rank)),
+        }
+        group.reads.clear(self.me);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use smddp_core::plan::Span;
+
+    fn a_move(size: u32) -> impl Strategy<Value = Move> {
+        let who = move || prop_oneof![Just(Who::All), (0..size).prop_map(Who::One)];
+        let len = prop_oneof![0usize..80, 0usize..20_000, 0usize..300_000];
+        (who(), who(), len).prop_map(|(from, to, len)| Move {
+            from,
+            to,
+            src: Span::input(0, len),
+            dst: Span::output(0, len),
+            finish: false,
+        })
+    }
+
+    fn phase() -> impl Strategy<Value = (usize, Vec<Move>)> {
+        (1u32..6).prop_flat_map(|size| (Just(size as usize), prop::collection::vec(a_move(size), 0..120)))
+    }
+
+    proptest! {
+        #[test]
+        fn groups_cover_every_move_and_cuts_cover_every_byte_within_a_slot((size, moves) in phase()) {
+            let slot_bytes = 4096;
+            let mut start = 0;
+            loop {
+                let mut cutters: Vec<_> = (0..size).map(|me| Cutter::new(me, size, slot_bytes)).collect();
+                let groups: Vec<Group> = cutters.iter_mut().map(|c| c.group(&moves, start)).collect();
+                let group = groups[0];
+                for other in &groups {
+                    prop_assert_eq!((other.start, other.end, other.cuts, other.inline), (group.start, group.end, group.cuts, group.inline));
+                }
+                prop_assert!(group.cuts >= 1 && (group.end > start || moves.is_empty()));
+                for cut in 0..group.cuts {
+                    for rank in 0..size {
+                        let sent: usize = moves[start..group.end].iter()
+                            .filter(|m| travels(m, rank) && size > 1)
+                            .map(|m| aligned(group.piece(m.src.len, cut).1))
+                            .sum();
+                        prop_assert!(sent <= slot_bytes, "rank {} sends {} of {} in cut {}", rank, sent, slot_bytes, cut);
+                        prop_assert!(!group.inline || sent <= INLINE);
+                    }
+                }
+                for m in &moves[start..group.end] {
+                    let mut next = 0;
+                    for cut in 0..group.cuts {
+                        let (at, len) = group.piece(m.src.len, cut);
+                        prop_assert_eq!(at, next);
+                        prop_assert!(len == 0 || at % CUT_ALIGN == 0);
+                        next += len;
+                    }
+                    prop_assert_eq!(next, m.src.len);
+                }
+                start = group.end;
+                if start >= moves.len() { break; }
+            }
+        }
+    }
+}

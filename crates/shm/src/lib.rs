@@ -1,0 +1,57 @@
+//! The node-local transport for host memory: [`ShmNode`] moves a group's phases and messages between the processes
+//! of one node through a shared memory segment.
+//!
+//! How it fits together: `handover` gives every local rank the same `segment` (laid out by `geometry`, made of the structures
+//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many) over the slot `ring`;
+//! `messages` sends point to point over `pair` cells; `doorbell` puts ranks to sleep and wakes them; `abort` and
+//! `peers` tell why a group ended. `ring`, `pair`, `doorbell` and `abort` are the lock-free protocols; they see memory only
+//! through `layout::Memory` and are model-checked with loom:
+//!
+//! ```sh
+//! RUSTFLAGS="--cfg loom" cargo test --release -p smddp-shm --lib
+//! ```
+
+#![cfg_attr(loom, allow(dead_code))]
+
+mod abort;
+mod doorbell;
+mod layout;
+mod log;
+mod mask;
+mod pair;
+mod ring;
+mod sync;
+
+#[cfg(not(loom))]
+mod buffer;
+#[cfg(not(loom))]
+mod cut;
+#[cfg(not(loom))]
+mod error;
+#[cfg(not(loom))]
+mod geometry;
+#[cfg(not(loom))]
+mod handover;
+#[cfg(not(loom))]
+mod messages;
+#[cfg(not(loom))]
+mod node;
+#[cfg(not(loom))]
+mod peers;
+#[cfg(not(loom))]
+mod phases;
+#[cfg(not(loom))]
+mod segment;
+
+#[cfg(all(test, loom))]
+mod loom_tests;
+
+#[cfg(not(loom))]
+pub use error::ShmError;
+#[cfg(not(loom))]
+pub use geometry::Geometry;
+#[cfg(not(loom))]
+pub use handover::{Listener, Membership};
+pub use mask::MAX_LOCAL;
+#[cfg(not(loom))]
+pub use node::ShmNode;

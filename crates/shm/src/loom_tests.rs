@@ -1,0 +1,380 @@
+//! The lock-free protocols under loom: every interleaving (up to a number of preemptions) of two or three ranks.
+//!
+//! Each property has a twin in which one ordering or fence is missing and which must fail: that shows that the
+//! model can see the mistake, and that the ordering is needed.
+
+use bytemuck::Zeroable;
+use loom::sync::Arc;
+use loom::thread;
+use smddp_core::call::PackedCall;
+use smddp_core::transport::MsgKey;
+
+use crate::doorbell::{Sleeper, notify};
+use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logged, Memory, SlotHead};
+use crate::pair::Place;
+use crate::ring::Ring;
+use crate::sync::{AtomicU32, AtomicU64, Futex, MISTAKE, Mistake};
+use crate::{abort, log};
+
+const SLOTS: usize = 2;
+const CELLS: usize = 2;
+
+/// Shared structures on the heap.
+struct Heap {
+    alerts: Alerts,
+    abort: AbortCell,
+    controls: Vec<Control>,
+    slots: Vec<Vec<Line<SlotHead>>>,
+    /// From rank 0 to rank 1.
+    cells: Vec<Line<Frame>>,
+}
+
+impl Heap {
+    fn new(size: usize, slots: usize, cells: usize) -> Arc<Heap> {
+        let control = |_| Control {
+            consumed: AtomicU64::new(0),
+            bell: Bell { futex: Futex::new(), hint: AtomicU32::new(0) },
+            log: std::array::from_fn(|_| Logged {
+                phase: AtomicU64::new(0),
+                call: [AtomicU64::new(0), AtomicU64::new(0)],
+            }),
+        };
+        Arc::new(Heap {
+            alerts: Alerts { abort: AtomicU32::new(0), sleepers: std::array::from_fn(|_| AtomicU64::new(0)) },
+            abort: AbortCell::new(),
+            controls: (0..size).map(control).collect(),
+            slots: (0..size).map(|_| (0..slots).map(|_| Line::new()).collect()).collect(),
+            cells: (0..cells).map(|_| Line::new()).collect(),
+        })
+    }
+}
+
+impl Memory for Heap {
+    fn alerts(&self) -> &Alerts {
+        &self.alerts
+    }
+    fn abort_text(&self) -> &AbortCell {
+        &self.abort
+    }
+    fn control(&self, rank: usize) -> &Control {
+        &self.controls[rank]
+    }
+    fn slot(&self, rank: usize, index: usize) -> &Line<SlotHead> {
+        &self.slots[rank][index]
+    }
+    fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame> {
+        assert_eq!((from, to), (0, 1));
+        &self.cells[index]
+    }
+}
+
+fn explore(preemptions: usize, mistake: Option<Mistake>, body: impl Fn() + Sync + Send + 'static) {
+    MISTAKE.set(mistake);
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(preemptions);
+    model.check(body);
+}
+
+/// What rank `rank` puts into exchange `exchange`.
+fn content(rank: usize, exchange: u64) -> [u8; 2] {
+    [rank as u8, exchange as u8]
+}
+
+/// One rank's polls, as `ShmNode` makes them, for phases in which `writers` publish and everybody else reads.
+struct Rank {
+    me: usize,
+    size: usize,
+    heap: Arc<Heap>,
+    ring: Ring,
+    writers: &'static [usize],
+    exchanges: u64,
+    /// Whether to wake sleepers.
+    ringing: bool,
+    /// Whether it sleeps several times after one announcement.
+    stays_armed: bool,
+}
+
+impl Rank {
+    fn new(me: usize, heap: &Arc<Heap>, writers: &'static [usize], exchanges: u64, ringing: bool) -> Rank {
+        let size = heap.controls.len();
+        let ring = Ring::new(me, size, SLOTS);
+        Rank { me, size, heap: Arc::clone(heap), ring, writers, exchanges, ringing, stays_armed: false }
+    }
+
+    fn is_done(&self) -> bool {
+        self.ring.consumed() == self.exchanges
+    }
+
+    fn notify(&self) {
+        if self.ringing {
+            notify(&*self.heap, self.me, self.size);
+        }
+    }
+
+    /// Publishes the next exchange if it can; `Err` names who is in the way.
+    fn publish(&mut self) -> Result<bool, usize> {
+        if self.ring.published() == self.exchanges || self.ring.is_full() {
+            return Ok(false);
+        }
+        if !self.writers.contains(&self.me) {
+            self.ring.skip();
+            return Ok(true);
+        }
+        if let Some(peer) = self.ring.in_the_way(&*self.heap) {
+            return Err(peer);
+        }
+        let bytes = content(self.me, self.ring.published());
+        self.ring.publish(&*self.heap, |head| head.inline[..2].copy_from_slice(&bytes));
+        self.notify();
+        Ok(true)
+    }
+
+    fn consume(&mut self) -> Result<bool, usize> {
+        let exchange = self.ring.consumed();
+        if exchange == self.ring.published() {
+            return Ok(false);
+        }
+        for &peer in self.writers.iter().filter(|&&w| w != self.me) {
+            if !self.ring.is_ready(&*self.heap, peer) {
+                return Err(peer);
+            }
+            let slot = self.heap.slot(peer, self.ring.index(exchange));
+            let got = slot.read(|head| [head.inline[0], head.inline[1]]);
+            assert_eq!(got, content(peer, exchange), "stale or torn data");
+        }
+        self.ring.consume(&*self.heap);
+        self.notify();
+        Ok(true)
+    }
+
+    /// One poll: whether anything moved, and who blocks.
+    fn poll(&mut self) -> (bool, Vec<usize>) {
+        let steps = [self.publish(), self.consume()];
+        (steps.contains(&Ok(true)), steps.iter().filter_map(|s| s.err()).collect())
+    }
+
+    fn spin(mut self) {
+        while !self.is_done() {
+            if !self.poll().0 {
+                thread::yield_now();
+            }
+        }
+    }
+
+    /// As the engine does when spinning is over.
+    fn sleep_between(mut self) {
+        let mut sleeper = Sleeper::default();
+        while !self.is_done() {
+            if self.poll().0 {
+                continue;
+            }
+            if !sleeper.is_armed() {
+                sleeper.arm(&*self.heap, self.me);
+            }
+            let value = self.heap.control(self.me).bell.futex.value();
+            if !self.armed_poll(&mut sleeper) {
+                self.heap.control(self.me).bell.futex.sleep(value);
+            }
+            if !self.stays_armed {
+                sleeper.disarm(&*self.heap, self.me);
+            }
+        }
+    }
+
+    fn armed_poll(&mut self, sleeper: &mut Sleeper) -> bool {
+        loop {
+            let (moved, blockers) = self.poll();
+            if moved {
+                return true;
+            }
+            let hope = match blockers[..] {
+                [one] => Some(one),
+                [a, b] if a == b => Some(a),
+                _ => None,
+            };
+            if !sleeper.wait_for(&*self.heap, self.me, hope) {
+                return false;
+            }
+        }
+    }
+}
+
+fn both_spin(writers: &'static [usize], exchanges: u64) {
+    let heap = Heap::new(2, SLOTS, 0);
+    let other = Rank::new(1, &heap, writers, exchanges, false);
+    let thread = thread::spawn(move || other.spin());
+    Rank::new(0, &heap, writers, exchanges, false).spin();
+    thread.join().unwrap();
+}
+
+#[test]
+fn slots_carry_every_exchange_both_ways() {
+    explore(2, None, || both_spin(&[0, 1], 4));
+}
+
+#[test]
+fn slots_are_recycled_when_only_one_rank_writes() {
+    explore(3, None, || both_spin(&[0], 5));
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_relaxed_publish_is_found() {
+    explore(3, Some(Mistake::RelaxedPublish), || both_spin(&[0, 1], 4));
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_relaxed_recycle_is_found() {
+    explore(3, Some(Mistake::RelaxedRecycle), || both_spin(&[0], 5));
+}
+
+fn all_sleep(size: usize, writers: &'static [usize], exchanges: u64) {
+    let heap = Heap::new(size, SLOTS, 0);
+    let rank = |me| Rank { stays_armed: size > 2, ..Rank::new(me, &heap, writers, exchanges, true) };
+    let threads: Vec<_> = (1..size)
+        .map(|me| {
+            let rank = rank(me);
+            thread::spawn(move || rank.sleep_between())
+        })
+        .collect();
+    rank(0).sleep_between();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn no_wake_up_is_lost_between_two_ranks() {
+    explore(2, None, || all_sleep(2, &[0, 1], 2));
+}
+
+#[test]
+fn no_wake_up_is_lost_when_a_writer_waits_for_its_slots() {
+    explore(2, None, || all_sleep(2, &[0], 3));
+}
+
+#[test]
+fn no_wake_up_is_lost_when_the_peer_waited_for_changes() {
+    explore(2, None, || all_sleep(3, &[1, 2], 1));
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_sleeper_that_does_not_fence_is_found() {
+    explore(2, Some(Mistake::NoArmFence), || all_sleep(2, &[0, 1], 2));
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_waker_that_does_not_fence_is_found() {
+    explore(2, Some(Mistake::NoNotifyFence), || all_sleep(2, &[0, 1], 2));
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn a_changed_hint_without_another_look_is_found() {
+    explore(2, Some(Mistake::NoSecondLook), || all_sleep(3, &[1, 2], 1));
+}
+
+const FRAMES: u32 = 4;
+
+fn frame(number: u32) -> Frame {
+    let key = MsgKey { group: 1, seq: u64::from(number), tag: 2 };
+    Frame { key, call: PackedCall::zeroed(), total: 0, len: number, reserved: 0 }
+}
+
+fn frames_pass() {
+    let heap = Heap::new(2, 0, CELLS);
+    let writer = Arc::clone(&heap);
+    let thread = thread::spawn(move || {
+        let mut place = Place::default();
+        for number in 0..FRAMES {
+            let cell = writer.cell(0, 1, place.index(CELLS));
+            while !place.is_free(cell, CELLS) {
+                thread::yield_now();
+            }
+            place.publish(cell, CELLS, frame(number));
+        }
+    });
+    let mut place = Place::default();
+    for number in 0..FRAMES {
+        let cell = heap.cell(0, 1, place.index(CELLS));
+        let got = loop {
+            match place.arrived(cell, CELLS) {
+                Some(got) => break got,
+                None => thread::yield_now(),
+            }
+        };
+        assert_eq!((got.key.seq, got.len), (u64::from(number), number));
+        place.release(cell, CELLS);
+    }
+    thread.join().unwrap();
+}
+
+#[test]
+fn frames_arrive_in_order_and_whole() {
+    explore(3, None, frames_pass);
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_frame_published_relaxed_is_found() {
+    explore(3, Some(Mistake::RelaxedPublish), frames_pass);
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_cell_handed_back_relaxed_is_found() {
+    explore(3, Some(Mistake::RelaxedRecycle), frames_pass);
+}
+
+fn two_abort() {
+    let heap = Heap::new(2, 0, 0);
+    let other = Arc::clone(&heap);
+    let thread = thread::spawn(move || abort::raise(&*other, 1, "one"));
+    abort::raise(&*heap, 0, "zero");
+    while !abort::is_raised(&*heap) {
+        thread::yield_now();
+    }
+    let seen = abort::reason(&*heap);
+    assert!(seen == (0, "zero".to_owned()) || seen == (1, "one".to_owned()), "{seen:?}");
+    thread.join().unwrap();
+    assert_eq!(abort::reason(&*heap), seen);
+}
+
+#[test]
+fn the_first_abort_is_seen_whole() {
+    explore(3, None, two_abort);
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn an_abort_published_relaxed_is_found() {
+    explore(3, Some(Mistake::RelaxedPublish), two_abort);
+}
+
+#[test]
+fn a_logged_call_is_whole_or_not_seen() {
+    let call = |n: u8| PackedCall { collective: n, count: u64::from(n), ..PackedCall::zeroed() };
+    explore(3, None, move || {
+        let heap = Heap::new(2, 0, 0);
+        let writer = Arc::clone(&heap);
+        let thread = thread::spawn(move || {
+            for number in 0..2 {
+                log::record(&*writer, 1, number, &call(number as u8 + 1));
+            }
+        });
+        for number in 0..2 {
+            if let Some(seen) = log::look(&*heap, 1, number) {
+                assert_eq!(seen, call(number as u8 + 1));
+            }
+        }
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn anybody_is_no_rank() {
+    assert!(ANYBODY as usize >= crate::MAX_LOCAL);
+}

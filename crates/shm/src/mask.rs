@@ -1,0 +1,66 @@
+//! Sets of local ranks.
+
+/// Local ranks one segment can hold: as many as `Mask` has bits, so that the sleepers' mask and the abort flag
+/// share one cache line.
+pub const MAX_LOCAL: usize = WORDS * 64;
+
+pub(crate) const WORDS: usize = 7;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mask([u64; WORDS]);
+
+impl Mask {
+    #[inline]
+    pub(crate) fn set(&mut self, rank: usize) {
+        self.0[rank / 64] |= 1 << (rank % 64);
+    }
+
+    #[inline]
+    pub(crate) fn clear(&mut self, rank: usize) {
+        self.0[rank / 64] &= !(1 << (rank % 64));
+    }
+
+    #[inline]
+    pub(crate) fn has(&self, rank: usize) -> bool {
+        self.0[rank / 64] >> (rank % 64) & 1 == 1
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0 == [0; WORDS]
+    }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
+        self.0.into_iter().enumerate().flat_map(|(word, bits)| bits_of(bits).map(move |b| word * 64 + b))
+    }
+}
+
+/// The positions of the bits that are set, ascending.
+#[inline]
+pub(crate) fn bits_of(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        if bits == 0 {
+            return None;
+        }
+        let at = bits.trailing_zeros() as usize;
+        bits &= bits - 1;
+        Some(at)
+    })
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_what_was_set() {
+        let mut mask = Mask::default();
+        assert!(mask.is_empty());
+        for rank in [0, 63, 64, MAX_LOCAL - 1] {
+            mask.set(rank);
+        }
+        mask.clear(63);
+        assert!(mask.has(64) && !mask.has(63) && !mask.is_empty());
+        assert_eq!(mask.iter().collect::<Vec<_>>(), vec![0, 64, MAX_LOCAL - 1]);
+    }
+}

@@ -1,0 +1,273 @@
+//! [`ShmNode`]: the pieces of this crate behind core's [`NodeLocal`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smddp_core::call::PackedCall;
+use smddp_core::error::Site;
+use smddp_core::transport::{Bell, Ctx, Message, NodeLocal, PhaseRun};
+use smddp_core::{Error, Result};
+
+use crate::doorbell::{self, Sleeper};
+use crate::handover::Membership;
+use crate::layout::Memory;
+use crate::messages::Messages;
+use crate::peers::Peers;
+use crate::phases::{Phases, Step, mismatch};
+use crate::ring::Ring;
+use crate::segment::Segment;
+use crate::{Geometry, abort, log};
+
+/// One rank's end of its group's shared memory on this node.
+pub struct ShmNode {
+    me: usize,
+    /// Group rank of each local rank.
+    ranks: Vec<u32>,
+    segment: Arc<Segment>,
+    ring: Ring,
+    phases: Phases,
+    messages: Messages,
+    sleeper: Sleeper,
+    peers: Peers,
+    bell: Arc<dyn Bell>,
+    /// The last call, by its number, if it was one in which some rank reads nothing of the others.
+    unread: Option<(u64, PackedCall)>,
+    /// Why nothing works any more.
+    failed: Option<Error>,
+}
+
+impl ShmNode {
+    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers) -> ShmNode {
+        let geometry = segment.layout().geometry;
+        let size = who.ranks.len();
+        let segment = Arc::new(segment);
+        ShmNode {
+            me: who.local_rank,
+            ranks: who.ranks.clone(),
+            ring: Ring::new(who.local_rank, size, geometry.slots),
+            phases: Phases::new(who.local_rank, who.ranks.clone(), geometry.slot),
+            messages: Messages::new(who.local_rank, &segment),
+            bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
+            segment,
+            sleeper: Sleeper::default(),
+            peers,
+            unread: None,
+            failed: None,
+        }
+    }
+
+    /// The slots in use, as local rank 0 chose them.
+    pub fn geometry(&self) -> Geometry {
+        self.segment.layout().geometry
+    }
+
+    /// Bytes of shared memory the group uses on this node.
+    pub fn shared_bytes(&self) -> usize {
+        self.segment.layout().total()
+    }
+
+    fn check(&self) -> Result<()> {
+        match &self.failed {
+            None => Ok(()),
+            Some(error) => Err(error.clone()),
+        }
+    }
+
+    /// Remembers why, so that nothing is touched again.
+    fn fail(&mut self, error: Error) -> Error {
+        self.phases.clear();
+        self.messages.clear();
+        self.failed = Some(error.clone());
+        error
+    }
+
+    fn heard_of_abort(&self) -> Error {
+        let (rank, text) = abort::reason(&*self.segment);
+        let who = self.ranks.get(rank).map_or_else(|| "a rank".to_owned(), |r| format!("rank {r}"));
+        Error::Aborted { site: Site::unknown(), reason: format!("{who}: {text}") }
+    }
+
+    fn notify(&self) {
+        doorbell::notify(&*self.segment, self.me, self.ranks.len());
+    }
+
+    fn try_poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
+        loop {
+            let mut moved = false;
+            if !self.messages.is_idle() {
+                moved = self.messages.poll(&self.segment, done)?;
+                if moved {
+                    self.notify();
+                }
+            }
+            let (stepped, blockers) = self.poll_phases(done)?;
+            moved |= stepped;
+            if moved || !self.sleeper.is_armed() {
+                return Ok(moved);
+            }
+            self.compare_logs()?;
+            if !self.sleeper.wait_for(&*self.segment, self.me, self.only_hope(blockers)) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Consumes what is ready, else publishes ahead. Also says who blocks each of the two.
+    fn poll_phases(&mut self, done: &mut Vec<Ctx>) -> Result<(bool, [Step; 2])> {
+        if self.phases.is_empty() {
+            return Ok((false, [Step::Idle; 2]));
+        }
+        let mut published = Step::Idle;
+        if self.ring.consumed() == self.ring.published() {
+            published = self.publish();
+        }
+        let consumed = self.phases.consume(&self.segment, &mut self.ring, done)?;
+        if consumed == Step::Moved {
+            self.notify();
+        } else if published == Step::Idle {
+            published = self.publish();
+        }
+        Ok((consumed == Step::Moved || published == Step::Moved, [consumed, published]))
+    }
+
+    fn publish(&mut self) -> Step {
+        let step = self.phases.publish(&self.segment, &mut self.ring);
+        if step == Step::Moved {
+            self.notify();
+        }
+        step
+    }
+
+    /// The only peer whose doings can move this rank, if there is such a one.
+    fn only_hope(&self, blockers: [Step; 2]) -> Option<usize> {
+        if !self.messages.is_idle() {
+            return None;
+        }
+        match blockers {
+            [Step::Blocked(a), Step::Blocked(b)] => (a == b).then_some(a),
+            [Step::Blocked(one), _] | [_, Step::Blocked(one)] => Some(one),
+            _ => None,
+        }
+    }
+
+    /// Before sleeping: whether a peer submitted another call in place of the phase this rank waits in. Slots tell most
+    /// disagreements; this finds those in which nobody publishes what another waits for.
+    fn compare_logs(&self) -> Result<()> {
+        match self.phases.oldest() {
+            Some((number, ours)) => self.compare_log(number, ours),
+            None => Ok(()),
+        }
+    }
+
+    fn compare_log(&self, number: u64, ours: PackedCall) -> Result<()> {
+        for peer in (0..self.ranks.len()).filter(|&peer| peer != self.me) {
+            match log::look(&*self.segment, peer, number) {
+                Some(theirs) if theirs != ours => return Err(mismatch(&ours, self.ranks[peer], &theirs)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl NodeLocal for ShmNode {
+    fn submit(&mut self, run: PhaseRun) -> Result<()> {
+        self.check()?;
+        let call = run.call;
+        let number = self.phases.submit(run)?;
+        if self.ranks.len() > 1 {
+            log::record(&*self.segment, self.me, number, &call);
+            // A root reads no slot, so two roots would not notice each other: the next call looks back.
+            if let Some((before, ours)) = self.unread.take() {
+                self.compare_log(before, ours)?;
+            }
+            self.unread = call.unpack().filter(|c| c.collective.rooted()).map(|_| (number, call));
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, message: Message) -> Result<()> {
+        self.check()?;
+        self.messages.send(message)
+    }
+
+    fn recv(&mut self, message: Message) -> Result<()> {
+        self.check()?;
+        self.messages.recv(message)
+    }
+
+    fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
+        self.check()?;
+        if abort::is_raised(&*self.segment) {
+            let error = self.heard_of_abort();
+            return Err(self.fail(error));
+        }
+        match self.try_poll(done) {
+            Ok(moved) => Ok(moved),
+            Err(error) => Err(self.fail(error)),
+        }
+    }
+
+    fn arm(&mut self) {
+        self.sleeper.arm(&*self.segment, self.me);
+    }
+
+    fn disarm(&mut self) {
+        self.sleeper.disarm(&*self.segment, self.me);
+    }
+
+    fn bell(&self) -> Arc<dyn Bell> {
+        Arc::clone(&self.bell)
+    }
+
+    fn waiting_for(&self) -> Vec<usize> {
+        let mut peers = self.phases.waiting_for(&self.segment, &self.ring);
+        peers.extend(self.messages.waiting_for(&self.segment));
+        peers.sort_unstable();
+        peers.dedup();
+        peers
+    }
+
+    /// Only ranks that this one waits for: what a rank published before its end still counts, so one that finished its
+    /// work and left is not lost.
+    fn dead_peer(&mut self) -> Option<usize> {
+        // In this order: what a rank published before its end is seen after its end is.
+        let ended: Vec<usize> = self.peers.ended().collect();
+        if ended.is_empty() {
+            return None;
+        }
+        self.waiting_for().into_iter().find(|peer| ended.contains(peer))
+    }
+
+    fn abort(&mut self, why: &Error) {
+        abort::raise(&*self.segment, self.me, &why.to_string());
+        doorbell::ring_all(&*self.segment, self.me, self.ranks.len());
+        self.fail(why.clone());
+    }
+}
+
+impl Drop for ShmNode {
+    fn drop(&mut self) {
+        self.disarm();
+    }
+}
+
+/// The futex word of one rank; keeps the segment mapped.
+struct ShmBell {
+    segment: Arc<Segment>,
+    rank: usize,
+}
+
+impl Bell for ShmBell {
+    fn value(&self) -> u32 {
+        self.segment.control(self.rank).bell.futex.value()
+    }
+
+    fn wait(&self, value: u32, limit: Duration) {
+        self.segment.control(self.rank).bell.futex.wait(value, limit);
+    }
+
+    fn ring(&self) {
+        self.segment.control(self.rank).bell.futex.ring();
+    }
+}

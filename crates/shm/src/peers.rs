@@ -1,0 +1,83 @@
+//! Whether the processes of the node's other ranks still live.
+//!
+//! One pidfd a peer process, shared by all groups of this process; it costs nothing until it is asked.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags};
+
+use crate::segment::Segment;
+use crate::sync::Ordering;
+
+/// A process that is certainly the peer's, even when its pid is used again.
+pub(crate) struct Process {
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(n) if n > 0)
+    }
+}
+
+/// The process `pid`, which is alive while this is called. `None` where the kernel does not let us watch it.
+fn watch(pid: u32) -> Option<Arc<Process>> {
+    static KNOWN: OnceLock<Mutex<HashMap<u32, Weak<Process>>>> = OnceLock::new();
+    let mut known = KNOWN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(process) = known.get(&pid).and_then(Weak::upgrade)
+        && !process.has_ended()
+    {
+        return Some(process);
+    }
+    let pid_value = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    match rustix::process::pidfd_open(pid_value, PidfdFlags::empty()) {
+        Ok(pidfd) => {
+            let process = Arc::new(Process { pidfd });
+            known.retain(|_, process| process.strong_count() > 0);
+            known.insert(pid, Arc::downgrade(&process));
+            Some(process)
+        }
+        Err(error) => {
+            tracing::debug!(pid, %error, "a peer's process cannot be watched");
+            None
+        }
+    }
+}
+
+/// Identity of this process's pid namespace; 0 when unknown.
+pub(crate) fn pid_space() -> u64 {
+    rustix::fs::stat("/proc/self/ns/pid").map_or(0, |s| s.st_ino)
+}
+
+/// The processes of a group's local ranks, as far as they can be watched.
+#[derive(Default)]
+pub(crate) struct Peers {
+    processes: Vec<Option<Arc<Process>>>,
+}
+
+impl Peers {
+    /// From the pids in the segment, valid in pid namespace `space`. All peers are alive while this is called.
+    pub(crate) fn watch(segment: &Segment, me: usize, space: u64) -> Peers {
+        let size = segment.layout().local_size;
+        if space == 0 || space != pid_space() {
+            return Peers::default();
+        }
+        let own = std::process::id();
+        let pids = (0..size).map(|rank| segment.pid(rank).load(Ordering::Relaxed));
+        let processes = pids
+            .enumerate()
+            .map(|(rank, pid)| if rank == me || pid == own || pid == 0 { None } else { watch(pid) });
+        Peers { processes: processes.collect() }
+    }
+
+    /// Local ranks whose process has ended.
+    pub(crate) fn ended(&self) -> impl Iterator<Item = usize> {
+        let ended = |p: &Option<Arc<Process>>| p.as_ref().is_some_and(|p| p.has_ended());
+        self.processes.iter().enumerate().filter(move |(_, p)| ended(p)).map(|(rank, _)| rank)
+    }
+}

@@ -1,0 +1,410 @@
+//! Runs the queue of phases as exchanges over the ring: what to copy where, and when a phase is done.
+//!
+//! Two places walk over the queue: *publishing* copies this rank's pieces into its slots, up to a ring ahead, also
+//! of phases behind the first; *consuming* always works on the first phase. Both see the same moves, groups and cuts as
+//! every other rank (`cut`), so they know without asking what lies where in whose slot.
+
+use std::collections::VecDeque;
+
+use smddp_core::call::PackedCall;
+use smddp_core::error::Site;
+use smddp_core::plan::{Buf, Move, Op, Span, Who};
+use smddp_core::reduce::combine;
+use smddp_core::transport::{Arith, Ctx, PhaseRun};
+use smddp_core::{Error, Region, Result};
+
+use crate::cut::{Cutter, Group, aligned, includes, travels};
+use crate::layout::{Memory, SlotHead};
+use crate::mask::Mask;
+use crate::ring::Ring;
+use crate::segment::Segment;
+
+/// What came of an attempt to make progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// There is nothing to do here.
+    Idle,
+    /// This local rank has to move first.
+    Blocked(usize),
+    Moved,
+}
+
+struct Run {
+    run: PhaseRun,
+    first: Group,
+}
+
+/// The moves of a phase that was checked when it was submitted.
+fn moves_of(run: &PhaseRun) -> &[Move] {
+    match run.plan.steps.get(run.step as usize).map(|s| &s.op) {
+        Some(Op::Phase(moves)) => moves,
+        _ => &[],
+    }
+}
+
+/// The next exchange to publish.
+#[derive(Default)]
+struct Publishing {
+    /// Index into the queue.
+    run: usize,
+    group: Group,
+    cut: usize,
+}
+
+/// The exchange being consumed, and how far.
+struct Consuming {
+    group: Group,
+    cut: usize,
+    /// The next move, and how many bytes of its piece are done.
+    next: usize,
+    done: usize,
+    /// Where the next piece lies in rank `w`'s slot: `base + beyond[w]`.
+    base: isize,
+    beyond: Vec<isize>,
+    /// Peers whose heads were seen and compared in this exchange.
+    arrived: Mask,
+}
+
+pub(crate) struct Phases {
+    me: usize,
+    /// Group rank of each local rank.
+    ranks: Vec<u32>,
+    /// Bytes one poll may copy.
+    budget: usize,
+    cutter: Cutter,
+    queue: VecDeque<Run>,
+    publishing: Publishing,
+    consuming: Consuming,
+    sources: Vec<Region>,
+    submitted: u64,
+}
+
+impl Phases {
+    pub(crate) fn new(me: usize, ranks: Vec<u32>, slot_bytes: usize) -> Phases {
+        let size = ranks.len();
+        Phases {
+            me,
+            budget: slot_bytes.max(64 << 10),
+            cutter: Cutter::new(me, size, slot_bytes),
+            queue: VecDeque::with_capacity(64),
+            publishing: Publishing::default(),
+            consuming: Consuming {
+                group: Group::default(),
+                cut: 0,
+                next: 0,
+                done: 0,
+                base: 0,
+                beyond: vec![0; size],
+                arrived: Mask::default(),
+            },
+            sources: Vec::with_capacity(size),
+            submitted: 0,
+            ranks,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Number of the first unfinished phase, and its call.
+    pub(crate) fn oldest(&self) -> Option<(u64, PackedCall)> {
+        let first = self.queue.front()?;
+        Some((self.submitted - self.queue.len() as u64, first.run.call))
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
+    }
+
+    /// Queues a phase; its number.
+    pub(crate) fn submit(&mut self, run: PhaseRun) -> Result<u64> {
+        check(&run, self.me, self.ranks.len())?;
+        let first = self.cutter.group(moves_of(&run), 0);
+        if self.queue.is_empty() {
+            self.consuming.start(first, 0);
+        }
+        if self.publishing.run == self.queue.len() {
+            self.publishing.group = first;
+            self.publishing.cut = 0;
+        }
+        self.queue.push_back(Run { run, first });
+        self.submitted += 1;
+        Ok(self.submitted - 1)
+    }
+
+    /// Publishes one exchange, when there is one and its slot is free.
+    pub(crate) fn publish(&mut self, segment: &Segment, ring: &mut Ring) -> Step {
+        let at = &mut self.publishing;
+        let Some(Run { run, .. }) = self.queue.get(at.run) else { return Step::Idle };
+        if ring.is_full() {
+            return Step::Idle;
+        }
+        let moves = moves_of(run);
+        if at.group.writes {
+            if let Some(peer) = ring.in_the_way(segment) {
+                return Step::Blocked(peer);
+            }
+            let slot = slot_of(segment, self.me, ring.index(ring.published()), at.group.inline);
+            let mut offset = 0;
+            for m in moves[at.group.start..at.group.end].iter().filter(|m| travels(m, self.me)) {
+                let (start, len) = at.group.piece(m.src.len, at.cut);
+                slot.slice(offset, len).copy_from(run.buffers.at(m.src, run.shift).slice(start, len));
+                offset += aligned(len);
+            }
+            ring.publish(segment, |head: &mut SlotHead| head.call = run.call);
+        } else {
+            ring.skip();
+        }
+        at.cut += 1;
+        if at.cut == at.group.cuts {
+            at.cut = 0;
+            if at.group.end < moves.len() {
+                at.group = self.cutter.group(moves, at.group.end);
+            } else {
+                at.run += 1;
+                at.group = self.queue.get(at.run).map_or(Group::default(), |next| next.first);
+            }
+        }
+        Step::Moved
+    }
+
+    /// Consumes what it can of the oldest published exchange, within the budget of one poll.
+    pub(crate) fn consume(
+        &mut self,
+        segment: &Segment,
+        ring: &mut Ring,
+        done: &mut Vec<Ctx>,
+    ) -> Result<Step> {
+        let Some(Run { run, .. }) = self.queue.front() else { return Ok(Step::Idle) };
+        if ring.consumed() == ring.published() {
+            return Ok(Step::Idle);
+        }
+        let mut work = Work {
+            me: self.me,
+            ranks: &self.ranks,
+            run,
+            segment,
+            ring: &mut *ring,
+            sources: &mut self.sources,
+            budget: self.budget,
+            moved: false,
+        };
+        if let Some(step) = work.consume(&mut self.consuming)? {
+            return Ok(step);
+        }
+        ring.consume(segment);
+        self.step_on(done);
+        Ok(Step::Moved)
+    }
+
+    /// To the next exchange; the phase may be over.
+    fn step_on(&mut self, done: &mut Vec<Ctx>) {
+        let Some(Run { run, .. }) = self.queue.front() else { return };
+        let (group, cut) = (self.consuming.group, self.consuming.cut + 1);
+        if cut < group.cuts {
+            self.consuming.start(group, cut);
+        } else if group.end < moves_of(run).len() {
+            let next = self.cutter.group(moves_of(run), group.end);
+            self.consuming.start(next, 0);
+        } else {
+            done.push(run.ctx);
+            self.queue.pop_front();
+            self.publishing.run -= 1;
+            if let Some(next) = self.queue.front() {
+                self.consuming.start(next.first, 0);
+            }
+        }
+    }
+
+    /// Local ranks without which the oldest phase does not go on.
+    pub(crate) fn waiting_for(&self, segment: &Segment, ring: &Ring) -> Vec<usize> {
+        if self.queue.is_empty() {
+            return Vec::new();
+        }
+        if ring.consumed() == ring.published() {
+            return ring.all_in_the_way(segment).collect();
+        }
+        self.consuming.group.reads.iter().filter(|&peer| !ring.has_published(segment, peer)).collect()
+    }
+}
+
+impl Consuming {
+    fn start(&mut self, group: Group, cut: usize) {
+        self.group = group;
+        self.cut = cut;
+        self.next = group.start;
+        self.done = 0;
+        self.base = 0;
+        self.beyond.fill(0);
+        self.arrived = Mask::default();
+    }
+
+    /// Offset in `rank`'s slot of the next piece.
+    fn offset(&self, rank: usize) -> usize {
+        (self.base + self.beyond[rank]) as usize
+    }
+
+    /// Steps over `m`, whose piece of this cut has `len` bytes.
+    fn step_over(&mut self, m: &Move, len: usize) {
+        let len = aligned(len) as isize;
+        match (m.from, m.to) {
+            (Who::All, Who::All) => self.base += len,
+            (Who::All, Who::One(to)) => {
+                self.base += len;
+                self.beyond[to as usize] -= len;
+            }
+            (Who::One(from), to) => {
+                if to != Who::One(from) {
+                    self.beyond[from as usize] += len;
+                }
+            }
+        }
+        self.next += 1;
+        self.done = 0;
+    }
+}
+
+fn slot_of(segment: &Segment, rank: usize, index: usize, inline: bool) -> Region {
+    if inline { segment.inline(rank, index) } else { segment.data(rank, index) }
+}
+
+/// One poll's work on one exchange.
+struct Work<'a> {
+    me: usize,
+    ranks: &'a [u32],
+    run: &'a PhaseRun,
+    segment: &'a Segment,
+    ring: &'a mut Ring,
+    sources: &'a mut Vec<Region>,
+    budget: usize,
+    moved: bool,
+}
+
+impl Work<'_> {
+    /// `None` when the exchange is complete.
+    fn consume(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
+        let moves = moves_of(self.run);
+        while at.next < at.group.end {
+            let m = &moves[at.next];
+            let (start, len) = at.group.piece(m.src.len, at.cut);
+            if includes(m.to, self.me) {
+                if let Some(peer) = self.missing(m.from, at)? {
+                    return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
+                }
+                if !self.take(m, start, len, at) {
+                    return Ok(Some(Step::Moved));
+                }
+            }
+            at.step_over(m, len);
+        }
+        Ok(None)
+    }
+
+    /// A rank among `from` that has not published this exchange. Compares calls with those that have.
+    fn missing(&mut self, from: Who, at: &mut Consuming) -> Result<Option<usize>> {
+        let peers = match from {
+            Who::One(one) => one as usize..one as usize + 1,
+            Who::All => 0..self.ranks.len(),
+        };
+        for peer in peers {
+            if peer == self.me || at.arrived.has(peer) {
+                continue;
+            }
+            if !self.ring.is_ready(self.segment, peer) {
+                return Ok(Some(peer));
+            }
+            let index = self.ring.index(self.ring.consumed());
+            let theirs = self.segment.slot(peer, index).read(|head| head.call);
+            if theirs != self.run.call {
+                return Err(mismatch(&self.run.call, self.ranks[peer], &theirs));
+            }
+            at.arrived.set(peer);
+        }
+        Ok(None)
+    }
+
+    /// Copies or combines the rest of a piece; false when the budget ended first.
+    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> bool {
+        let reads = match m.from {
+            Who::One(_) => 1,
+            Who::All => self.ranks.len(),
+        };
+        while at.done < len {
+            if self.budget == 0 {
+                return false;
+            }
+            let share = (self.budget / reads).max(4096) & !63;
+            let n = (len - at.done).min(share);
+            let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
+            match m.from {
+                Who::One(from) => dst.copy_from(self.source(from as usize, m, start, n, at)),
+                Who::All => {
+                    self.sources.clear();
+                    for rank in 0..self.ranks.len() {
+                        let source = self.source(rank, m, start, n, at);
+                        self.sources.push(source);
+                    }
+                    combine(self.run.arith, m.finish, dst, self.sources);
+                }
+            }
+            at.done += n;
+            self.budget = self.budget.saturating_sub(n * reads);
+            self.moved = true;
+        }
+        true
+    }
+
+    /// The next `n` bytes of `rank`'s piece: in its slot, or this rank's own where they are.
+    fn source(&self, rank: usize, m: &Move, start: usize, n: usize, at: &Consuming) -> Region {
+        if rank == self.me {
+            return self.run.buffers.at(m.src, self.run.shift).slice(start + at.done, n);
+        }
+        let index = self.ring.index(self.ring.consumed());
+        slot_of(self.segment, rank, index, at.group.inline).slice(at.offset(rank) + at.done, n)
+    }
+}
+
+pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {
+    Error::Mismatch {
+        site: Site::unknown(),
+        ours: ours.to_string(),
+        peer: peer as usize,
+        theirs: theirs.to_string(),
+    }
+}
+
+/// Whether a phase can run as it is: so that nothing later panics on a broken plan.
+fn check(run: &PhaseRun, me: usize, size: usize) -> Result<()> {
+    let wrong = |what: String| Err(Error::Internal(format!("phase {} of {}: {what}", run.step, run.call)));
+    let Some(Op::Phase(moves)) = run.plan.steps.get(run.step as usize).map(|s| &s.op) else {
+        return wrong("the plan has no such phase".to_owned());
+    };
+    let known = |who: Who| matches!(who, Who::All) || matches!(who, Who::One(one) if (one as usize) < size);
+    let inside = |span: Span| {
+        let (region, shift) = match span.buf {
+            Buf::Input => (run.buffers.input, run.shift),
+            Buf::Output => (run.buffers.output, run.shift),
+            Buf::Scratch => (run.buffers.scratch, 0),
+        };
+        let end = span.off.checked_add(shift).and_then(|at| at.checked_add(span.len));
+        end.is_some_and(|end| end <= region.len())
+    };
+    for m in moves {
+        if !known(m.from) || !known(m.to) {
+            return wrong(format!("{m:?} names a rank beyond the node's {size}"));
+        }
+        if m.src.len != m.dst.len || (m.from == Who::All && !whole(run.arith, m.src.len)) {
+            return wrong(format!("{m:?} does not fit its lengths or {}", run.arith.dtype));
+        }
+        if includes(m.from, me) && !inside(m.src) || includes(m.to, me) && !inside(m.dst) {
+            return wrong(format!("{m:?} reaches outside its buffer, shifted by {}", run.shift));
+        }
+    }
+    Ok(())
+}
+
+fn whole(arith: Arith, len: usize) -> bool {
+    len.is_multiple_of(arith.dtype.size())
+}

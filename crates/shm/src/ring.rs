@@ -1,0 +1,136 @@
+//! The exchange protocol: every rank's ring of slots, its exchanges numbered 0, 1, 2, … alike on all ranks.
+//!
+//! A rank takes part in exchange `e` by publishing (or skipping, when it has nothing to give) and later consuming it.
+//! Its slot for `e` is `e mod K`.
+//!
+//! Invariants
+//! - **E1** A slot's word is `(e + 1) << 8 | lag` for the last exchange `e` its owner published there; `lag` is how many
+//!   exchanges behind `e` its owner's consumption was. So every head also carries an acknowledgement, and in
+//!   symmetric traffic nobody reads the `consumed` counters.
+//! - **E2** `e` is published only when every peer has consumed `e - K`: no reader is left in the slot.
+//! - **E3** A rank publishes or skips `e` before it consumes `e` (consuming may overwrite what it publishes), and
+//!   consumes in order; it is at most K exchanges ahead of its own consumption.
+//! - **E4** Nobody waits for ever: of the ranks with the lowest consumption, each can publish or consume as soon
+//!   as the work has been submitted everywhere.
+
+use crate::layout::{Memory, SlotHead};
+use crate::sync::{Ordering, recycle_order};
+
+pub(crate) const MAX_SLOTS: usize = 64;
+
+const LAG_BITS: u32 = 8;
+
+pub(crate) struct Ring {
+    me: usize,
+    slots: u64,
+    /// Exchanges published or skipped, and consumed, by this rank.
+    published: u64,
+    consumed: u64,
+    /// What is known of each peer's consumption; it may be more by now.
+    peers: Vec<u64>,
+    /// A lower bound of all of them.
+    floor: u64,
+}
+
+impl Ring {
+    pub(crate) fn new(me: usize, size: usize, slots: usize) -> Ring {
+        debug_assert!((2..=MAX_SLOTS).contains(&slots));
+        Ring { me, slots: slots as u64, published: 0, consumed: 0, peers: vec![0; size], floor: 0 }
+    }
+
+    #[inline]
+    pub(crate) fn index(&self, exchange: u64) -> usize {
+        (exchange % self.slots) as usize
+    }
+
+    /// The exchange to publish next.
+    #[inline]
+    pub(crate) fn published(&self) -> u64 {
+        self.published
+    }
+
+    /// The exchange to consume next.
+    #[inline]
+    pub(crate) fn consumed(&self) -> u64 {
+        self.consumed
+    }
+
+    /// Whether this rank is as far ahead of its own consumption as E3 allows.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.published - self.consumed >= self.slots
+    }
+
+    /// `None` when the slot of the next exchange is free (E2), else a peer that still has to consume it.
+    #[inline]
+    pub(crate) fn in_the_way(&mut self, memory: &impl Memory) -> Option<usize> {
+        let needed = (self.published + 1).saturating_sub(self.slots);
+        if self.floor >= needed { None } else { self.look_for(needed, memory) }
+    }
+
+    fn look_for(&mut self, needed: u64, memory: &impl Memory) -> Option<usize> {
+        let mut floor = u64::MAX;
+        for peer in 0..self.peers.len() {
+            if peer == self.me {
+                continue;
+            }
+            if self.peers[peer] < needed {
+                self.peers[peer] = memory.control(peer).consumed.load(Ordering::Acquire);
+                if self.peers[peer] < needed {
+                    return Some(peer);
+                }
+            }
+            floor = floor.min(self.peers[peer]);
+        }
+        self.floor = floor;
+        None
+    }
+
+    /// Every peer that has not consumed the slot of the next exchange.
+    pub(crate) fn all_in_the_way(&self, memory: &impl Memory) -> impl Iterator<Item = usize> {
+        let needed = (self.published + 1).saturating_sub(self.slots);
+        let late = move |&peer: &usize| memory.control(peer).consumed.load(Ordering::Acquire) < needed;
+        (0..self.peers.len()).filter(|peer| *peer != self.me).filter(late)
+    }
+
+    /// Publishes the next exchange; nobody may be [in the way](Ring::in_the_way). Data goes into the slot before.
+    #[inline]
+    pub(crate) fn publish(&mut self, memory: &impl Memory, fill: impl FnOnce(&mut SlotHead)) {
+        debug_assert!(!self.is_full());
+        let word = (self.published + 1) << LAG_BITS | (self.published - self.consumed);
+        memory.slot(self.me, self.index(self.published)).publish(word, fill);
+        self.published += 1;
+    }
+
+    /// Steps over the next exchange: this rank gives nothing to anybody in it.
+    #[inline]
+    pub(crate) fn skip(&mut self) {
+        debug_assert!(!self.is_full());
+        self.published += 1;
+    }
+
+    /// Whether `peer` has published the exchange to consume next.
+    #[inline]
+    pub(crate) fn is_ready(&mut self, memory: &impl Memory, peer: usize) -> bool {
+        let word = memory.slot(peer, self.index(self.consumed)).word();
+        if word >> LAG_BITS != self.consumed + 1 {
+            return false;
+        }
+        let acknowledged = self.consumed.saturating_sub(word & ((1 << LAG_BITS) - 1));
+        self.peers[peer] = self.peers[peer].max(acknowledged);
+        true
+    }
+
+    /// As [`Ring::is_ready`], learning nothing.
+    pub(crate) fn has_published(&self, memory: &impl Memory, peer: usize) -> bool {
+        memory.slot(peer, self.index(self.consumed)).word() >> LAG_BITS == self.consumed + 1
+    }
+
+    /// Hands back the slots of the exchange to consume next: nothing of it is looked at any more.
+    #[inline]
+    pub(crate) fn consume(&mut self, memory: &impl Memory) {
+        debug_assert!(self.consumed < self.published);
+        self.consumed += 1;
+        memory.control(self.me).consumed.store(self.consumed, recycle_order());
+    }
+}
