@@ -1,0 +1,251 @@
+//! What this process knows of each group: its recent calls (ours and the peers'), ranks, and whether it failed.
+//!
+//! Peers that choose different algorithms use different tags, so their messages would never meet; comparing calls by
+//! (group, operation) finds such a disagreement from whatever message arrives first.
+
+use std::collections::VecDeque;
+
+use smddp_core::call::PackedCall;
+use smddp_core::transport::MsgKey;
+
+use crate::map::{Map, map};
+
+/// Calls remembered of a group, on either side.
+const RECENT: usize = 16;
+/// Groups that peers may name before this process posts anything for them.
+const UNKNOWN_GROUPS: usize = 4096;
+/// Withdrawn groups remembered, so that late messages for them are dropped rather than kept.
+const GONE: usize = 256;
+
+#[derive(Clone, Copy, Debug)]
+struct Noted {
+    seq: u64,
+    call: PackedCall,
+    peer: u32,
+}
+
+/// The last [`RECENT`] calls.
+#[derive(Debug, Default)]
+struct Recent {
+    calls: Vec<Noted>,
+    next: usize,
+}
+
+impl Recent {
+    fn find(&self, seq: u64) -> Option<&Noted> {
+        self.calls.iter().find(|n| n.seq == seq)
+    }
+
+    fn note(&mut self, noted: Noted) {
+        if self.calls.len() < RECENT {
+            self.calls.reserve_exact(RECENT - self.calls.len());
+            self.calls.push(noted);
+        } else {
+            self.calls[self.next] = noted;
+        }
+        self.next = (self.next + 1) % RECENT;
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Group {
+    ours: Recent,
+    theirs: Recent,
+    /// Something was posted here.
+    known: bool,
+    /// Its failure was reported; it waits to be withdrawn.
+    pub failed: bool,
+    /// Peers that withdrew from it: nothing of theirs counts any more.
+    pub left: Vec<u32>,
+    /// An abort that came before anything was posted here.
+    pub abort: Option<(u32, String)>,
+}
+
+/// What is known of one peer in one group.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Member {
+    /// Group rank as our own messages named it.
+    pub rank: Option<u32>,
+    /// Pieces of large messages ever posted to it and arrived from it.
+    pub posted: u64,
+    pub arrived: u64,
+}
+
+/// A call that differs between this rank and `peer`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disagreement {
+    pub peer: u32,
+    pub seq: u64,
+    pub ours: PackedCall,
+    pub theirs: PackedCall,
+}
+
+/// What to do with a message from a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Take,
+    /// The group was withdrawn here, or has failed, or the peer left it.
+    Drop,
+    Disagree(Disagreement),
+}
+
+#[derive(Debug)]
+pub struct Groups {
+    groups: Map<u64, Group>,
+    members: Map<(u64, u32), Member>,
+    gone: VecDeque<u64>,
+    gone_set: Map<u64, ()>,
+}
+
+impl Groups {
+    pub fn new() -> Groups {
+        Groups { groups: map(64), members: map(256), gone: VecDeque::with_capacity(64), gone_set: map(64) }
+    }
+
+    pub fn get_mut(&mut self, group: u64) -> Option<&mut Group> {
+        self.groups.get_mut(&group)
+    }
+
+    pub fn is_gone(&self, group: u64) -> bool {
+        self.gone_set.contains_key(&group)
+    }
+
+    /// Notes a message posted here. `Some` when a peer already called something else in the same operation.
+    pub fn post(&mut self, key: MsgKey, call: PackedCall, peer: u32, rank: u32) -> Option<Disagreement> {
+        self.members.entry((key.group, peer)).or_default().rank = Some(rank);
+        let group = self.groups.entry(key.group).or_default();
+        group.known = true;
+        if key.seq & MsgKey::P2P != 0 || group.ours.find(key.seq).is_some() {
+            return None;
+        }
+        group.ours.note(Noted { seq: key.seq, call, peer });
+        let theirs = group.theirs.find(key.seq)?;
+        (theirs.call != call).then_some(Disagreement {
+            peer: theirs.peer,
+            seq: key.seq,
+            ours: call,
+            theirs: theirs.call,
+        })
+    }
+
+    /// Judges a message of `peer`.
+    pub fn arrive(&mut self, key: MsgKey, call: PackedCall, peer: u32) -> Verdict {
+        if self.is_gone(key.group) {
+            return Verdict::Drop;
+        }
+        let Some(group) = self.entry(key.group) else { return Verdict::Take };
+        if group.failed || group.left.contains(&peer) {
+            return Verdict::Drop;
+        }
+        if key.seq & MsgKey::P2P != 0 {
+            return Verdict::Take;
+        }
+        if let Some(ours) = group.ours.find(key.seq) {
+            if ours.call != call {
+                let ours = ours.call;
+                return Verdict::Disagree(Disagreement { peer, seq: key.seq, ours, theirs: call });
+            }
+        } else if group.theirs.find(key.seq).is_none() {
+            group.theirs.note(Noted { seq: key.seq, call, peer });
+        }
+        Verdict::Take
+    }
+
+    /// The group a peer named; `None` when it is not known here and too many such are.
+    pub fn entry(&mut self, group: u64) -> Option<&mut Group> {
+        if self.groups.len() >= UNKNOWN_GROUPS && !self.groups.contains_key(&group) {
+            return None;
+        }
+        Some(self.groups.entry(group).or_default())
+    }
+
+    pub fn member(&mut self, group: u64, peer: u32) -> &mut Member {
+        self.members.entry((group, peer)).or_default()
+    }
+
+    pub fn arrived(&self, group: u64, peer: u32) -> u64 {
+        self.members.get(&(group, peer)).map_or(0, |m| m.arrived)
+    }
+
+    pub fn rank_of(&self, group: u64, peer: u32) -> Option<u32> {
+        self.members.get(&(group, peer))?.rank
+    }
+
+    pub fn known(&self, group: u64) -> bool {
+        self.groups.get(&group).is_some_and(|g| g.known)
+    }
+
+    /// Forgets the group's calls; messages for it are dropped from now on. Its counts stay as long as that is known,
+    /// because peers that withdraw later ask for them.
+    pub fn withdraw(&mut self, group: u64) {
+        self.groups.remove(&group);
+        if self.gone_set.insert(group, ()).is_some() {
+            return;
+        }
+        if self.gone.len() == GONE
+            && let Some(oldest) = self.gone.pop_front()
+        {
+            self.gone_set.remove(&oldest);
+            self.members.retain(|(g, _), _| *g != oldest);
+        }
+        self.gone.push_back(group);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use smddp_core::{Call, Collective, DType};
+
+    use super::*;
+
+    fn call(count: u64) -> PackedCall {
+        Call::new(Collective::AllReduce, DType::F32, count).pack()
+    }
+
+    fn key(seq: u64) -> MsgKey {
+        MsgKey { group: 1, seq, tag: 0 }
+    }
+
+    #[test]
+    fn a_differing_call_is_found_whoever_is_first() {
+        let mut groups = Groups::new();
+        assert_eq!(groups.post(key(0), call(1), 7, 3), None);
+        let found = Disagreement { peer: 7, seq: 0, ours: call(1), theirs: call(2) };
+        assert_eq!(groups.arrive(key(0), call(2), 7), Verdict::Disagree(found));
+        assert_eq!(groups.arrive(key(0), call(1), 7), Verdict::Take);
+
+        assert_eq!(groups.arrive(key(1), call(5), 8), Verdict::Take);
+        let found = Disagreement { peer: 8, seq: 1, ours: call(4), theirs: call(5) };
+        assert_eq!(groups.post(key(1), call(4), 7, 3), Some(found));
+        assert_eq!(groups.rank_of(1, 7), Some(3));
+    }
+
+    #[test]
+    fn the_last_calls_are_kept_and_no_more() {
+        let mut groups = Groups::new();
+        for seq in 0..=RECENT as u64 {
+            assert_eq!(groups.post(key(seq), call(seq), 0, 0), None);
+        }
+        assert_eq!(groups.arrive(key(0), call(99), 0), Verdict::Take, "forgotten");
+        assert!(matches!(groups.arrive(key(1), call(99), 0), Verdict::Disagree(_)));
+    }
+
+    #[test]
+    fn point_to_point_numbers_are_not_operations() {
+        let mut groups = Groups::new();
+        assert_eq!(groups.post(key(MsgKey::P2P), call(1), 0, 0), None);
+        assert_eq!(groups.arrive(key(MsgKey::P2P), call(2), 0), Verdict::Take);
+    }
+
+    #[test]
+    fn a_withdrawn_group_takes_nothing() {
+        let mut groups = Groups::new();
+        groups.post(key(0), call(1), 0, 0);
+        groups.withdraw(1);
+        assert_eq!(groups.arrive(key(0), call(1), 0), Verdict::Drop);
+        for other in 2..GONE as u64 + 2 {
+            groups.withdraw(other);
+        }
+        assert!(!groups.is_gone(1), "the memory of it is bounded");
+    }
+}

@@ -1,0 +1,444 @@
+//! [`Domain`] over one libfabric RDM endpoint. The same code serves every provider; what differs is in [`Caps`].
+
+use std::ffi::{c_int, c_void};
+use std::os::fd::RawFd;
+use std::ptr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smddp_core::memory::Region;
+use smddp_libfabric_sys::Library;
+use smddp_libfabric_sys::abi::*;
+use smddp_libfabric_sys::calls::{self, Target};
+
+use super::nics::{Info, Nic, NicInfo, call_error};
+use crate::domain::{Armed, Caps, Completion, Domain, Mr, PeerAddr, Post, Refused, Remote};
+use crate::error::Error;
+
+/// Completions read at a time.
+const BATCH: usize = 32;
+/// Completions the queue holds at least.
+const QUEUE: usize = 4096;
+/// A provider over sockets answers "again" both while it connects and for ever after the peer has gone: a peer that
+/// was reached before is given up after so long.
+const RECONNECT: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Reach {
+    reached: bool,
+    again_since: Option<Instant>,
+}
+
+/// One NIC's endpoint.
+pub struct LibfabricDomain {
+    library: Arc<Library>,
+    nic: NicInfo,
+    caps: Caps,
+    fabric: *mut fid_fabric,
+    domain: *mut fid_domain,
+    av: *mut fid_av,
+    cq: *mut fid_cq,
+    ep: *mut fid_ep,
+    name: Vec<u8>,
+    wait: Option<RawFd>,
+    mrs: Vec<*mut fid_mr>,
+    free_mrs: Vec<u32>,
+    /// Keys are never used again, so that a late write finds no other transfer's memory.
+    next_key: u64,
+    /// Whether "again" may mean a lost connection (see [`RECONNECT`]).
+    over_sockets: bool,
+    reach: Vec<Reach>,
+    start: Instant,
+    entries: [fi_cq_tagged_entry; BATCH],
+}
+
+// SAFETY: the objects are used by one thread at a time (D4), and libfabric ties none of them to a thread.
+unsafe impl Send for LibfabricDomain {}
+
+const NOTHING: fi_cq_tagged_entry = fi_cq_tagged_entry {
+    op_context: ptr::null_mut(),
+    flags: 0,
+    len: 0,
+    buf: ptr::null_mut(),
+    data: 0,
+    tag: 0,
+};
+
+impl LibfabricDomain {
+    /// Opens an endpoint on `nic`.
+    pub fn open(library: &Arc<Library>, nic: Nic) -> Result<LibfabricDomain, Error> {
+        let Nic { info: about, raw } = nic;
+        let mut opened = LibfabricDomain {
+            library: library.clone(),
+            // SAFETY: the info is owned by `raw`, with all attributes set by the library.
+            caps: unsafe { caps(&*raw.ptr) },
+            over_sockets: about.address.is_some(),
+            nic: about,
+            fabric: ptr::null_mut(),
+            domain: ptr::null_mut(),
+            av: ptr::null_mut(),
+            cq: ptr::null_mut(),
+            ep: ptr::null_mut(),
+            name: Vec::new(),
+            wait: None,
+            mrs: Vec::new(),
+            free_mrs: Vec::new(),
+            next_key: 1,
+            reach: Vec::new(),
+            start: Instant::now(),
+            entries: [NOTHING; BATCH],
+        };
+        // A failure half-way drops `opened`, which closes what there is.
+        // SAFETY: `raw` outlives the calls; every object is live once its call has succeeded.
+        unsafe { opened.build(&raw)? };
+        Ok(opened)
+    }
+
+    fn check(&self, call: &'static str, code: c_int) -> Result<(), Error> {
+        if code == 0 {
+            return Ok(());
+        }
+        Err(call_error(&self.library, call, &self.nic.name, code as isize))
+    }
+
+    /// # Safety
+    /// `info` describes this NIC; nothing was opened before.
+    unsafe fn build(&mut self, info: &Info) -> Result<(), Error> {
+        let info = info.ptr;
+        // SAFETY: live objects and out-pointers throughout; attributes are zeroed and in full (A1).
+        unsafe {
+            let code = (self.library.fi_fabric)((*info).fabric_attr, &mut self.fabric, ptr::null_mut());
+            self.check("fi_fabric", code)?;
+            let code = calls::domain(self.fabric, info, &mut self.domain);
+            self.check("fi_domain", code)?;
+            let mut av: fi_av_attr = std::mem::zeroed();
+            av.kind = FI_AV_TABLE;
+            let code = calls::av_open(self.domain, &mut av, &mut self.av);
+            self.check("fi_av_open", code)?;
+            self.open_cq()?;
+            let code = calls::endpoint(self.domain, info, &mut self.ep);
+            self.check("fi_endpoint", code)?;
+            let ep = &raw mut (*self.ep).fid;
+            let code = calls::bind(ep, &raw mut (*self.av).fid, 0);
+            self.check("fi_ep_bind", code)?;
+            let code = calls::bind(ep, &raw mut (*self.cq).fid, FI_SEND | FI_RECV);
+            self.check("fi_ep_bind", code)?;
+            if self.nic.provider.starts_with("efa") {
+                // Its shared-memory path would otherwise make CUDA calls, which can deadlock with a parked stream.
+                let no = 0u8;
+                calls::setopt(self.ep, FI_OPT_CUDA_API_PERMITTED, (&raw const no).cast(), 1);
+            }
+            let code = calls::control(ep, FI_ENABLE, ptr::null_mut());
+            self.check("fi_enable", code)?;
+            let mut name = [0u8; 256];
+            let mut len = name.len();
+            let code = calls::getname(self.ep, name.as_mut_ptr().cast(), &mut len);
+            self.check("fi_getname", code)?;
+            self.name = name[..len.min(name.len())].to_vec();
+        }
+        Ok(())
+    }
+
+    /// The completion queue, with a descriptor to sleep on where the provider has one cheaply.
+    ///
+    /// # Safety
+    /// The domain is open.
+    unsafe fn open_cq(&mut self) -> Result<(), Error> {
+        // SAFETY: a live domain, attributes in full (A1), `fd` is what FI_GETWAIT of FI_WAIT_FD writes.
+        unsafe {
+            let mut attr: fi_cq_attr = std::mem::zeroed();
+            attr.size = QUEUE;
+            attr.format = FI_CQ_FORMAT_TAGGED;
+            attr.wait_obj = FI_WAIT_FD;
+            if self.over_sockets && calls::cq_open(self.domain, &mut attr, &mut self.cq) == 0 {
+                let mut fd: c_int = -1;
+                let cq = &raw mut (*self.cq).fid;
+                if calls::control(cq, FI_GETWAIT, (&raw mut fd).cast()) == 0 && fd >= 0 {
+                    self.wait = Some(fd);
+                }
+                return Ok(());
+            }
+            attr.size = QUEUE;
+            attr.wait_obj = FI_WAIT_NONE;
+            let code = calls::cq_open(self.domain, &mut attr, &mut self.cq);
+            self.check("fi_cq_open", code)
+        }
+    }
+
+    fn desc(&self, mr: Option<Mr>) -> *mut c_void {
+        match mr.and_then(|mr| self.mrs.get(mr.id as usize)) {
+            // SAFETY: a live registration of this domain.
+            Some(mr) if !mr.is_null() => unsafe { (**mr).mem_desc },
+            _ => ptr::null_mut(),
+        }
+    }
+
+    /// Turns the result of a post into ours; `to` is the peer, if it has one.
+    fn posted(&mut self, code: isize, to: Option<PeerAddr>) -> Post {
+        let reach = match to {
+            Some(to) if self.over_sockets => self.reach.get_mut(to as usize),
+            _ => None,
+        };
+        if code == 0 {
+            if let Some(reach) = reach {
+                *reach = Reach { reached: true, again_since: None };
+            }
+            return Ok(());
+        }
+        if code != -FI_EAGAIN {
+            let text = format!("{} ({code})", self.library.error_text(code));
+            return Err(if to.is_some() { Refused::Peer(text) } else { Refused::Broken(text) });
+        }
+        if let Some(reach) = reach
+            && reach.reached
+        {
+            let since = *reach.again_since.get_or_insert_with(Instant::now);
+            if since.elapsed() > RECONNECT {
+                return Err(Refused::Peer("its connection is closed and cannot be made again".to_owned()));
+            }
+        }
+        Err(Refused::Again)
+    }
+
+    /// True while the endpoint can be used.
+    fn open_still(&self) -> Post {
+        if self.ep.is_null() { Err(Refused::Broken("the endpoint is closed".to_owned())) } else { Ok(()) }
+    }
+
+    fn read_error(&mut self, out: &mut Vec<Completion>) -> Result<(), String> {
+        // SAFETY: a zeroed entry in full (A1); the queue is open.
+        let (code, e) = unsafe {
+            let mut entry: fi_cq_err_entry = std::mem::zeroed();
+            (calls::cq_readerr(self.cq, &mut entry), entry)
+        };
+        if code == -FI_EAGAIN {
+            return Ok(());
+        }
+        if code < 0 {
+            return Err(format!("fi_cq_readerr: {} ({code})", self.library.error_text(code)));
+        }
+        let incoming = e.flags & FI_REMOTE_WRITE != 0;
+        out.push(Completion::Failed {
+            ctx: if incoming { None } else { Some(e.op_context as u64) },
+            data: if incoming && e.flags & FI_REMOTE_CQ_DATA != 0 { Some(e.data as u32) } else { None },
+            peer: None,
+            canceled: e.err == FI_ECANCELED,
+            reason: match e.err {
+                FI_ECANCELED => "connection closed by the peer".to_owned(),
+                err => format!("{} ({err})", self.library.error_text(err as isize)),
+            },
+        });
+        Ok(())
+    }
+}
+
+/// # Safety
+/// All attributes of `info` are set.
+unsafe fn caps(info: &fi_info) -> Caps {
+    // SAFETY: by the caller's word.
+    let (ep, domain, tx) = unsafe { (&*info.ep_attr, &*info.domain_attr, &*info.tx_attr) };
+    Caps {
+        rma: info.caps & FI_RMA != 0,
+        needs_local_mr: domain.mr_mode & (FI_MR_LOCAL | FI_MR_ALLOCATED | FI_MR_PROV_KEY) != 0,
+        virt_addr: domain.mr_mode & FI_MR_VIRT_ADDR != 0,
+        prov_key: domain.mr_mode & FI_MR_PROV_KEY != 0,
+        max_msg: ep.max_msg_size,
+        inject: tx.inject_size,
+    }
+}
+
+impl Domain for LibfabricDomain {
+    fn caps(&self) -> Caps {
+        self.caps
+    }
+
+    fn describe(&self) -> String {
+        match self.nic.address {
+            Some(address) => format!("{} ({address})", self.nic.name),
+            None => self.nic.name.clone(),
+        }
+    }
+
+    fn address(&self) -> &[u8] {
+        &self.name
+    }
+
+    fn insert(&mut self, address: &[u8]) -> Result<PeerAddr, Error> {
+        if address.len() != self.name.len() {
+            return Err(Error::Address {
+                label: self.nic.name.clone(),
+                reason: format!("{} bytes, but this provider's have {}", address.len(), self.name.len()),
+            });
+        }
+        let mut peer = FI_ADDR_UNSPEC;
+        // SAFETY: the vector is open; one address of the provider's length.
+        let code = unsafe { calls::av_insert(self.av, address.as_ptr().cast(), &mut peer) };
+        if code != 1 || peer == FI_ADDR_UNSPEC {
+            return Err(call_error(&self.library, "fi_av_insert", &self.nic.name, code.min(-1) as isize));
+        }
+        // Tables number from 0 (FI_AV_TABLE).
+        if self.reach.len() <= peer as usize {
+            self.reach.resize(peer as usize + 1, Reach::default());
+        }
+        Ok(peer)
+    }
+
+    fn register(&mut self, memory: Region, remote: bool) -> Result<Mr, Error> {
+        if self.ep.is_null() || (!remote && !self.caps.needs_local_mr) {
+            return Ok(Mr { id: u32::MAX, key: 0, base: 0 });
+        }
+        let access = FI_SEND | FI_RECV | FI_WRITE | if remote { FI_REMOTE_WRITE } else { 0 };
+        let key = if self.caps.prov_key { 0 } else { self.next_key };
+        self.next_key += 1;
+        let mut mr = ptr::null_mut();
+        // SAFETY: the domain is open; the memory stays valid until `deregister` or `close` (R1).
+        let code =
+            unsafe { calls::mr_reg(self.domain, memory.as_ptr().cast(), memory.len(), access, key, &mut mr) };
+        self.check("fi_mr_reg", code)?;
+        let id = match self.free_mrs.pop() {
+            Some(id) => {
+                self.mrs[id as usize] = mr;
+                id
+            }
+            None => {
+                self.mrs.push(mr);
+                (self.mrs.len() - 1) as u32
+            }
+        };
+        let base = if self.caps.virt_addr { memory.as_ptr() as u64 } else { 0 };
+        // SAFETY: a live registration.
+        Ok(Mr { id, key: unsafe { (*mr).key }, base })
+    }
+
+    fn deregister(&mut self, mr: Mr) {
+        let Some(place) = self.mrs.get_mut(mr.id as usize) else { return };
+        if !place.is_null() {
+            // SAFETY: a live registration, closed once.
+            unsafe { calls::close(&raw mut (**place).fid) };
+            *place = ptr::null_mut();
+            self.free_mrs.push(mr.id);
+        }
+    }
+
+    fn send(&mut self, to: PeerAddr, from: Region, mr: Mr, ctx: u64) -> Post {
+        self.open_still()?;
+        let desc = self.desc(Some(mr));
+        // SAFETY: the endpoint is open; the region stays until its completion (D2).
+        let code =
+            unsafe { calls::send(self.ep, from.as_ptr().cast(), from.len(), desc, to, ctx as *mut c_void) };
+        self.posted(code, Some(to))
+    }
+
+    fn recv(&mut self, into: Region, mr: Mr, ctx: u64) -> Post {
+        self.open_still()?;
+        let desc = self.desc(Some(mr));
+        // SAFETY: as in `send`.
+        let code =
+            unsafe { calls::recv(self.ep, into.as_ptr().cast(), into.len(), desc, ctx as *mut c_void) };
+        self.posted(code, None)
+    }
+
+    fn write(&mut self, to: Remote, from: Region, mr: Option<Mr>, data: u32, ctx: u64) -> Post {
+        self.open_still()?;
+        let desc = self.desc(mr);
+        let target = Target { peer: to.peer, addr: to.addr, key: to.key };
+        let (start, data) = (from.as_ptr().cast(), u64::from(data));
+        // SAFETY: as in `send`.
+        let code =
+            unsafe { calls::writedata(self.ep, start, from.len(), desc, data, target, ctx as *mut c_void) };
+        self.posted(code, Some(to.peer))
+    }
+
+    fn tagged_send(&mut self, to: PeerAddr, from: Region, mr: Option<Mr>, tag: u64, ctx: u64) -> Post {
+        self.open_still()?;
+        let (desc, start) = (self.desc(mr), from.as_ptr().cast());
+        // SAFETY: as in `send`.
+        let code = unsafe { calls::tsend(self.ep, start, from.len(), desc, to, tag, ctx as *mut c_void) };
+        self.posted(code, Some(to))
+    }
+
+    fn tagged_recv(&mut self, into: Region, mr: Option<Mr>, tag: u64, ctx: u64) -> Post {
+        self.open_still()?;
+        let (desc, start) = (self.desc(mr), into.as_ptr().cast());
+        // SAFETY: as in `send`.
+        let code = unsafe { calls::trecv(self.ep, start, into.len(), desc, tag, ctx as *mut c_void) };
+        self.posted(code, None)
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), String> {
+        if self.ep.is_null() {
+            return Err("the endpoint is closed".to_owned());
+        }
+        // SAFETY: the queue is open; the buffer has room for BATCH entries of its format.
+        let code = unsafe { calls::cq_read(self.cq, self.entries.as_mut_ptr().cast(), BATCH) };
+        if code == -FI_EAVAIL {
+            return self.read_error(out);
+        }
+        if code < 0 {
+            if code == -FI_EAGAIN {
+                return Ok(());
+            }
+            return Err(format!("fi_cq_read: {} ({code})", self.library.error_text(code)));
+        }
+        for entry in &self.entries[..(code as usize).min(BATCH)] {
+            out.push(if entry.flags & FI_REMOTE_WRITE != 0 {
+                Completion::Arrived { data: entry.data as u32 }
+            } else {
+                Completion::Done { ctx: entry.op_context as u64, len: entry.len }
+            });
+        }
+        Ok(())
+    }
+
+    fn cancel(&mut self, ctx: u64) {
+        if !self.ep.is_null() {
+            // SAFETY: the endpoint is open.
+            unsafe { calls::cancel(self.ep, ctx as *mut c_void) };
+        }
+    }
+
+    fn arm(&mut self) -> Armed {
+        let Some(fd) = self.wait else { return Armed::Blind };
+        if self.ep.is_null() {
+            return Armed::Blind;
+        }
+        // SAFETY: both objects are open.
+        let code = unsafe {
+            let mut object = &raw mut (*self.cq).fid;
+            calls::trywait(self.fabric, &mut object, 1)
+        };
+        if code == 0 { Armed::Fd(fd) } else { Armed::Ready }
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn close(&mut self) {
+        let close = |object: *mut fid| {
+            if !object.is_null() {
+                // SAFETY: an open object, closed once; users before what they use.
+                let code = unsafe { calls::close(object) };
+                if code != 0 {
+                    tracing::warn!(code, "closing a libfabric object");
+                }
+            }
+        };
+        self.wait = None;
+        close(std::mem::replace(&mut self.ep, ptr::null_mut()).cast());
+        for mr in self.mrs.drain(..) {
+            close(mr.cast());
+        }
+        self.free_mrs.clear();
+        close(std::mem::replace(&mut self.cq, ptr::null_mut()).cast());
+        close(std::mem::replace(&mut self.av, ptr::null_mut()).cast());
+        close(std::mem::replace(&mut self.domain, ptr::null_mut()).cast());
+        close(std::mem::replace(&mut self.fabric, ptr::null_mut()).cast());
+    }
+}
+
+impl Drop for LibfabricDomain {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

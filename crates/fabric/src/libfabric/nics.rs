@@ -1,0 +1,335 @@
+//! Which NICs there are, and which are used.
+
+use std::ffi::{CStr, CString, c_char};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::Once;
+
+use smddp_core::settings::Settings;
+use smddp_libfabric_sys::abi::*;
+use smddp_libfabric_sys::{API_VERSION, Library};
+
+use crate::error::Error;
+use crate::wire::MAX_RAILS;
+
+/// One NIC of a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NicInfo {
+    pub provider: String,
+    /// Network interface or libfabric domain.
+    pub name: String,
+    /// Its address, where it is an IP address.
+    pub address: Option<IpAddr>,
+    /// Bits a second; 0 when not known.
+    pub speed: usize,
+    /// Whether it would be used with the settings in force.
+    pub chosen: bool,
+}
+
+impl NicInfo {
+    fn is_loopback(&self) -> bool {
+        self.name == "lo" || self.address.is_some_and(|a| a.is_loopback())
+    }
+
+    /// Reaches only this host: bridges of containers and virtual machines.
+    fn is_virtual(&self) -> bool {
+        ["docker", "veth", "virbr", "br-", "cni", "flannel", "cali"].iter().any(|p| self.name.starts_with(p))
+    }
+
+    /// Lower is better: one address of each NIC is used.
+    fn address_rank(&self) -> u8 {
+        match self.address {
+            Some(IpAddr::V4(a)) if a.is_link_local() => 2,
+            Some(IpAddr::V6(a)) if a.is_unicast_link_local() => 3,
+            Some(IpAddr::V4(_)) | None => 0,
+            Some(IpAddr::V6(_)) => 1,
+        }
+    }
+}
+
+/// A NIC with what is needed to open it.
+pub struct Nic {
+    pub info: NicInfo,
+    pub(super) raw: Info,
+}
+
+/// An owned `fi_info`.
+pub(super) struct Info {
+    library: Arc<Library>,
+    pub ptr: *mut fi_info,
+}
+
+// SAFETY: an `fi_info` is plain memory without ties to a thread.
+unsafe impl Send for Info {}
+
+impl Drop for Info {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this library, freed once.
+        unsafe { (self.library.fi_freeinfo)(self.ptr) }
+    }
+}
+
+/// What the settings ask for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub provider: String,
+    /// Interfaces by name; empty: chosen here.
+    pub names: Vec<String>,
+    /// 0: chosen here.
+    pub rails: usize,
+}
+
+impl Wish {
+    pub fn of(settings: &Settings) -> Wish {
+        let names = settings.text("SMDDP_NICS").split(',').map(str::trim).filter(|n| !n.is_empty());
+        Wish {
+            provider: provider(settings.text("SMDDP_PROVIDER"), &foreign_filter(), efa_device()),
+            names: names.map(str::to_owned).collect(),
+            rails: settings.number("SMDDP_RAILS").min(MAX_RAILS),
+        }
+    }
+}
+
+/// The setting; else what FI_PROVIDER plainly names; else efa where there is such a device, else tcp.
+fn provider(setting: &str, filter: &str, efa: bool) -> String {
+    if !setting.is_empty() {
+        return setting.to_owned();
+    }
+    let plain = !filter.is_empty() && !filter.contains(['^', ',']);
+    match filter {
+        "efa" if !efa => "tcp".to_owned(),
+        _ if plain => filter.to_owned(),
+        _ if efa => "efa".to_owned(),
+        _ => "tcp".to_owned(),
+    }
+}
+
+fn foreign_filter() -> String {
+    std::env::var("FI_PROVIDER").unwrap_or_default()
+}
+
+/// SageMaker sets FI_PROVIDER=efa on every instance type. Without such a device it would hide every provider, so
+/// it is taken out of libfabric's sight, with one warning.
+pub fn tolerate_foreign_filter(efa: bool) {
+    static ONCE: Once = Once::new();
+    if efa || foreign_filter() != "efa" {
+        return;
+    }
+    ONCE.call_once(|| tracing::warn!("FI_PROVIDER=efa, but this machine has no EFA device: using tcp"));
+    // SAFETY: once per process in practice, before libfabric first reads the environment; Rust's own accesses are
+    // locked, and C code that reads the environment in another thread at this very moment sees the old or new list.
+    unsafe { std::env::remove_var("FI_PROVIDER") };
+}
+
+/// Whether an Elastic Fabric Adapter is here.
+pub fn efa_device() -> bool {
+    let Ok(devices) = std::fs::read_dir("/sys/class/infiniband") else { return false };
+    devices.flatten().any(|device| {
+        std::fs::read_link(device.path().join("device/driver"))
+            .is_ok_and(|driver| driver.file_name().is_some_and(|name| name == "efa"))
+    })
+}
+
+/// All NICs the provider offers for what we do; those without remote writes only when none has them.
+pub fn find(library: &Arc<Library>, provider: &str) -> Result<Vec<Nic>, Error> {
+    let with = ask(library, provider, FI_MSG | FI_TAGGED | FI_RMA)?;
+    if with.is_empty() { ask(library, provider, FI_MSG | FI_TAGGED) } else { Ok(with) }
+}
+
+fn ask(library: &Arc<Library>, provider: &str, caps: u64) -> Result<Vec<Nic>, Error> {
+    let name = CString::new(provider).map_err(|_| no_nic(provider, &[], "a provider's name"))?;
+    // SAFETY: null asks for an empty, fully allocated fi_info (A2).
+    let hints = unsafe { (library.fi_dupinfo)(ptr::null()) };
+    if hints.is_null() {
+        return Err(call_error(library, "fi_allocinfo", provider, -12));
+    }
+    let hints = Info { library: library.clone(), ptr: hints };
+    // SAFETY: allocated by the library with all attributes (A2).
+    unsafe { fill(&mut *hints.ptr, caps, &name) };
+    let mut list = ptr::null_mut();
+    // SAFETY: hints as documented; `list` receives a list to be freed.
+    let code =
+        unsafe { (library.fi_getinfo)(API_VERSION, ptr::null(), ptr::null(), 0, hints.ptr, &mut list) };
+    // SAFETY: allocated above; the name belongs to `name`, and the library must not free it.
+    unsafe { (*(*hints.ptr).fabric_attr).prov_name = ptr::null_mut() };
+    match code as isize {
+        0 => {}
+        code if code == -FI_ENODATA => return Ok(Vec::new()),
+        code => return Err(call_error(library, "fi_getinfo", provider, code)),
+    }
+    let list = Info { library: library.clone(), ptr: list };
+    let mut found: Vec<Nic> = Vec::new();
+    let mut next = list.ptr;
+    while !next.is_null() {
+        // SAFETY: an element of the library's list.
+        if let Some(nic) = unsafe { read(library, next) } {
+            found.push(nic);
+        }
+        // SAFETY: as above.
+        next = unsafe { (*next).next };
+    }
+    // "tcp" also matches layered providers such as "tcp;ofi_rxm": the plain one is meant where it exists.
+    if found.iter().any(|n| n.info.provider == provider) {
+        found.retain(|n| n.info.provider == provider);
+    }
+    Ok(found)
+}
+
+/// # Safety
+/// `hints` came from `fi_dupinfo(NULL)`.
+unsafe fn fill(hints: &mut fi_info, caps: u64, provider: &CStr) {
+    hints.caps = caps;
+    hints.mode = 0;
+    // SAFETY: all attributes are allocated (A2).
+    unsafe {
+        (*hints.ep_attr).kind = FI_EP_RDM;
+        (*hints.fabric_attr).prov_name = provider.as_ptr().cast_mut();
+        let domain = &mut *hints.domain_attr;
+        domain.threading = FI_THREAD_DOMAIN;
+        domain.control_progress = FI_PROGRESS_MANUAL;
+        domain.data_progress = FI_PROGRESS_MANUAL;
+        domain.resource_mgmt = FI_RM_ENABLED;
+        domain.av_type = FI_AV_TABLE;
+        domain.mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+        // Transfers are numbered in 4 bytes.
+        domain.cq_data_size = 4;
+    }
+}
+
+/// # Safety
+/// `info` is an element of a list from `fi_getinfo`.
+unsafe fn read(library: &Arc<Library>, info: *mut fi_info) -> Option<Nic> {
+    // SAFETY: the library's attributes are set in every element; the copy is owned by `raw`.
+    unsafe {
+        let raw = (library.fi_dupinfo)(info);
+        if raw.is_null() {
+            return None;
+        }
+        let raw = Info { library: library.clone(), ptr: raw };
+        let link = if (*info).nic.is_null() { ptr::null_mut() } else { (*(*info).nic).link_attr };
+        let info = NicInfo {
+            provider: text((*(*info).fabric_attr).prov_name),
+            name: text((*(*info).domain_attr).name),
+            address: address(&*info),
+            speed: if link.is_null() { 0 } else { (*link).speed },
+            chosen: false,
+        };
+        Some(Nic { info, raw })
+    }
+}
+
+/// # Safety
+/// Null or a C string.
+unsafe fn text(from: *const c_char) -> String {
+    if from.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null, a C string by the caller's word.
+    unsafe { CStr::from_ptr(from) }.to_string_lossy().into_owned()
+}
+
+/// The source address, where it is a socket address: family in the first two bytes, as in `struct sockaddr`.
+fn address(info: &fi_info) -> Option<IpAddr> {
+    const INET: u16 = 2;
+    const INET6: u16 = 10;
+    if info.src_addr.is_null() || !matches!(info.addr_format, 1..=3 | 17) {
+        return None;
+    }
+    // SAFETY: the library gives `src_addrlen` bytes there.
+    let bytes = unsafe { std::slice::from_raw_parts(info.src_addr.cast::<u8>(), info.src_addrlen) };
+    match u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) {
+        INET => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(4..8)?).ok()?).into()),
+        INET6 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes.get(8..24)?).ok()?).into()),
+        _ => None,
+    }
+}
+
+/// Chooses the rails: the interfaces named, in that order; else, where the provider runs over IP, the one that the
+/// default route leaves by (others may lead nowhere), or as many as SMDDP_RAILS asks for; else all. Loopback only
+/// when named or alone.
+pub fn choose(found: Vec<Nic>, wish: &Wish) -> Result<Vec<Nic>, Error> {
+    let mut best = one_address_each(found);
+    let offered: Vec<String> = best.iter().map(|n| n.info.name.clone()).collect();
+    if !wish.names.is_empty() {
+        let mut chosen = Vec::new();
+        for name in &wish.names {
+            match best.iter().position(|n| n.info.name == *name) {
+                Some(i) => chosen.push(best.remove(i)),
+                None => return Err(no_nic(&wish.provider, &offered, &format!("SMDDP_NICS={name}"))),
+            }
+        }
+        chosen.truncate(MAX_RAILS);
+        return Ok(chosen);
+    }
+    if best.iter().any(|n| !n.info.is_loopback()) {
+        best.retain(|n| !n.info.is_loopback());
+    }
+    if best.iter().any(|n| !n.info.is_virtual()) {
+        best.retain(|n| !n.info.is_virtual());
+    }
+    if best.iter().any(|n| n.info.address_rank() < 2) {
+        best.retain(|n| n.info.address_rank() < 2);
+    }
+    let route = default_route();
+    let over_ip = best.iter().any(|n| n.info.address.is_some());
+    best.sort_by_key(|n| (route.as_deref() != Some(&n.info.name), n.info.name.clone()));
+    best.truncate(match wish.rails {
+        0 if over_ip => 1,
+        0 => MAX_RAILS,
+        n => n,
+    });
+    if best.is_empty() {
+        return Err(no_nic(&wish.provider, &offered, "tagged messages between reliable datagram endpoints"));
+    }
+    Ok(best)
+}
+
+fn one_address_each(mut found: Vec<Nic>) -> Vec<Nic> {
+    found.sort_by_key(|n| n.info.address_rank());
+    let mut best: Vec<Nic> = Vec::new();
+    for nic in found {
+        if !best.iter().any(|b| b.info.name == nic.info.name) {
+            best.push(nic);
+        }
+    }
+    best
+}
+
+/// The interface of the default route.
+fn default_route() -> Option<String> {
+    let table = std::fs::read_to_string("/proc/net/route").ok()?;
+    table.lines().skip(1).find_map(|line| {
+        let mut words = line.split_whitespace();
+        let (name, to) = (words.next()?, words.next()?);
+        (to == "00000000").then(|| name.to_owned())
+    })
+}
+
+fn no_nic(provider: &str, offered: &[String], wanted: &str) -> Error {
+    Error::NoNic {
+        provider: provider.to_owned(),
+        wanted: wanted.to_owned(),
+        offered: if offered.is_empty() { "none".to_owned() } else { offered.join(", ") },
+        hint: "Set SMDDP_PROVIDER (tcp works on every network) and SMDDP_NICS, and unset FI_PROVIDER",
+    }
+}
+
+pub(super) fn call_error(library: &Library, call: &'static str, nic: &str, code: isize) -> Error {
+    Error::Call { call, nic: nic.to_owned(), code, text: library.error_text(code) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_provider_follows_setting_then_filter_then_device() {
+        assert_eq!(provider("verbs", "efa", true), "verbs");
+        assert_eq!(provider("", "efa", true), "efa");
+        assert_eq!(provider("", "efa", false), "tcp", "SageMaker's FI_PROVIDER on other instances");
+        assert_eq!(provider("", "shm", false), "shm");
+        assert_eq!(provider("", "^shm", true), "efa");
+        assert_eq!(provider("", "", false), "tcp");
+    }
+}

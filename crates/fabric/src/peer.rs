@@ -1,0 +1,165 @@
+//! One peer process: its endpoints, the credits both ways, its counters.
+
+use crate::domain::PeerAddr;
+use crate::wire::Address;
+
+/// Small messages a peer may send unasked before it must announce them, when there is room.
+pub const WINDOW: u32 = 16;
+
+/// Credits, counted absolutely and modulo 2³²: no order of messages can confuse them.
+#[derive(Debug, Default)]
+pub struct Credits {
+    /// Ever given to us by the peer, ever used by us.
+    got: u32,
+    used: u32,
+    /// Messages the peer may have outstanding here; those that came, and those taken off its account; what it was
+    /// last told.
+    window: u32,
+    came: u32,
+    consumed: u32,
+    told: u32,
+}
+
+impl Credits {
+    pub fn can_send(&self) -> bool {
+        self.got.wrapping_sub(self.used) as i32 > 0
+    }
+
+    pub fn spend(&mut self) {
+        self.used = self.used.wrapping_add(1);
+    }
+
+    /// A packet said how many the peer ever gave.
+    pub fn hear(&mut self, given: u32) {
+        if given.wrapping_sub(self.got) as i32 > 0 {
+            self.got = given;
+        }
+    }
+
+    pub fn window(&self) -> u32 {
+        self.window
+    }
+
+    pub fn open(&mut self, window: u32) {
+        self.window = window;
+    }
+
+    /// A message sent on credit came; false when the peer had none left.
+    pub fn take(&mut self) -> bool {
+        self.came = self.came.wrapping_add(1);
+        self.came.wrapping_sub(self.consumed) <= self.window
+    }
+
+    /// A message sent on credit no longer takes room here.
+    pub fn consume(&mut self) {
+        self.consumed = self.consumed.wrapping_add(1);
+    }
+
+    /// What a packet to the peer tells.
+    pub fn given(&self) -> u32 {
+        self.consumed.wrapping_add(self.window)
+    }
+
+    /// A packet with this number is on its way.
+    pub fn told(&mut self, given: u32) {
+        self.told = given;
+    }
+
+    /// Whether the peer knows so little that a packet of its own is worth it.
+    pub fn worth_telling(&self) -> bool {
+        let untold = self.given().wrapping_sub(self.told);
+        untold > 0 && untold >= self.window.div_ceil(2)
+    }
+}
+
+#[derive(Debug)]
+pub struct Peer {
+    pub label: String,
+    /// Its endpoint on each rail both have.
+    pub rails: Vec<PeerAddr>,
+    /// Largest message sent unasked between the two.
+    pub eager: usize,
+    pub max_piece: u64,
+    /// It bounces what is not staged, so large sends to it are announced.
+    pub bounces: bool,
+    pub credits: Credits,
+    pub credit_queued: bool,
+    /// Small sends in flight, and whether one of them is a probe.
+    pub small: u32,
+    pub probing: bool,
+    pub lost: Option<String>,
+    /// Lost for what it said, not by its connection: it may still be there, and write.
+    pub wild: bool,
+    pub sent: u64,
+    pub received: u64,
+    /// The pass over the queue in which it could take no more.
+    pub full_in: u64,
+}
+
+impl Peer {
+    pub fn new(address: &Address, label: &str, rails: Vec<PeerAddr>, eager: usize) -> Peer {
+        Peer {
+            label: label.to_owned(),
+            rails,
+            eager: eager.min(address.eager as usize),
+            max_piece: address.max_piece,
+            bounces: address.bounces,
+            credits: Credits::default(),
+            credit_queued: false,
+            small: 0,
+            probing: false,
+            lost: None,
+            wild: false,
+            sent: 0,
+            received: 0,
+            full_in: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn credits_survive_their_counters_wrap_and_late_news() {
+        let mut c = Credits { got: u32::MAX, used: u32::MAX, ..Credits::default() };
+        assert!(!c.can_send());
+        c.hear(1);
+        c.hear(u32::MAX);
+        assert!(c.can_send());
+        c.spend();
+        c.spend();
+        assert!(!c.can_send());
+    }
+
+    proptest! {
+        /// Whatever order news arrives in, a sender never has more outstanding than the window, and gets everything in the end.
+        #[test]
+        fn never_more_than_the_window(window in 1..20u32, steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..200)) {
+            let (mut sender, mut receiver) = (Credits::default(), Credits::default());
+            receiver.open(window);
+            let (mut held, mut news) = (0u32, vec![receiver.given()]);
+            for (act, which) in steps {
+                if act && sender.can_send() {
+                    sender.spend();
+                    prop_assert!(receiver.take());
+                    held += 1;
+                } else if held > 0 && which.index(2) == 0 {
+                    held -= 1;
+                    receiver.consume();
+                    news.push(receiver.given());
+                } else {
+                    sender.hear(news[which.index(news.len())]);
+                }
+                prop_assert!(held <= window);
+            }
+            sender.hear(receiver.given());
+            let mut left = 0;
+            while sender.can_send() { sender.spend(); left += 1; }
+            prop_assert_eq!(left, window - held);
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! Small messages out: the queue of things to say, slots and credits.
+
+use smddp_core::call::PackedCall;
+use smddp_core::error::Result;
+use smddp_core::transport::{Message, MsgKey};
+
+use crate::domain::{Domain, Refused};
+use crate::endpoint::{FabricEndpoint, PROBE_EVERY};
+use crate::ops::{Match, Posted, SendOp, Tx};
+use crate::slab::Handle;
+use crate::wire::{Body, HEADER, Packet, encode};
+
+/// Slots kept free for control messages, and the most slots one peer may hold: a peer that stopped reading cannot
+/// silence the others.
+const KEPT: usize = 8;
+const PEER_SLOTS: u32 = 24;
+/// Stuck messages whose peers are probed at a time.
+const PROBES: usize = 16;
+
+/// What became of one item of the queue.
+enum Sent {
+    Yes,
+    /// Nothing to send any more.
+    Void,
+    Later,
+}
+
+const NO_KEY: MsgKey = MsgKey { group: 0, seq: 0, tag: 0 };
+const NO_CALL: PackedCall = PackedCall { collective: 0, dtype: 0, op: 0, uneven: 0, root: 0, count: 0 };
+
+impl<D: Domain> FabricEndpoint<D> {
+    pub(crate) fn start_send(&mut self, m: &Message) -> Result<()> {
+        let id = Match { peer: m.peer, key: m.key };
+        let small = m.region.len() <= self.peers[m.peer as usize].eager;
+        let bounces = self.peers[m.peer as usize].bounces;
+        if self.sending.contains_key(&id) {
+            return Err(Self::twice(m));
+        }
+        let Some(send) = self.sends.insert(SendOp::new(m)) else { return Err(Self::full("a send")) };
+        let early = self.early_grants.remove(&id);
+        if let Some((_, total, call)) = &early
+            && !self.agree(id, (m.call, m.region.len()), (*call, *total))
+        {
+            return Ok(());
+        }
+        if small {
+            self.tx.push_back(Tx::Eager { send, permitted: false });
+            return Ok(());
+        }
+        self.sending.insert(id, send);
+        match early {
+            Some((grant, ..)) => self.accept(send, grant),
+            None if bounces => self.tx.push_back(Tx::Announce { send }),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Compares a message's two sides; false (and the group failed) when they differ.
+    pub(crate) fn agree(&mut self, id: Match, ours: (PackedCall, usize), theirs: (PackedCall, u64)) -> bool {
+        if ours.0 == theirs.0 && ours.1 as u64 == theirs.1 {
+            return true;
+        }
+        let say = |call: PackedCall, len: u64| {
+            if ours.0 == theirs.0 {
+                format!("{call} with a message of {len} bytes")
+            } else {
+                call.to_string()
+            }
+        };
+        self.mismatch(id.key.group, id.peer, say(ours.0, ours.1 as u64), say(theirs.0, theirs.1));
+        false
+    }
+
+    pub(crate) fn send_small(&mut self) -> bool {
+        let mut moved = false;
+        self.pass += 1;
+        for _ in 0..self.tx.len() {
+            let Some(item) = self.tx.pop_front() else { break };
+            match self.send_item(&item) {
+                Sent::Yes => moved = true,
+                Sent::Void => {}
+                Sent::Later => self.tx.push_back(item),
+            }
+        }
+        moved
+    }
+
+    fn send_item(&mut self, item: &Tx) -> Sent {
+        match *item {
+            Tx::Eager { send, permitted } => self.send_eager(send, permitted),
+            Tx::Announce { send } => self.say_of_send(send, Body::Announce),
+            Tx::ProbeSend { send, peer } => {
+                let sent = self.say_of_send(send, Body::Probe { receiving: false });
+                self.probed(peer, sent)
+            }
+            Tx::ProbeRecv { recv, peer } => {
+                let sent = self.say_of_recv(recv, Body::Probe { receiving: true });
+                self.probed(peer, sent)
+            }
+            Tx::Permit { recv } => self.say_of_recv(recv, Body::Permit),
+            Tx::Grant { grant } => self.send_grant(grant),
+            Tx::Credit { peer } => {
+                let p = &mut self.peers[peer as usize];
+                if !p.credits.worth_telling() {
+                    p.credit_queued = false;
+                    return Sent::Void;
+                }
+                let sent = self.say(peer, NO_KEY, NO_CALL, 0, Body::Credit);
+                if !matches!(sent, Sent::Later) {
+                    self.peers[peer as usize].credit_queued = false;
+                }
+                sent
+            }
+            Tx::Abort { peer, group, quiet, ref text } => {
+                let key = MsgKey { group, ..NO_KEY };
+                self.say(peer, key, NO_CALL, 0, Body::Abort { quiet, text })
+            }
+            Tx::Settled { peer, group } => {
+                let key = MsgKey { group, ..NO_KEY };
+                let posted = self.groups.member(group, peer).posted;
+                self.say(peer, key, NO_CALL, posted, Body::Settled)
+            }
+        }
+    }
+
+    /// A probe that needs no sending any more frees its peer for the next.
+    fn probed(&mut self, peer: u32, sent: Sent) -> Sent {
+        if matches!(sent, Sent::Void) {
+            self.peers[peer as usize].probing = false;
+        }
+        sent
+    }
+
+    fn send_eager(&mut self, handle: Handle, permitted: bool) -> Sent {
+        let Some(op) = self.sends.get(handle) else { return Sent::Void };
+        let (id, call, region, ctx) = (op.id, op.call, op.region, op.ctx);
+        let peer = &self.peers[id.peer as usize];
+        if !permitted && !peer.credits.can_send() {
+            let sent = self.say_of_send(handle, Body::Announce);
+            if matches!(sent, Sent::Yes) {
+                self.sending.insert(id, handle);
+            }
+            return sent;
+        }
+        if self.staging.send.arena.free() <= KEPT {
+            return Sent::Later;
+        }
+        // SAFETY: the region is the operation's until its mark is reported (R1, T1), which happens below.
+        let data = unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len()) };
+        let sent = self.say(id.peer, id.key, call, region.len() as u64, Body::Eager { data, permitted });
+        if matches!(sent, Sent::Yes) {
+            let peer = &mut self.peers[id.peer as usize];
+            if !permitted {
+                peer.credits.spend();
+            }
+            peer.sent += region.len() as u64;
+            self.sends.remove(handle);
+            self.done.push(ctx);
+        }
+        sent
+    }
+
+    fn say_of_send(&mut self, handle: Handle, body: Body<'_>) -> Sent {
+        let Some(op) = self.sends.get(handle) else { return Sent::Void };
+        let announcing = body == Body::Announce;
+        // A grant may have overtaken the wish to announce.
+        if op.dead || (announcing && op.granted > 0) {
+            return Sent::Void;
+        }
+        let (id, call, total) = (op.id, op.call, op.region.len() as u64);
+        let sent = self.say(id.peer, id.key, call, total, body);
+        if let (Sent::Yes, Some(op)) = (&sent, self.sends.get_mut(handle)) {
+            op.announced |= announcing;
+        }
+        sent
+    }
+
+    fn say_of_recv(&mut self, handle: Handle, body: Body<'_>) -> Sent {
+        let Some(op) = self.recvs.get(handle) else { return Sent::Void };
+        let (id, call, total) = (op.id, op.call, op.region.len() as u64);
+        self.say(id.peer, id.key, call, total, body)
+    }
+
+    fn send_grant(&mut self, handle: Handle) -> Sent {
+        let Some(g) = self.grants.get(handle) else { return Sent::Void };
+        if g.dead {
+            return Sent::Void;
+        }
+        let (peer, key, call, total, grant) = (g.peer, g.key, g.call, g.total, g.grant);
+        let sent = self.say(peer, key, call, total, Body::Grant(grant));
+        if let (Sent::Yes, Some(g)) = (&sent, self.grants.get_mut(handle)) {
+            g.sent = true;
+        }
+        sent
+    }
+
+    /// Puts one packet into a slot and posts it.
+    fn say(&mut self, to: u32, key: MsgKey, call: PackedCall, total: u64, body: Body<'_>) -> Sent {
+        let peer = &mut self.peers[to as usize];
+        if peer.lost.is_some() {
+            return Sent::Void;
+        }
+        if peer.full_in == self.pass || peer.small >= PEER_SLOTS {
+            return Sent::Later;
+        }
+        let slots = &mut self.staging.send;
+        let Some(slot) = slots.arena.take() else { return Sent::Later };
+        let given = peer.credits.given();
+        let packet = Packet { from: self.config.uid, given, key, call, total, body };
+        let room = HEADER + self.config.eager.max(1024);
+        let len = encode(&packet, slots.arena.bytes_mut(slot, room));
+        let probe = matches!(body, Body::Probe { .. });
+        match self.rails[0].send(
+            peer.rails[0],
+            slots.arena.region(slot, len),
+            slots.mrs[0],
+            Posted::Send(slot).ctx(),
+        ) {
+            Ok(()) => {
+                peer.small += 1;
+                peer.credits.told(given);
+                self.slot_owner[slot as usize] = (to, probe);
+                Sent::Yes
+            }
+            Err(refused) => {
+                slots.arena.give(slot);
+                match refused {
+                    Refused::Again => {
+                        peer.full_in = self.pass;
+                        Sent::Later
+                    }
+                    Refused::Peer(reason) => {
+                        self.lose(to, reason);
+                        Sent::Void
+                    }
+                    Refused::Broken(reason) => {
+                        self.break_down(reason);
+                        Sent::Void
+                    }
+                }
+            }
+        }
+    }
+
+    /// A small send is over.
+    pub(crate) fn sent_small(&mut self, slot: u32) -> u32 {
+        let (peer, probe) = self.slot_owner[slot as usize];
+        self.staging.send.arena.give(slot);
+        let p = &mut self.peers[peer as usize];
+        p.small -= 1;
+        if probe {
+            p.probing = false;
+        }
+        peer
+    }
+
+    /// Now and then asks the peers of stuck messages. A dead peer shows by its connection, one that called
+    /// something else by its answer.
+    pub(crate) fn probe(&mut self) {
+        let now = self.rails[0].now();
+        if now < self.probe_at {
+            return;
+        }
+        self.probe_at = now + PROBE_EVERY;
+        let (mut send, mut recv) = self.probe_from;
+        for _ in 0..PROBES {
+            let Some((handle, next)) = self.sends.after(send) else {
+                send = 0;
+                break;
+            };
+            send = next;
+            let Some(op) = self.sends.get_mut(handle) else { continue };
+            let peer = op.id.peer;
+            if std::mem::replace(&mut op.old, true) && !op.dead {
+                self.probe_one(peer, Tx::ProbeSend { send: handle, peer });
+            }
+        }
+        for _ in 0..PROBES {
+            let Some((handle, next)) = self.recvs.after(recv) else {
+                recv = 0;
+                break;
+            };
+            recv = next;
+            let Some(op) = self.recvs.get_mut(handle) else { continue };
+            let peer = op.id.peer;
+            if std::mem::replace(&mut op.old, true) {
+                self.probe_one(peer, Tx::ProbeRecv { recv: handle, peer });
+            }
+        }
+        self.probe_from = (send, recv);
+        self.send_small();
+    }
+
+    fn probe_one(&mut self, peer: u32, item: Tx) {
+        let p = &mut self.peers[peer as usize];
+        if !p.probing && p.lost.is_none() {
+            p.probing = true;
+            self.tx.push_back(item);
+        }
+    }
+}
+
+/// Cuts a text for a packet's payload at a character's border.
+pub(crate) fn cut(text: &str, room: usize) -> &str {
+    let mut end = text.len().min(room);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}

@@ -1,0 +1,79 @@
+//! The memory this crate owns or was told of: message slots, bounce slots, registered staging.
+//!
+//! Sizes are fixed when the endpoint opens, whatever the number of peers (16 MiB in all by default): two sets of
+//! slots of about 1 MiB, unexpected messages up to a quarter of SMDDP_STAGING, and, where the provider needs
+//! registered memory for real, bounce slots of half of SMDDP_STAGING.
+
+use smddp_core::memory::Region;
+
+use crate::arena::Arena;
+use crate::domain::{Domain, Mr};
+use crate::error::Error;
+use crate::wire::{HEADER, MAX_RAILS};
+
+/// Bytes of one bounce slot: large enough for full bandwidth, small enough to pipeline.
+pub const BOUNCE: usize = 256 << 10;
+
+/// An arena registered on the first `rails` rails.
+#[derive(Debug)]
+pub struct Slots {
+    pub arena: Arena,
+    pub mrs: Vec<Mr>,
+}
+
+impl Slots {
+    pub fn new<D: Domain>(rails: &mut [D], count: usize, slot: usize, remote: bool) -> Result<Slots, Error> {
+        let arena = Arena::new(count, slot)?;
+        let mrs = rails.iter_mut().map(|d| d.register(arena.whole(), remote)).collect::<Result<_, _>>()?;
+        Ok(Slots { arena, mrs })
+    }
+}
+
+#[derive(Debug)]
+pub struct Staging {
+    pub send: Slots,
+    pub recv: Slots,
+    /// Bounce slots, for sending and receiving apart, so that neither can starve the other.
+    pub bounce: Option<(Slots, Slots)>,
+    /// What [`Fabric::register`](smddp_core::transport::Fabric::register) was given.
+    registered: Vec<(Region, [Option<Mr>; MAX_RAILS])>,
+    /// Credits this process may have given out in all.
+    pub budget: u32,
+}
+
+impl Staging {
+    pub fn new<D: Domain>(rails: &mut [D], eager: usize, staging: usize) -> Result<Staging, Error> {
+        let slot = HEADER + eager.max(1024);
+        let count = ((1 << 20) / slot).clamp(32, 128);
+        let send = Slots::new(&mut rails[..1], count, slot, false)?;
+        let recv = Slots::new(&mut rails[..1], count, slot, false)?;
+        let bounce = if rails[0].caps().needs_local_mr {
+            let each = (staging / 4 / BOUNCE).max(2);
+            Some((Slots::new(rails, each, BOUNCE, false)?, Slots::new(rails, each, BOUNCE, true)?))
+        } else {
+            None
+        };
+        let budget = (staging / 4 / slot).max(1) as u32;
+        Ok(Staging { send, recv, bounce, registered: Vec::new(), budget })
+    }
+
+    /// Registers memory on every rail for as long as the endpoint lives.
+    pub fn register<D: Domain>(&mut self, rails: &mut [D], memory: Region) -> Result<(), Error> {
+        let mut mrs = [None; MAX_RAILS];
+        for (mr, domain) in mrs.iter_mut().zip(rails) {
+            *mr = Some(domain.register(memory, true)?);
+        }
+        self.registered.push((memory, mrs));
+        Ok(())
+    }
+
+    /// The registration `memory` lies in, on `rail`, and its offset there.
+    pub fn find(&self, memory: Region, rail: usize) -> Option<(Mr, usize)> {
+        let start = memory.as_ptr() as usize;
+        self.registered.iter().find_map(|(whole, mrs)| {
+            let offset = start.checked_sub(whole.as_ptr() as usize)?;
+            let inside = offset.checked_add(memory.len())? <= whole.len();
+            if inside { Some((mrs[rail]?, offset)) } else { None }
+        })
+    }
+}

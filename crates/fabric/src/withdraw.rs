@@ -1,0 +1,228 @@
+//! Taking a group back: afterwards nothing touches its regions (T1).
+//!
+//! Bytes in flight are not ours to stop, so both sides settle: we say that the group is over; each peer posts no
+//! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way. A peer that does not answer in [`SETTLE`] costs the endpoint: closing it
+//! is what certainly ends all access.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smddp_core::error::Error as CoreError;
+
+use crate::domain::Domain;
+use crate::endpoint::FabricEndpoint;
+use crate::ops::{Early, Posted, Tx};
+use crate::sending::cut;
+use crate::slab::Handle;
+
+/// How long peers may take to settle; they only need to poll.
+const SETTLE: Duration = Duration::from_secs(2);
+/// How long the news of a failure may take to be posted when nothing else is waited for.
+const NEWS: Duration = Duration::from_millis(50);
+/// Bytes of an abort's text.
+const TEXT: usize = 1000;
+
+impl<D: Domain> FabricEndpoint<D> {
+    pub(crate) fn withdraw_group(&mut self, group: u64, peers: &[u32], why: Option<&CoreError>) {
+        self.groups.withdraw(group);
+        self.failures.retain(|f| f.group != Some(group));
+        if self.broken.is_some() {
+            return self.forget_all(group);
+        }
+        self.forget_unsent(group);
+        let mut told: Vec<u32> = if why.is_some() { peers.to_vec() } else { Vec::new() };
+        told.extend(self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer));
+        told.sort_unstable();
+        told.dedup();
+        told.retain(|p| self.peers.get(*p as usize).is_some_and(|p| p.lost.is_none()));
+        let text: Arc<str> = why.map(|e| Arc::from(cut(&e.to_string(), TEXT))).unwrap_or_default();
+        for &peer in &told {
+            self.tx.push_back(Tx::Abort { peer, group, quiet: why.is_none(), text: text.clone() });
+        }
+        self.settling = Some(group);
+        let settled = self.settle(group);
+        self.settling = None;
+        self.settled.clear();
+        if !settled {
+            let late = self.late(group);
+            self.break_down(format!(
+                "{late} did not settle the withdrawn group's transfers in {} s",
+                SETTLE.as_secs()
+            ));
+            self.forget_all(group);
+        }
+    }
+
+    /// Drops everything of the group that no peer and no NIC works on.
+    fn forget_unsent(&mut self, group: u64) {
+        self.starved.retain(|r| self.recvs.get(*r).is_some_and(|op| op.id.key.group != group));
+        let sends: Vec<(Handle, bool)> = self
+            .sends
+            .iter()
+            .filter(|(_, s)| s.id.key.group == group && !s.dead)
+            .map(|(h, s)| (h, s.flying > 0))
+            .collect();
+        for (send, flying) in sends {
+            if let Some(op) = self.sends.get_mut(send) {
+                op.dead = true;
+                self.sending.remove(&op.id);
+            }
+            if !flying {
+                self.sends.remove(send);
+            }
+        }
+        self.drop_outs(group, None);
+        let recvs: Vec<Handle> =
+            self.recvs.iter().filter(|(_, r)| r.id.key.group == group).map(|(h, _)| h).collect();
+        for recv in recvs {
+            if let Some(op) = self.recvs.remove(recv) {
+                self.receiving.remove(&op.id);
+            }
+        }
+        let grants: Vec<(Handle, bool)> = self
+            .grants
+            .iter()
+            .filter(|(_, g)| g.group == group)
+            .map(|(h, g)| (h, g.sent || g.posted > 0))
+            .collect();
+        for (handle, out) in grants {
+            if let Some(g) = self.grants.get_mut(handle) {
+                g.dead = true;
+                // Tagged receives not posted yet are never filled.
+                if g.grant.tagged {
+                    g.left = g.left.saturating_sub(g.grant.pieces() - g.posted);
+                }
+            }
+            if !out {
+                self.finish_grant(handle);
+            }
+        }
+        self.forget_early(group);
+    }
+
+    /// Pieces not posted yet of the group (to one peer only, where given) stay unposted.
+    pub(crate) fn drop_outs(&mut self, group: u64, peer: Option<u32>) {
+        let outs: Vec<Handle> = self
+            .outs
+            .iter()
+            .filter(|(_, o)| o.group == group && peer.is_none_or(|p| p == o.peer))
+            .map(|(h, _)| h)
+            .collect();
+        for out in outs {
+            self.outs.remove(out);
+        }
+    }
+
+    fn forget_early(&mut self, group: u64) {
+        self.early_grants.retain(|id, _| id.key.group != group);
+        let mut freed = Vec::new();
+        let mut buffers = Vec::new();
+        self.early.retain(|id, early| {
+            if id.key.group != group {
+                return true;
+            }
+            if let Early::Data { bytes, permitted, .. } = early {
+                buffers.push(std::mem::take(bytes));
+                if !*permitted {
+                    freed.push(id.peer);
+                }
+            }
+            false
+        });
+        for bytes in buffers {
+            self.recycle(bytes);
+        }
+        for peer in freed {
+            self.consumed(peer);
+        }
+    }
+
+    /// Polls until nothing of the group is on its way; false when that took too long.
+    fn settle(&mut self, group: u64) -> bool {
+        let start = self.rails[0].now();
+        loop {
+            self.close_settled(group);
+            let busy = self.sends.iter().any(|(_, s)| s.id.key.group == group)
+                || self.grants.iter().any(|(_, g)| g.group == group);
+            let untold = self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, .. } if *g == group));
+            let waited = self.rails[0].now().saturating_sub(start);
+            if !busy && (!untold || waited >= NEWS) {
+                return true;
+            }
+            if busy && waited >= SETTLE {
+                return false;
+            }
+            if !self.progress() {
+                std::thread::yield_now();
+            }
+            if self.broken.is_some() {
+                self.forget_all(group);
+                return true;
+            }
+        }
+    }
+
+    /// Ends what is known to be over: transfers of lost peers, and of those that settled and whose pieces arrived.
+    fn close_settled(&mut self, group: u64) {
+        let mut over: Vec<Handle> = Vec::new();
+        let mut cancel: Vec<Handle> = Vec::new();
+        let mut quarantine: Vec<Handle> = Vec::new();
+        for (handle, g) in self.grants.iter().filter(|(_, g)| g.group == group) {
+            let peer = &self.peers[g.peer as usize];
+            let arrived = self.groups.arrived(group, g.peer);
+            let settled = self.settled.iter().any(|(p, posted)| *p == g.peer && arrived >= *posted);
+            // The one connection to a lost peer is closed. What might still be written by a NIC of its own accord, or
+            // over another rail, is protected by nothing but closing, except bounce slots: they are not used again.
+            let lost = peer.lost.is_some();
+            let closed = lost && !peer.wild && !self.config.caps.needs_local_mr && self.rails.len() == 1;
+            if lost && g.bounce.is_some() {
+                quarantine.push(handle);
+            } else if settled || closed {
+                if g.grant.tagged && g.posted > 0 && g.left > 0 {
+                    cancel.push(handle);
+                } else {
+                    over.push(handle);
+                }
+            }
+        }
+        for handle in over {
+            self.finish_grant(handle);
+        }
+        for handle in quarantine {
+            self.grants.remove(handle);
+        }
+        for handle in cancel {
+            let Some(g) = self.grants.get(handle) else { continue };
+            let rails = usize::from(g.grant.rails);
+            for domain in &mut self.rails[..rails] {
+                domain.cancel(Posted::Tagged(handle).ctx());
+            }
+        }
+    }
+
+    /// The endpoint is closed: nothing touches memory any more, so everything of the group can go.
+    fn forget_all(&mut self, group: u64) {
+        self.forget_unsent(group);
+        let sends: Vec<Handle> =
+            self.sends.iter().filter(|(_, s)| s.id.key.group == group).map(|(h, _)| h).collect();
+        for send in sends {
+            self.sends.remove(send);
+        }
+        let grants: Vec<Handle> =
+            self.grants.iter().filter(|(_, g)| g.group == group).map(|(h, _)| h).collect();
+        for grant in grants {
+            self.grants.remove(grant);
+        }
+    }
+
+    /// Labels of the peers that keep the group from settling.
+    fn late(&self, group: u64) -> String {
+        let sends = self.sends.iter().filter(|(_, s)| s.id.key.group == group).map(|(_, s)| s.id.peer);
+        let grants = self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer);
+        let mut peers: Vec<u32> = sends.chain(grants).collect();
+        peers.sort_unstable();
+        peers.dedup();
+        let labels: Vec<&str> = peers.iter().map(|p| self.peers[*p as usize].label.as_str()).collect();
+        labels.join(", ")
+    }
+}

