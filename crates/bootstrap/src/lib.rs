@@ -1,0 +1,323 @@
+//! Who is in the job, and how its ranks exchange bytes.
+//!
+//! [`join`] is for programs that bring no store of their own: it finds rank and size and gives a
+//! [`Store`] all ranks share. [`launcher_env`] is for PyTorch programs under a bare mpirun: it gives the variables
+//! torch's own rendezvous wants. [`exchange`] works on any store, torch's included.
+//!
+//! How [`join`] finds the others, unless SMDDP_BOOTSTRAP names one way:
+//!
+//! 1. *mpi*: started by mpirun (or srun with PMIx), MPI found: one exchange through MPI tells all ranks the address
+//!    of rank 0's [`tcp_store::TcpStore`] and a random secret.
+//! 2. *env*: rank and size from variables, the store at MASTER_ADDR. Torch's own store has MASTER_PORT; ours takes the
+//!    first free one of the ports [`STORE_PORT_STEP`], 2×, 3× and 4× as far above it (modulo the port range). The
+//!    secret is derived from the job's id and MASTER_PORT: it keeps jobs apart, not attackers out.
+//! 3. *single*: neither launcher nor variables: a job of one.
+
+#![forbid(unsafe_code)]
+
+pub mod env;
+pub mod error;
+pub mod exchange;
+mod host;
+mod kv;
+mod launcher;
+pub mod mpi;
+mod server;
+pub mod single;
+mod slurm;
+pub mod tcp_store;
+mod wire;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use smddp_core::settings::Settings;
+use smddp_core::store::Store;
+
+pub use env::{Env, Launcher, Vars};
+pub use error::{Error, Result};
+pub use launcher::launcher_env;
+
+use tcp_store::{Identity, Listen, TcpStore};
+
+/// Our store's ports are MASTER_PORT plus multiples of this. Not 1: people give neighbouring ports to
+/// neighbouring jobs.
+pub const STORE_PORT_STEP: u16 = 311;
+const STORE_PORTS: u16 = 4;
+
+/// A job as one of its ranks sees it.
+#[derive(Clone)]
+pub struct Job {
+    pub rank: usize,
+    pub size: usize,
+    /// This rank's number among those of its host, where somebody said it.
+    pub local_rank: Option<usize>,
+    /// How many ranks this host has, where somebody said it.
+    pub local_size: Option<usize>,
+    /// Shared by all ranks. Its last owner's drop leaves the store; rank 0's waits up to
+    /// [`tcp_store::LINGER`] for the others to have left.
+    pub store: Arc<dyn Store>,
+    /// Equal on all ranks, different for each run where the launcher tells runs apart.
+    pub job_id: String,
+    /// Which way was taken, for people.
+    pub how: &'static str,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Job(rank {} of {}, {}, id {})", self.rank, self.size, self.how, self.job_id)
+    }
+}
+
+/// Finds the other ranks and waits until all of them have come.
+///
+/// `library_dirs`: where libraries that came as wheels lie; searched last.
+///
+/// # Errors
+/// [`Error::Variable`] for impossible or contradicting variables; [`Error::Unreachable`], [`Error::Missing`] at
+/// the deadline; [`Error::Disagree`] when ranks contradict one another; [`Error::Mpi`] when MPI alone may be used
+/// and cannot.
+pub fn join(settings: &Settings, library_dirs: &[PathBuf], deadline: Instant) -> Result<Job> {
+    join_with(settings, library_dirs, &Vars::from_process(), deadline)
+}
+
+/// [`join`], with the variables given.
+///
+/// # Errors
+/// As [`join`].
+pub fn join_with(
+    settings: &Settings,
+    library_dirs: &[PathBuf],
+    vars: &Vars,
+    deadline: Instant,
+) -> Result<Job> {
+    let mode = settings.text("SMDDP_BOOTSTRAP");
+    if mode == "single" {
+        return Ok(single("single process, as SMDDP_BOOTSTRAP says"));
+    }
+    let env = env::read(vars, mode == "env")?;
+    let try_mpi = mode == "mpi" || (mode == "auto" && mpi_may_know(&env, vars));
+    if try_mpi {
+        match mpi::world(settings, vars, &env, library_dirs, deadline) {
+            Ok(world) => return join_by_mpi(&world, &env, deadline),
+            Err(error) if mode == "mpi" => return Err(error),
+            Err(error) => tracing::info!("not by MPI: {error}"),
+        }
+    }
+    match (env.rank, env.size) {
+        (Some(rank), Some(size)) => join_by_tcp(rank, size, &env, vars, deadline),
+        _ if env.launcher.is_some() || mode == "env" => Err(Error::NoWay {
+            what: "the number of ranks is not known: no MPI to ask, and no WORLD_SIZE".to_owned(),
+            hint: "Set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or SMDDP_MPI to the launcher's libmpi"
+                .to_owned(),
+        }),
+        _ => Ok(single("single process: no launcher")),
+    }
+}
+
+/// Whether this was started in a way in which MPI knows the job.
+fn mpi_may_know(env: &Env, vars: &Vars) -> bool {
+    let launched = match env.launcher {
+        Some(Launcher::OpenMpi | Launcher::Pmi | Launcher::Pmix) => true,
+        // Under a plain srun each task would be an MPI job of its own.
+        Some(Launcher::Slurm) => vars.has("PMIX_RANK"),
+        None => false,
+    };
+    launched && !env.own_world && env.size != Some(1)
+}
+
+fn single(how: &'static str) -> Job {
+    Job {
+        rank: 0,
+        size: 1,
+        local_rank: Some(0),
+        local_size: Some(1),
+        store: Arc::new(single::LocalStore::new()),
+        job_id: format!("{:016x}", host::random_u64()),
+        how,
+    }
+}
+
+fn job_id(secret: &[u8; 16]) -> String {
+    // The id is shown to people, the secret is not.
+    let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{:016x}", host::hash(&["id", &hex]))
+}
+
+fn join_by_mpi(world: &mpi::World, env: &Env, deadline: Instant) -> Result<Job> {
+    const HOW: &str = "MPI";
+    if world.size == 1 {
+        return Ok(single(HOW));
+    }
+    let records = world.records(env, deadline)?;
+    let one = mpi::one_network(&records);
+    let mut hosted = None;
+    let word = world.by_zero(deadline, || {
+        let secret = tcp_store::random_secret();
+        let identity = Identity { rank: 0, size: world.size, secret };
+        let store = TcpStore::host(identity, &Listen { loopback: one, ports: vec![0] }, deadline)?;
+        let port = store.port().unwrap_or(0);
+        let addresses = if one { vec!["127.0.0.1".to_owned()] } else { addresses_for(&records, env) };
+        hosted = Some(store);
+        let mut word = secret.to_vec();
+        for (i, address) in addresses.iter().enumerate() {
+            let space = if i > 0 { " " } else { "" };
+            word.extend(format!("{space}{}", with_port(address, port)).into_bytes());
+        }
+        Ok(word)
+    })?;
+    let (secret, addresses) = word.split_first_chunk::<16>().ok_or_else(|| Error::Disagree {
+        what: "rank 0 gave no address; all hosts must have the same release of this library".to_owned(),
+    })?;
+    let identity = Identity { rank: world.rank, size: world.size, secret: *secret };
+    let store = match hosted {
+        Some(store) => store,
+        None => {
+            let text = String::from_utf8_lossy(addresses);
+            let candidates: Vec<String> = text.split(' ').map(str::to_owned).collect();
+            TcpStore::connect(identity, &candidates, deadline)?
+        }
+    };
+    store.ready(deadline)?;
+    let (local_rank, local_size) = mpi::local(&records, world.rank);
+    Ok(Job {
+        rank: world.rank,
+        size: world.size,
+        local_rank: env.local_rank.or(Some(local_rank)),
+        local_size: env.local_size.or(Some(local_size)),
+        store: Arc::new(store),
+        job_id: job_id(secret),
+        how: HOW,
+    })
+}
+
+/// Addresses at which other hosts may reach rank 0: what the user says first.
+fn addresses_for(records: &[mpi::Record], env: &Env) -> Vec<String> {
+    let mut all: Vec<String> = env.master_addr.iter().filter(|a| !is_loopback(a)).cloned().collect();
+    all.extend(host::reachable_addresses(&mpi::host_names(records)).iter().map(IpAddr::to_string));
+    if all.is_empty() {
+        all.push(host::name());
+    }
+    all
+}
+
+fn with_port(address: &str, port: u16) -> String {
+    match address.parse::<IpAddr>() {
+        Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{address}:{port}"),
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    address == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// The ports of our store for a master port.
+fn store_ports(master: u16) -> Vec<u16> {
+    const LOWEST: u32 = 1024;
+    let width = u32::from(u16::MAX) + 1 - LOWEST;
+    let port = |k: u16| {
+        let far = u32::from(master) + u32::from(k) * u32::from(STORE_PORT_STEP);
+        (if far < LOWEST { far + LOWEST } else { (far - LOWEST) % width + LOWEST }) as u16
+    };
+    (1..=STORE_PORTS).map(port).collect()
+}
+
+fn join_by_tcp(rank: usize, size: usize, env: &Env, vars: &Vars, deadline: Instant) -> Result<Job> {
+    const HOW: &str = "launcher variables and TCP";
+    if size == 1 {
+        return Ok(single("a job of one rank"));
+    }
+    let master = launcher::master_without_mpi(env, vars)?.or_else(|| launcher::slurm_master(env, vars));
+    let Some((addr, port)) = master else {
+        let name = if env.master_addr.is_none() { "MASTER_ADDR" } else { "MASTER_PORT" };
+        return Err(Error::variable(
+            name,
+            "where rank 0 can be reached",
+            "nothing",
+            "Set MASTER_ADDR to a name of rank 0's host and MASTER_PORT to a free port there, on all ranks",
+        ));
+    };
+    let secret = host::hash_16(&["job", env.job.as_deref().unwrap_or(""), &port.to_string()]);
+    let identity = Identity { rank, size, secret };
+    let loopback = env.one_host() || is_loopback(&addr);
+    let ports = store_ports(port);
+    let store = if rank == 0 {
+        TcpStore::host(identity, &Listen { loopback, ports }, deadline)?
+    } else {
+        let addr = if loopback { "127.0.0.1" } else { &addr };
+        let candidates: Vec<String> = ports.iter().map(|&port| with_port(addr, port)).collect();
+        TcpStore::connect(identity, &candidates, deadline)?
+    };
+    store.ready(deadline)?;
+    Ok(Job {
+        rank,
+        size,
+        local_rank: env.local_rank,
+        local_size: env.local_size,
+        store: Arc::new(store),
+        job_id: job_id(&secret),
+        how: HOW,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn store_ports_are_four_distinct_ports_a_process_may_open() {
+        for master in [1, 80, 1023, 1024, 7777, 29500, 60999, 65535] {
+            let ports = store_ports(master);
+            let distinct: std::collections::HashSet<u16> = ports.iter().copied().collect();
+            assert_eq!(distinct.len(), 4, "{master}: {ports:?}");
+            assert!(ports.iter().all(|&p| p >= 1024 && p != master), "{master}: {ports:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_launcher_there_is_one_rank() {
+        let soon = Instant::now() + std::time::Duration::from_secs(60);
+        let job = join_with(&Settings::default(), &[], &Vars::default(), soon).unwrap();
+        assert_eq!((job.rank, job.size), (0, 1));
+        job.store.set("k", b"v").unwrap();
+        assert_eq!(job.store.get("k", soon).unwrap(), b"v");
+    }
+
+    #[test]
+    fn a_missing_master_is_named() {
+        let vars = Vars::from_pairs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")]);
+        let error = join_with(&Settings::default(), &[], &vars, Instant::now()).unwrap_err();
+        assert!(matches!(&error, Error::Variable { name, .. } if name == "MASTER_ADDR"), "{error}");
+    }
+
+    /// Ranks as threads, by variables alone, while torch's own store sits on MASTER_PORT and a stranger on the first
+    /// of our ports.
+    #[test]
+    fn variables_alone_suffice_beside_torchs_store() {
+        let torch = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let master = torch.local_addr().unwrap().port();
+        let _taken = std::net::TcpListener::bind(("127.0.0.1", store_ports(master)[0]));
+        let soon = Instant::now() + std::time::Duration::from_secs(60);
+        let ranks: Vec<_> = (0..3)
+            .map(|rank| {
+                let pairs = [
+                    ("RANK", rank.to_string()),
+                    ("WORLD_SIZE", "3".to_owned()),
+                    ("MASTER_ADDR", "127.0.0.1".to_owned()),
+                    ("MASTER_PORT", master.to_string()),
+                ];
+                std::thread::spawn(move || {
+                    let job = join_with(&Settings::default(), &[], &Vars::from_pairs(pairs), soon).unwrap();
+                    let all = exchange::all_gather(&*job.store, "g", rank, 3, &[rank as u8], soon).unwrap();
+                    (job.job_id.clone(), all)
+                })
+            })
+            .collect();
+        let results: Vec<_> = ranks.into_iter().map(|r| r.join().unwrap()).collect();
+        assert!(results.iter().all(|r| r == &results[0]), "{results:?}");
+        assert_eq!(results[0].1, [[0], [1], [2]]);
+    }
+}

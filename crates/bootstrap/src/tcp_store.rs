@@ -1,0 +1,483 @@
+//! Our own key-value store over TCP: rank 0 hosts it, every rank (rank 0 too) is its client.
+//!
+//! Used where no store is given: after MPI told everybody the address, or at MASTER_ADDR with launcher
+//! variables alone.
+//!
+//! Invariants:
+//! 1. Every wait has a deadline; set and add end after `IO_TIME`.
+//! 2. A connection carries one request at a time; threads that wait at the same time have one connection each.
+//!    A connection on which anything went wrong is dropped, never used again.
+//! 3. What answers is believed only after its magic, and a store of another job is passed over, so several
+//!    candidate addresses can be tried in turn.
+//!
+//! What the secret is for: it keeps jobs apart that meet on a port by accident. It travels in the clear, and
+//! where it is derived from launcher variables anybody who knows them can compute it. It is no protection against an
+//! attacker on the network: keep the ports of a training cluster closed to strangers.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use smddp_core::store::Store;
+
+use crate::error::{Error, Result};
+use crate::host;
+use crate::kv;
+use crate::server::Server;
+use crate::wire::{self, Hello, MAGIC, Op, REPLY, Request, Secret, Status};
+
+/// Longest time a request that does not wait may take, and what a waiting one may take beyond its deadline.
+const IO_TIME: Duration = Duration::from_secs(30);
+/// Time of one attempt to connect and to be greeted: short at first, so that something silent on a candidate
+/// address costs little, doubled each round for a rank 0 that is busy with thousands.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(250);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(8);
+/// Pauses between rounds over the candidates.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+const NO_ANSWER: &str = "no answer in time";
+/// How long rank 0 goes on serving when its store is dropped and others have not left.
+pub const LINGER: Duration = Duration::from_secs(10);
+
+/// Who a client is, and in which job.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    pub rank: usize,
+    pub size: usize,
+    /// Equal on all ranks of the job.
+    pub secret: [u8; 16],
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity(rank {} of {})", self.rank, self.size)
+    }
+}
+
+/// Where rank 0 may listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// Only this host can connect.
+    pub loopback: bool,
+    /// Tried in order, the first free one is taken; 0 lets the system choose.
+    pub ports: Vec<u16>,
+}
+
+/// A rank's access to the store; rank 0's also runs it.
+#[derive(Debug)]
+pub struct TcpStore {
+    identity: Identity,
+    process: u64,
+    address: SocketAddr,
+    idle: Mutex<Vec<TcpStream>>,
+    server: Option<Server>,
+    /// A forked child has our connections but is not the rank: it must not say goodbye on them.
+    owner: u32,
+}
+
+impl TcpStore {
+    /// Rank 0: starts the store. Does not wait for the others; see [`TcpStore::ready`].
+    ///
+    /// # Errors
+    /// [`Error::Listen`] when no port is free; [`Error::Disagree`] when a port is taken by a rank 0 of this
+    /// very job.
+    pub fn host(identity: Identity, listen: &Listen, deadline: Instant) -> Result<TcpStore> {
+        let process = host::random_u64();
+        let any = if listen.loopback {
+            vec![IpAddr::V4(Ipv4Addr::LOCALHOST)]
+        } else {
+            // The IPv6 wildcard takes IPv4 too, where the host has IPv6 at all.
+            vec![IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)]
+        };
+        let mut reasons = Vec::new();
+        for &port in &listen.ports {
+            match bind(&any, port) {
+                Ok(listener) => return TcpStore::serve(identity, process, listener, deadline),
+                Err(error) => {
+                    if error.kind() == std::io::ErrorKind::AddrInUse {
+                        refuse_twin(identity, process, port, deadline)?;
+                    }
+                    reasons.push(format!("port {port}: {error}"));
+                }
+            }
+        }
+        let place = if listen.loopback { "127.0.0.1" } else { "this host" };
+        let ports: Vec<String> = listen.ports.iter().map(u16::to_string).collect();
+        Err(Error::Listen {
+            addresses: format!("{place}, port {}", ports.join(", ")),
+            reason: reasons.join("; "),
+        })
+    }
+
+    fn serve(identity: Identity, process: u64, listener: TcpListener, deadline: Instant) -> Result<TcpStore> {
+        let failed = |error: std::io::Error| Error::Listen {
+            addresses: "this host".to_owned(),
+            reason: error.to_string(),
+        };
+        let bound = listener.local_addr().map_err(failed)?;
+        let server = Server::start(listener, identity.size, identity.secret, process).map_err(failed)?;
+        // The wildcard address with IPv6 still answers on IPv4's loopback.
+        let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), bound.port());
+        let mut store = TcpStore::reach(identity, process, &[address.to_string()], deadline)?;
+        store.server = Some(server);
+        Ok(store)
+    }
+
+    /// Any rank: connects to the store at one of `candidates` ("host:port"), trying them in turn until `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] when nobody answered as this job's store, with what each address said;
+    /// [`Error::Disagree`] when rank 0 sees another job than we do.
+    pub fn connect(identity: Identity, candidates: &[String], deadline: Instant) -> Result<TcpStore> {
+        TcpStore::reach(identity, host::random_u64(), candidates, deadline)
+    }
+
+    fn reach(identity: Identity, process: u64, candidates: &[String], deadline: Instant) -> Result<TcpStore> {
+        let start = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        let mut patience = FIRST_ATTEMPT;
+        let mut reasons: BTreeMap<String, String> = BTreeMap::new();
+        loop {
+            for candidate in candidates {
+                let limit = deadline.min(Instant::now() + patience);
+                match attempt(identity, process, candidate, limit) {
+                    Ok((stream, address)) => {
+                        let idle = Mutex::new(vec![stream]);
+                        let owner = std::process::id();
+                        return Ok(TcpStore { identity, process, address, idle, server: None, owner });
+                    }
+                    Err(Attempt::Fatal(error)) => return Err(error),
+                    Err(Attempt::Again(reason)) => {
+                        // The last round may have no time left: what an earlier one learnt says more.
+                        if reason != NO_ANSWER || !reasons.contains_key(candidate) {
+                            reasons.insert(candidate.clone(), reason);
+                        }
+                    }
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Unreachable {
+                    rank: identity.rank,
+                    addresses: candidates.join(", "),
+                    waited: start.elapsed(),
+                    reason: summary(&reasons),
+                });
+            }
+            // Spread the ranks, so that they do not knock together.
+            let spread = Duration::from_millis(host::random_u64() % 10);
+            std::thread::sleep((pause + spread).min(left));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            patience = (patience * 2).min(LONGEST_ATTEMPT);
+        }
+    }
+
+    /// The port rank 0 listens on; `None` on other ranks.
+    pub fn port(&self) -> Option<u16> {
+        self.server.as_ref().map(Server::port)
+    }
+
+    /// Waits until every rank has connected.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] naming the ranks that have not; [`Error::Disagree`] when a rank contradicts another.
+    pub fn ready(&self, deadline: Instant) -> Result<()> {
+        let start = Instant::now();
+        let (status, body) = self.ask(Op::Ready, milliseconds(deadline), "", &[], deadline)?;
+        match status {
+            Status::Timeout => {
+                let missing = body.chunks_exact(4).map(|b| wire::u32_at(b, 0) as usize).collect();
+                Err(Error::Missing { scope: "joining the job".to_owned(), waited: start.elapsed(), missing })
+            }
+            other => self.expect_ok(other, &body, "joining the job").map(|_| ()),
+        }
+    }
+
+    fn expect_ok(&self, status: Status, body: &[u8], key: &str) -> Result<()> {
+        let text = || String::from_utf8_lossy(body).into_owned();
+        match status {
+            Status::Ok => Ok(()),
+            Status::Refused => Err(Error::Refused { key: key.to_owned(), reason: text() }),
+            Status::Disagree => Err(Error::Disagree { what: text() }),
+            Status::Timeout | Status::Stranger | Status::Ending => {
+                Err(self.lost(key, format!("an answer out of place ({status:?})")))
+            }
+        }
+    }
+
+    fn lost(&self, op: &str, reason: impl Into<String>) -> Error {
+        Error::Lost {
+            rank: self.identity.rank,
+            address: self.address.to_string(),
+            op: op.to_owned(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Sends a request and returns its answer. `until`: when the server answers at the latest.
+    fn ask(&self, op: Op, number: i64, key: &str, value: &[u8], until: Instant) -> Result<(Status, Vec<u8>)> {
+        let name = || format!("{op:?} {key}").trim().to_lowercase();
+        let limit = until.max(Instant::now()) + IO_TIME;
+        let mut stream = match self.idle_stream() {
+            Some(stream) => stream,
+            None => match attempt(self.identity, self.process, &self.address.to_string(), limit) {
+                Ok((stream, _)) => stream,
+                Err(Attempt::Fatal(error)) => return Err(error),
+                Err(Attempt::Again(reason)) => return Err(self.lost(&name(), reason)),
+            },
+        };
+        let request = Request::encode(op, number, key, value);
+        let answer = send(&mut stream, &request, limit).and_then(|()| receive_reply(&mut stream, limit));
+        match answer {
+            Ok(answer) => {
+                if op != Op::Goodbye {
+                    self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
+                }
+                Ok(answer)
+            }
+            Err(error) => Err(self.lost(&name(), error.to_string())),
+        }
+    }
+
+    /// A connection nobody uses and the server has not closed.
+    fn idle_stream(&self) -> Option<TcpStream> {
+        loop {
+            let stream = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            let mut byte = [0u8; 1];
+            let quiet = stream.set_nonblocking(true).is_ok()
+                && matches!(stream.peek(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+                && stream.set_nonblocking(false).is_ok();
+            if quiet {
+                return Some(stream);
+            }
+        }
+    }
+
+    /// Leaves the store; rank 0 goes on serving until every rank has left or `linger` has passed.
+    pub fn close(mut self, linger: Duration) {
+        self.leave(linger);
+    }
+
+    fn leave(&mut self, linger: Duration) {
+        if self.owner != std::process::id() {
+            // The server's thread does not exist here either; joining it would never end.
+            std::mem::forget(self.server.take());
+            return;
+        }
+        let connected = !self.idle.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        if connected {
+            // The server may be gone already: then there is nobody to tell.
+            let _ = self.ask(Op::Goodbye, 0, "", &[], Instant::now());
+            self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        if let Some(server) = self.server.take() {
+            server.stop(Instant::now() + linger);
+        }
+    }
+}
+
+impl Drop for TcpStore {
+    fn drop(&mut self) {
+        self.leave(LINGER);
+    }
+}
+
+impl Store for TcpStore {
+    fn set(&self, key: &str, value: &[u8]) -> smddp_core::Result<()> {
+        check(key, value.len())?;
+        let (status, body) = self.ask(Op::Set, 0, key, value, Instant::now())?;
+        Ok(self.expect_ok(status, &body, key)?)
+    }
+
+    fn get(&self, key: &str, deadline: Instant) -> smddp_core::Result<Vec<u8>> {
+        check(key, 0)?;
+        let start = Instant::now();
+        let (status, body) = self.ask(Op::Get, milliseconds(deadline), key, &[], deadline)?;
+        if status == Status::Timeout {
+            return Err(Error::Timeout { key: key.to_owned(), waited: start.elapsed() }.into());
+        }
+        self.expect_ok(status, &body, key)?;
+        Ok(body)
+    }
+
+    fn add(&self, key: &str, amount: i64) -> smddp_core::Result<i64> {
+        check(key, 0)?;
+        let (status, body) = self.ask(Op::Add, amount, key, &[], Instant::now())?;
+        self.expect_ok(status, &body, key)?;
+        match <[u8; 8]>::try_from(body.as_slice()) {
+            Ok(bytes) => Ok(i64::from_le_bytes(bytes)),
+            Err(_) => Err(self.lost(key, "an answer of the wrong length").into()),
+        }
+    }
+}
+
+fn check(key: &str, length: usize) -> Result<()> {
+    kv::check(key, length).map_err(|reason| Error::Refused { key: key.to_owned(), reason })
+}
+
+fn milliseconds(deadline: Instant) -> i64 {
+    deadline.saturating_duration_since(Instant::now()).as_millis().min(1 << 40) as i64
+}
+
+fn bind(addresses: &[IpAddr], port: u16) -> std::io::Result<TcpListener> {
+    let all: Vec<SocketAddr> = addresses.iter().map(|&ip| SocketAddr::new(ip, port)).collect();
+    let mut last = None;
+    for address in all {
+        match TcpListener::bind(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => return Err(error),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| std::io::Error::other("no address to listen on")))
+}
+
+/// When a port is taken: by another rank 0 of this very job? Then both have to know.
+fn refuse_twin(identity: Identity, process: u64, port: u16, deadline: Instant) -> Result<()> {
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port).to_string();
+    match attempt(identity, process, &address, deadline.min(Instant::now() + LONGEST_ATTEMPT)) {
+        Err(Attempt::Fatal(error @ Error::Disagree { .. })) => Err(error),
+        // Another program, another job, or our own last store that is ending.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// How one attempt to reach the store ended.
+#[derive(Debug)]
+enum Attempt {
+    /// Trying again cannot help.
+    Fatal(Error),
+    Again(String),
+}
+
+impl From<std::io::Error> for Attempt {
+    fn from(error: std::io::Error) -> Attempt {
+        Attempt::Again(error.to_string())
+    }
+}
+
+/// Connects to one candidate and says hello, all within `limit`.
+fn attempt(
+    identity: Identity,
+    process: u64,
+    candidate: &str,
+    limit: Instant,
+) -> std::result::Result<(TcpStream, SocketAddr), Attempt> {
+    let addresses: Vec<SocketAddr> = candidate.to_socket_addrs()?.collect();
+    let mut last = Attempt::Again(format!("'{candidate}' has no address"));
+    for address in addresses {
+        let left = limit.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let result = TcpStream::connect_timeout(&address, left)
+            .map_err(Attempt::from)
+            .and_then(|mut stream| greet(&mut stream, identity, process, limit).map(|()| stream));
+        match result {
+            Ok(stream) => return Ok((stream, address)),
+            Err(fatal @ Attempt::Fatal(_)) => return Err(fatal),
+            Err(again) => last = again,
+        }
+    }
+    Err(last)
+}
+
+fn greet(
+    stream: &mut TcpStream,
+    identity: Identity,
+    process: u64,
+    limit: Instant,
+) -> std::result::Result<(), Attempt> {
+    stream.set_nodelay(true)?;
+    // A firewall may forget a connection that is silent for hours of training.
+    let _ = rustix::net::sockopt::set_socket_keepalive(&*stream, true);
+    let (rank, size) = (identity.rank as u32, identity.size as u32);
+    send(stream, &Hello { secret: identity.secret, size, rank, process }.encode(), limit)?;
+    let mut magic = [0; MAGIC.len()];
+    receive(stream, &mut magic, limit)?;
+    if magic != MAGIC {
+        return Err(Attempt::Again("another program listens there".to_owned()));
+    }
+    let (status, body) = receive_reply(stream, limit)?;
+    let text = String::from_utf8_lossy(&body).into_owned();
+    match status {
+        Status::Ok => Ok(()),
+        Status::Disagree => Err(Attempt::Fatal(Error::Disagree { what: text })),
+        Status::Refused => Err(Attempt::Fatal(Error::Refused { key: "hello".to_owned(), reason: text })),
+        Status::Stranger | Status::Ending | Status::Timeout => Err(Attempt::Again(text)),
+    }
+}
+
+fn send(stream: &mut TcpStream, mut bytes: &[u8], limit: Instant) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        stream.set_write_timeout(Some(left(limit)?))?;
+        match stream.write(bytes) {
+            Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = &bytes[n..],
+            Err(error) => again(error)?,
+        }
+    }
+    Ok(())
+}
+
+fn receive(stream: &mut TcpStream, mut bytes: &mut [u8], limit: Instant) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        stream.set_read_timeout(Some(left(limit)?))?;
+        match stream.read(bytes) {
+            Ok(0) => {
+                return Err(std::io::Error::new(
+                    std::io::ErrorKind::UnexpectedEof,
+                    "the other side closed the connection",
+                ));
+            }
+            Ok(n) => bytes = &mut bytes[n..],
+            Err(error) => again(error)?,
+        }
+    }
+    Ok(())
+}
+
+fn receive_reply(stream: &mut TcpStream, limit: Instant) -> std::io::Result<(Status, Vec<u8>)> {
+    let mut header = [0; REPLY];
+    receive(stream, &mut header, limit)?;
+    let (status, length) = wire::parse_reply(&header)
+        .ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidData, "not an answer of our store"))?;
+    let mut body = vec![0; length];
+    receive(stream, &mut body, limit)?;
+    Ok((status, body))
+}
+
+/// The time left, an error when there is none.
+fn left(limit: Instant) -> std::io::Result<Duration> {
+    let left = limit.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, NO_ANSWER));
+    }
+    Ok(left)
+}
+
+/// Lets interruptions and the socket's own time-outs pass: [`left`] decides when to stop.
+fn again(error: std::io::Error) -> std::io::Result<()> {
+    match error.kind() {
+        std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+            Ok(())
+        }
+        _ => Err(error),
+    }
+}
+
+fn summary(reasons: &BTreeMap<String, String>) -> String {
+    let list: Vec<String> = reasons.iter().map(|(address, reason)| format!("{address}: {reason}")).collect();
+    list.join("; ")
+}
+
+/// A secret of this process's own making.
+pub(crate) fn random_secret() -> Secret {
+    let mut secret = [0; 16];
+    secret[..8].copy_from_slice(&host::random_u64().to_le_bytes());
+    secret[8..].copy_from_slice(&host::random_u64().to_le_bytes());
+    secret
+}
+
+#[cfg(test)]
+#[path = "tcp_store_tests.rs"]
+mod tests;

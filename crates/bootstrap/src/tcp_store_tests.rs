@@ -1,0 +1,303 @@
+use std::sync::Arc;
+
+use super::*;
+
+const SECRET: [u8; 16] = [7; 16];
+
+fn soon(seconds: u64) -> Instant {
+    Instant::now() + Duration::from_secs(seconds)
+}
+
+fn me(rank: usize, size: usize) -> Identity {
+    Identity { rank, size, secret: SECRET }
+}
+
+fn host(size: usize) -> TcpStore {
+    TcpStore::host(me(0, size), &Listen { loopback: true, ports: vec![0] }, soon(60)).unwrap()
+}
+
+fn at(store: &TcpStore) -> String {
+    format!("127.0.0.1:{}", store.port().unwrap())
+}
+
+fn join(address: &str, rank: usize, size: usize) -> Result<TcpStore> {
+    TcpStore::connect(me(rank, size), &[address.to_owned()], soon(60))
+}
+
+fn answers(store: &dyn Store) {
+    store.set("alive", b"yes").unwrap();
+    assert_eq!(store.get("alive", soon(60)).unwrap(), b"yes");
+}
+
+#[test]
+fn values_and_counters_are_shared() {
+    let zero = host(2);
+    let one = join(&at(&zero), 1, 2).unwrap();
+    one.set("k", b"").unwrap();
+    assert_eq!(zero.get("k", soon(60)).unwrap(), b"");
+    let long = vec![3u8; 1 << 20];
+    zero.set("k", &long).unwrap();
+    assert_eq!(one.get("k", soon(60)).unwrap(), long);
+    assert_eq!((zero.add("c", 3).unwrap(), one.add("c", -1).unwrap()), (3, 2));
+    assert_eq!(one.get("c", soon(60)).unwrap(), b"2");
+    drop(one);
+}
+
+#[test]
+fn threads_of_one_rank_do_not_block_one_another() {
+    let store = Arc::new(host(1));
+    let waiters: Vec<_> = (0..16)
+        .map(|i| {
+            let store = Arc::clone(&store);
+            std::thread::spawn(move || store.get(&format!("k{i}"), soon(60)).unwrap())
+        })
+        .collect();
+    for i in (0..16).rev() {
+        store.set(&format!("k{i}"), &[i]).unwrap();
+    }
+    for (i, waiter) in waiters.into_iter().enumerate() {
+        assert_eq!(waiter.join().unwrap(), [i as u8]);
+    }
+}
+
+#[test]
+fn a_get_ends_at_its_deadline_and_the_store_goes_on() {
+    let store = host(1);
+    let error = store.get("absent", Instant::now() + Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, smddp_core::Error::Timeout { .. }), "{error}");
+    // A later value must not be taken for the answer to something else.
+    store.set("absent", b"late").unwrap();
+    answers(&store);
+}
+
+#[test]
+fn sizes_are_bounded_on_both_sides() {
+    let store = host(1);
+    let error = store.set("k", &vec![0; kv::MAX_VALUE + 1]).unwrap_err().to_string();
+    assert!(error.contains("values have up to"), "{error}");
+    assert!(store.set(&"k".repeat(2000), b"").is_err());
+    assert!(store.set("", b"").is_err());
+    store.set("text", b"text").unwrap();
+    assert!(store.add("text", 1).unwrap_err().to_string().contains("not a counter"));
+    answers(&store);
+    // A client that does not keep to the bounds is cut off.
+    let mut rogue = TcpStream::connect(at(&store)).unwrap();
+    greet(&mut rogue, me(0, 1), store.process, soon(60)).unwrap();
+    let mut header = Request::encode(Op::Set, 0, "k", b"");
+    header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    send(&mut rogue, &header, soon(60)).unwrap();
+    let error = receive_reply(&mut rogue, soon(60)).unwrap_err();
+    assert_ne!(error.kind(), std::io::ErrorKind::TimedOut, "the server waits for four gigabytes");
+    answers(&store);
+}
+
+#[test]
+fn garbage_on_the_port_disturbs_nobody() {
+    let zero = host(2);
+    let address = at(&zero);
+    let mut kept = Vec::new();
+    for i in 0..200u64 {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        let mut bytes: Vec<u8> = (0..64).flat_map(|_| host::random_u64().to_le_bytes()).collect();
+        match i % 4 {
+            // Says nothing, or stops in the middle of a hello, and stays.
+            0 => bytes.clear(),
+            1 => bytes = Hello { secret: SECRET, size: 2, rank: 1, process: 5 }.encode()[..30].to_vec(),
+            // The magic, then random: a wrong secret.
+            2 => bytes[..8].copy_from_slice(&MAGIC),
+            _ => {}
+        }
+        // The server may close while we write.
+        let _ = stream.write_all(&bytes);
+        kept.push(stream);
+    }
+    let one = join(&address, 1, 2).unwrap();
+    one.ready(soon(60)).unwrap();
+    zero.ready(soon(60)).unwrap();
+    answers(&one);
+    drop(kept);
+    answers(&zero);
+}
+
+#[test]
+fn another_world_size_is_told_to_both_sides() {
+    let zero = host(2);
+    let address = at(&zero);
+    let waiter = std::thread::spawn(move || zero.ready(soon(60)));
+    let theirs = join(&address, 1, 3).unwrap_err();
+    let ours = waiter.join().unwrap().unwrap_err();
+    for error in [theirs, ours] {
+        assert!(matches!(error, Error::Disagree { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("rank 1") && text.contains("3 ranks") && text.contains("says 2"), "{text}");
+    }
+}
+
+#[test]
+fn two_processes_of_one_rank_are_told_on_both_sides() {
+    let zero = host(3);
+    let address = at(&zero);
+    let first = join(&address, 1, 3).unwrap();
+    let waiter = std::thread::spawn(move || first.ready(soon(60)).unwrap_err());
+    let second = join(&address, 1, 3).unwrap_err();
+    for error in [second, waiter.join().unwrap(), zero.ready(soon(60)).unwrap_err()] {
+        assert!(matches!(error, Error::Disagree { .. }), "{error}");
+        assert!(error.to_string().contains("two processes say they are rank 1"), "{error}");
+    }
+}
+
+#[test]
+fn a_complete_job_is_not_disturbed_by_a_latecomer() {
+    let zero = host(2);
+    let one = join(&at(&zero), 1, 2).unwrap();
+    zero.ready(soon(60)).unwrap();
+    assert!(matches!(join(&at(&zero), 1, 2), Err(Error::Disagree { .. })));
+    assert!(matches!(join(&at(&zero), 5, 7), Err(Error::Disagree { .. })));
+    answers(&one);
+}
+
+#[test]
+fn a_second_rank_zero_is_refused() {
+    let zero = host(2);
+    let listen = Listen { loopback: true, ports: vec![zero.port().unwrap(), 0] };
+    let error = TcpStore::host(me(0, 2), &listen, soon(60)).unwrap_err();
+    assert!(error.to_string().contains("two processes say they are rank 0"), "{error}");
+}
+
+#[test]
+fn missing_ranks_are_named() {
+    let zero = host(4);
+    let two = join(&at(&zero), 2, 4).unwrap();
+    match two.ready(Instant::now() + Duration::from_millis(100)) {
+        Err(Error::Missing { missing, .. }) => assert_eq!(missing, [1, 3]),
+        other => panic!("{other:?}"),
+    }
+    // Rank 2 gives up: the others need not wait for their own deadlines.
+    drop(two);
+    let error = zero.ready(soon(60)).unwrap_err().to_string();
+    assert!(error.contains("rank 2 gave up"), "{error}");
+}
+
+#[test]
+fn a_rank_that_dies_before_the_job_is_complete_is_named() {
+    let zero = host(3);
+    let mut one = TcpStream::connect(at(&zero)).unwrap();
+    greet(&mut one, me(1, 3), 99, soon(60)).unwrap();
+    drop(one);
+    let error = zero.ready(soon(60)).unwrap_err().to_string();
+    assert!(error.contains("rank 1") && error.contains("ended before"), "{error}");
+}
+
+#[test]
+fn nobody_there_is_an_error_with_address_and_advice() {
+    // A port that was free a moment ago.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let error =
+        TcpStore::connect(me(1, 2), std::slice::from_ref(&address), deadline).unwrap_err().to_string();
+    assert!(
+        error.contains(&address) && error.contains("refused") && error.contains("MASTER_ADDR"),
+        "{error}"
+    );
+    // A listener that never answers ends at the deadline as well.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let error = TcpStore::connect(me(1, 2), &[address], deadline).unwrap_err().to_string();
+    assert!(error.contains("no answer in time"), "{error}");
+}
+
+#[test]
+fn stores_of_other_jobs_and_other_programs_are_passed_over() {
+    let stranger = TcpStore::host(
+        Identity { rank: 0, size: 2, secret: [1; 16] },
+        &Listen { loopback: true, ports: vec![0] },
+        soon(60),
+    )
+    .unwrap();
+    let web = TcpListener::bind("127.0.0.1:0").unwrap();
+    let web_address = web.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = web.accept() {
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        }
+    });
+    let ours = host(2);
+    let candidates = [web_address, at(&stranger), at(&ours)];
+    let one = TcpStore::connect(me(1, 2), &candidates, soon(60)).unwrap();
+    one.ready(soon(60)).unwrap();
+    let deadline = Instant::now() + Duration::from_millis(300);
+    let error = TcpStore::connect(me(1, 2), &candidates[..2], deadline).unwrap_err().to_string();
+    assert!(error.contains("another program") && error.contains("another job"), "{error}");
+}
+
+#[test]
+fn rank_zero_serves_until_the_last_has_left() {
+    let zero = host(2);
+    let one = join(&at(&zero), 1, 2).unwrap();
+    one.ready(soon(60)).unwrap();
+    let (left, gone) = std::sync::mpsc::channel();
+    let closer = std::thread::spawn(move || {
+        zero.close(Duration::from_secs(60));
+        left.send(()).unwrap();
+    });
+    for i in 0..100 {
+        one.set(&format!("k{i}"), b"v").unwrap();
+    }
+    assert!(gone.try_recv().is_err(), "the server ended under its client");
+    drop(one);
+    gone.recv_timeout(Duration::from_secs(50)).unwrap();
+    closer.join().unwrap();
+}
+
+#[test]
+fn rank_zero_does_not_wait_for_ever() {
+    let zero = host(2);
+    let one = join(&at(&zero), 1, 2).unwrap();
+    zero.close(Duration::from_millis(100));
+    let error = one.set("k", b"v").unwrap_err().to_string();
+    assert!(error.contains("rank 0") && error.contains("set k"), "{error}");
+}
+
+#[test]
+fn the_same_ports_serve_the_next_job_of_the_same_processes() {
+    let zero = host(2);
+    let port = zero.port().unwrap();
+    let one = join(&at(&zero), 1, 2).unwrap();
+    one.ready(soon(60)).unwrap();
+    // Rank 1 leaves first and comes again at once, to the old store: it must wait for the new one.
+    drop(one);
+    let again = std::thread::spawn(move || {
+        let one = join(&format!("127.0.0.1:{port}"), 1, 2).unwrap();
+        one.ready(soon(60)).unwrap();
+        one.set("second", b"life").unwrap();
+        one
+    });
+    drop(zero);
+    let zero = TcpStore::host(me(0, 2), &Listen { loopback: true, ports: vec![port] }, soon(60)).unwrap();
+    assert_eq!(zero.get("second", soon(60)).unwrap(), b"life");
+    drop(again.join().unwrap());
+}
+
+#[test]
+fn many_ranks_exchange_through_it() {
+    let size = 32;
+    let zero = host(size);
+    let address = at(&zero);
+    let ranks: Vec<_> = (1..size)
+        .map(|rank| {
+            let address = address.clone();
+            std::thread::spawn(move || {
+                let store = join(&address, rank, size).unwrap();
+                store.ready(soon(60)).unwrap();
+                crate::exchange::all_gather(&store, "g", rank, size, &[rank as u8], soon(60)).unwrap()
+            })
+        })
+        .collect();
+    let all = crate::exchange::all_gather(&zero, "g", 0, size, &[0], soon(60)).unwrap();
+    assert_eq!(all, (0..size).map(|r| vec![r as u8]).collect::<Vec<_>>());
+    for rank in ranks {
+        assert_eq!(rank.join().unwrap(), all);
+    }
+}
