@@ -1,0 +1,186 @@
+// Measures an MPI library the way `smddp-perf` measures ours, and writes the same CSV columns.
+//
+//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV       (OPS and DTYPES separated by commas)
+//
+// Each size is checked first on fresh data. Then batches of about 1 ms of calls on zeros; a batch starts behind a barrier
+// and counts as long as its slowest rank. bfloat16 is reduced by a user operation, since MPI has no such type.
+#include <mpi.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Bytes = std::vector<unsigned char>;
+
+float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+void add_bfloat16(void *in, void *inout, int *count, MPI_Datatype *) {
+  const auto *a = static_cast<const uint16_t *>(in);
+  auto *b = static_cast<uint16_t *>(inout);
+  for (int i = 0; i < *count; i++) b[i] = narrow(widen(a[i]) + widen(b[i]));
+}
+
+// A page-aligned array of float32 or bfloat16.
+class Array {
+ public:
+  Array(size_t count, bool wide) : count_(count), wide_(wide) {
+    const size_t bytes = (count * width() + 4095) / 4096 * 4096 + 4096;
+    data_ = std::aligned_alloc(4096, bytes);
+    if (!data_) MPI_Abort(MPI_COMM_WORLD, 1);
+    clear();
+  }
+  ~Array() { std::free(data_); }
+  Array(const Array &) = delete;
+  Array &operator=(const Array &) = delete;
+
+  size_t width() const { return wide_ ? 4 : 2; }
+  size_t count() const { return count_; }
+  void *data() { return data_; }
+  void clear() { std::memset(data_, 0, count_ * width()); }
+  void set(size_t i, float v) {
+    if (wide_) static_cast<float *>(data_)[i] = v;
+    else static_cast<uint16_t *>(data_)[i] = narrow(v);
+  }
+  float get(size_t i) const {
+    return wide_ ? static_cast<const float *>(data_)[i] : widen(static_cast<const uint16_t *>(data_)[i]);
+  }
+
+ private:
+  size_t count_;
+  bool wide_;
+  void *data_;
+};
+
+struct Case {
+  std::string op;
+  int rank, world;
+  MPI_Datatype type;
+  MPI_Op sum;
+  Array &whole, &block;
+
+  bool blocks() const { return op == "allgather" || op == "reduce_scatter"; }
+
+  void call() {
+    const int n = int(whole.count()), k = int(block.count());
+    if (op == "allreduce") MPI_Allreduce(MPI_IN_PLACE, whole.data(), n, type, sum, MPI_COMM_WORLD);
+    else if (op == "broadcast") MPI_Bcast(whole.data(), n, type, 0, MPI_COMM_WORLD);
+    else if (op == "allgather") MPI_Allgather(block.data(), k, type, whole.data(), k, type, MPI_COMM_WORLD);
+    else MPI_Reduce_scatter_block(whole.data(), block.data(), k, type, sum, MPI_COMM_WORLD);
+  }
+
+  // Rank r brings i mod 7 + r + 1 to place i; gathered data is i mod 7.
+  float mine(size_t i) const { return float(i % 7) + float(rank) + 1; }
+  float summed(size_t i) const { return float(i % 7) * float(world) + float(world * (world + 1) / 2); }
+
+  void fill() {
+    const size_t first = size_t(rank) * block.count();
+    for (size_t i = 0; i < whole.count(); i++) whole.set(i, op == "allgather" ? -1 : mine(i));
+    for (size_t i = 0; i < block.count(); i++) block.set(i, op == "allgather" ? float((first + i) % 7) : -1);
+  }
+
+  bool right() const {
+    const size_t first = size_t(rank) * block.count();
+    if (op == "reduce_scatter") {
+      for (size_t i = 0; i < block.count(); i++)
+        if (block.get(i) != summed(first + i)) return false;
+      return true;
+    }
+    for (size_t i = 0; i < whole.count(); i++) {
+      const float want = op == "allreduce" ? summed(i) : op == "broadcast" ? float(i % 7) + 1 : float(i % 7);
+      if (whole.get(i) != want) return false;
+    }
+    return true;
+  }
+};
+
+double batch(Case &c, int calls) {
+  MPI_Barrier(MPI_COMM_WORLD);
+  const double start = MPI_Wtime();
+  for (int i = 0; i < calls; i++) c.call();
+  return (MPI_Wtime() - start) / calls;
+}
+
+std::vector<std::string> words(const std::string &text) {
+  std::vector<std::string> out(1);
+  for (char c : text) {
+    if (c == ',') out.emplace_back();
+    else out.back() += c;
+  }
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  MPI_Init(&argc, &argv);
+  int rank, world;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &world);
+  if (argc != 8) {
+    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV\n", argv[0]);
+    MPI_Finalize();
+    return 2;
+  }
+  const size_t smallest = std::strtoull(argv[4], nullptr, 10), largest = std::strtoull(argv[5], nullptr, 10);
+  const double budget = std::atof(argv[6]);
+  FILE *csv = rank == 0 ? std::fopen(argv[7], "a") : nullptr;
+  if (csv && std::fseek(csv, 0, SEEK_END) == 0 && std::ftell(csv) == 0)
+    std::fprintf(csv, "label,op,dtype,world,bytes,iters,median_us,min_us,algbw_GBps,busbw_GBps,check\n");
+  MPI_Op user_sum;
+  MPI_Op_create(add_bfloat16, 1, &user_sum);
+  MPI_Datatype two_bytes;
+  MPI_Type_contiguous(2, MPI_BYTE, &two_bytes);
+  MPI_Type_commit(&two_bytes);
+
+  for (const auto &op : words(argv[2]))
+    for (const auto &dtype : words(argv[3]))
+      for (size_t bytes = smallest; bytes <= largest; bytes *= 4) {
+        const bool wide = dtype == "float32", blocks = op == "allgather" || op == "reduce_scatter";
+        const size_t count = bytes / (wide ? 4 : 2);
+        if (count == 0 || (blocks && count % size_t(world))) continue;
+        Array whole(count, wide), block(blocks ? count / size_t(world) : 0, wide);
+        Case c{op, rank, world, wide ? MPI_FLOAT : two_bytes, wide ? MPI_SUM : user_sum, whole, block};
+        c.fill();
+        c.call();
+        int good = c.right();
+        whole.clear();
+        block.clear();
+        for (int i = 0; i < 3; i++) c.call();
+        double estimate = batch(c, 2);
+        MPI_Allreduce(MPI_IN_PLACE, &estimate, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+        const int calls = std::clamp(int(0.001 / estimate), 1, 20000);
+        const int batches = std::clamp(int(budget / (estimate * calls)), 7, 401);
+        std::vector<double> times;
+        for (int b = 0; b < batches; b++) times.push_back(batch(c, calls));
+        MPI_Allreduce(MPI_IN_PLACE, times.data(), batches, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+        MPI_Allreduce(MPI_IN_PLACE, &good, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+        std::sort(times.begin(), times.end());
+        const double median = times[size_t(batches) / 2], algbw = double(bytes) / median / 1e9;
+        const double n = world, factor = op == "allreduce" ? 2 * (n - 1) / n : blocks ? (n - 1) / n : 1;
+        if (csv) {
+          std::fprintf(csv, "%s,%s,%s,%d,%zu,%d,%.2f,%.2f,%.4f,%.4f,%s\n", argv[1], op.c_str(), dtype.c_str(), world, bytes,
+                       batches * calls, median * 1e6, times[0] * 1e6, algbw, algbw * factor, good ? "ok" : "WRONG");
+          std::fflush(csv);
+        }
+      }
+  if (csv) std::fclose(csv);
+  MPI_Finalize();
+  return 0;
+}

@@ -1,0 +1,75 @@
+//! Speed of the reduction kernels on data that stays in the cache: bytes read from every source plus bytes written.
+//!
+//! `cargo bench -p smddp-core --bench kernels`
+
+use divan::Bencher;
+use divan::counter::BytesCount;
+use smddp_core::reduce::{Variant, combine_with};
+use smddp_core::transport::Arith;
+use smddp_core::{DType, ReduceOp, Region};
+
+const ELEMENTS: usize = 32 << 10;
+
+fn main() {
+    divan::main();
+}
+
+/// Aligned as tensors are.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([u8; 64]);
+
+/// What a call costs beside its bytes: 16 elements.
+#[divan::bench(args = variants())]
+fn small_f32(bencher: Bencher<'_, '_>, variant: Variant) {
+    let mut memory = [[1.0f32; 16]; 3];
+    // SAFETY: `memory` outlives the regions and is not touched while they are in use.
+    let regions = memory.each_mut().map(|m| unsafe { Region::of(m) });
+    let arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
+    bencher.bench_local(|| combine_with(variant, arith, true, regions[2], divan::black_box(&regions[..2])));
+}
+
+/// One reduction of `SRCS` sources apart from the result.
+fn reduce<const SRCS: usize>(bencher: Bencher<'_, '_>, dtype: DType, op: ReduceOp, variant: Variant) {
+    let len = ELEMENTS * dtype.size();
+    // The same ordinary number everywhere: no sum gets out of range.
+    let one: &[u8] = match dtype {
+        DType::F16 => &[0x00, 0x3c],
+        DType::BF16 => &[0x80, 0x3f],
+        DType::F32 => &[0x00, 0x00, 0x80, 0x3f],
+        _ => &[1],
+    };
+    let mut memory: Vec<Vec<Line>> = (0..=SRCS).map(|_| vec![Line([0; 64]); len / 64]).collect();
+    for element in memory.iter_mut().flatten().flat_map(|line| line.0.chunks_mut(one.len())) {
+        element.copy_from_slice(one);
+    }
+    // SAFETY: `memory` outlives the regions and is not touched while they are in use.
+    let regions: Vec<Region> = memory.iter_mut().map(|m| unsafe { Region::of(m) }).collect();
+    let arith = Arith { dtype, op, world: SRCS as u32 };
+    bencher.counter(BytesCount::new((SRCS + 1) * len)).bench_local(|| {
+        combine_with(variant, arith, true, regions[SRCS], divan::black_box(&regions[..SRCS]))
+    });
+}
+
+fn variants() -> impl Iterator<Item = Variant> {
+    Variant::available()
+}
+
+macro_rules! benches {
+    ($($name:ident: $dtype:ident $op:ident),* $(,)?) => {$(
+        #[divan::bench(consts = [2, 4], args = variants())]
+        fn $name<const SRCS: usize>(bencher: Bencher<'_, '_>, variant: Variant) {
+            reduce::<SRCS>(bencher, DType::$dtype, ReduceOp::$op, variant);
+        }
+    )*};
+}
+
+benches! {
+    sum_f32: F32 Sum,
+    sum_bf16: BF16 Sum,
+    sum_f16: F16 Sum,
+    avg_f32: F32 Avg,
+    max_f32: F32 Max,
+    sum_i64: I64 Sum,
+    avg_i32: I32 Avg,
+}

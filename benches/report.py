@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Turns the CSV files of scripts/bench into tables and plots: ``report.py FOLDER [--publish]``.
+
+The text goes to FOLDER/performance.md; with ``--publish`` to docs/performance.md, the plots to docs/img, and the short
+table into README.md between its two marks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PERF = ROOT / ".venv/bin/smddp-perf"
+BEGIN, END = "<!-- measured by scripts/bench: begin -->", "<!-- measured by scripts/bench: end -->"
+# Calls of one size beside the timed ones: the check, three to warm up, two to estimate.
+UNTIMED = 6
+RATIOS = ["gloo (torch)/smddp (torch)", "Open MPI (C)/smddp (Rust)"]
+
+INTRODUCTION = """# Performance
+
+Made by `./scripts/bench`: all sides in one run, taking turns over several rounds. Times are those of the slowest
+rank in batches of about 1 ms: first the fastest batch of all rounds (on a machine shared with others the only figure
+that their load does not decide), then the best of the rounds' medians. Every size was checked on fresh data first.
+
+*smddp (torch)* and *gloo (torch)* are calls through `torch.distributed`; *smddp (Rust)* and *Open MPI (C)* are library
+calls in programs started by the same mpirun (Open MPI 5.0.11; it reduces bfloat16 by a user operation, since MPI has no
+such type).
+"""
+TWO_NODES = """
+## Two nodes of 2 ranks, links of 1 Gbit/s
+
+Emulated by network namespaces (`scripts/nodes`): at this rate the links decide, not the cores that carry both ends. Up
+to about 1 MiB the shaper's burst of 256 KiB flatters all sides.
+"""
+COUNTED = """
+Bytes over one node's link in an all_reduce of {size:,} bytes, counted at the interface (headers, acknowledgements and
+the start of the job included). The least an algorithm can send is 2(N-1)/N messages: 1 for N = 2 nodes.
+
+"""
+
+
+def perf(*arguments: object) -> str:
+    return subprocess.run([PERF, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def table(path: Path, *more: object) -> str:
+    """Markdown of one CSV; empty when the file was not written, or nothing in it matches."""
+    if not path.exists():
+        return ""
+    ratios = [word for ratio in RATIOS for word in ("--ratio", ratio)]
+    try:
+        return perf("compare", path, *ratios, *more)
+    except subprocess.CalledProcessError:
+        return ""
+
+
+def plot(path: Path, image: Path, title: str, *more: object) -> str:
+    """Draws one group of a CSV; the Markdown that shows it."""
+    if not path.exists():
+        return ""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    perf("compare", path, "--svg", image, "--title", title, *more)
+    return f"\n![{title}](img/{image.name})\n"
+
+
+def machine() -> str:
+    info = json.loads(perf("info", "--json"))
+    cpu, node = info["Processor"], info["Node"]
+    caches = ", ".join(f"{level} {cpu[level].split(',')[0]}" for level in ("L2", "L3") if level in cpu)
+    memory = node["memory"].split(",")[0]
+    return f"{cpu['model']}, {os.cpu_count()} cores, {caches}; memory {memory}; Linux {node['kernel']}"
+
+
+def bytes_table(folder: Path) -> str:
+    """Bytes each node sent per call over those of the message, from the counters of its network interface."""
+    counted = folder / "counted.csv"
+    if not counted.exists():
+        return ""
+    with counted.open() as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    lines = ["| side | bytes a node sends per call | in messages (S) |", "| --- | --: | --: |"]
+    for label, row in rows.items():
+        counters = folder / f"{label}.bytes"
+        if not counters.exists():
+            continue
+        sent = max(int(line.split()[1]) for line in counters.read_text().splitlines())
+        per_call = sent / (int(row["iters"]) + UNTIMED)
+        lines.append(f"| {label} | {per_call:,.0f} | {per_call / int(row['bytes']):.3f} |")
+    size = int(next(iter(rows.values()))["bytes"])
+    return COUNTED.format(size=size) + "\n".join(lines) + "\n"
+
+
+def document(folder: Path, images: Path) -> str:
+    one, others, crowded, two = (folder / f"{n}.csv" for n in ("one_node", "others", "crowded", "two_nodes"))
+    parts = [
+        INTRODUCTION,
+        f"\nMachine: {machine()}.\n",
+        "\n## One node, 2 ranks\n",
+        plot(one, images / "all_reduce_1x2.svg", "all_reduce, 1 node x 2 ranks", "--dtype", "float32"),
+        table(one),
+        "\nBest medians:\n" + table(one, "--median"),
+        "\n### Other collectives\n",
+        table(others),
+        "\n## One node, more ranks than cores\n",
+        plot(crowded, images / "all_reduce_1x4.svg", "all_reduce, 4 ranks on few cores"),
+        table(crowded),
+    ]
+    if two.exists():
+        parts += [
+            TWO_NODES,
+            plot(two, images / "all_reduce_2x2.svg", "all_reduce, 2 nodes x 2 ranks, 1 Gbit/s"),
+            table(two),
+            bytes_table(folder),
+        ]
+    parts.append("\n## Again\n\n```\n./scripts/bench\n```\n\nThe raw rows stay in `build/bench/*.csv`.\n")
+    return "".join(parts)
+
+
+def readme_block(folder: Path) -> str:
+    one = folder / "one_node.csv"
+    return "\n".join(
+        [
+            BEGIN,
+            "",
+            f"Measured on {machine()}; see [docs/performance.md](docs/performance.md).",
+            "",
+            "![all_reduce, 1 node x 2 ranks](docs/img/all_reduce_1x2.svg)",
+            table(one, "--dtype", "float32"),
+            table(folder / "two_nodes.csv", "--from", "64K").replace("4 ranks**", "2 nodes x 2 ranks at 1 Gbit/s**"),
+            END,
+        ]
+    )
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    publish = "--publish" in sys.argv[2:]
+    target = ROOT / "docs" if publish else folder
+    target.mkdir(parents=True, exist_ok=True)
+    text = document(folder, target / "img")
+    (target / "performance.md").write_text(text)
+    print(f"written: {target / 'performance.md'}")
+    readme = ROOT / "README.md"
+    if publish and readme.exists():
+        before, mark, rest = readme.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not mark or not end:
+            print(f"README.md has no lines '{BEGIN}' and '{END}': not changed", file=sys.stderr)
+            return 1
+        readme.write_text(before + readme_block(folder) + after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

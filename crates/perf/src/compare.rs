@@ -1,0 +1,290 @@
+//! CSV files of several libraries, side by side: Markdown tables or one drawing.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use crate::args::CompareArgs;
+use crate::chart::{self, Panel, Series, size_label};
+use crate::report::CSV_HEADER;
+use crate::{Failure, print};
+
+/// One line of a CSV file.
+#[derive(Clone, Debug)]
+struct Line {
+    label: String,
+    op: String,
+    dtype: String,
+    world: usize,
+    bytes: usize,
+    median: f64,
+    fastest: f64,
+    busbw: f64,
+    wrong: bool,
+}
+
+/// (collective, type, ranks)
+type Key = (String, String, usize);
+
+type Sizes = BTreeMap<usize, BTreeMap<String, Best>>;
+
+/// The best figures of one label at one size, over all rounds.
+#[derive(Clone, Copy, Debug)]
+struct Best {
+    micros: f64,
+    busbw: f64,
+}
+
+pub fn run(options: &CompareArgs) -> Result<(), Failure> {
+    let mut lines = Vec::new();
+    for file in &options.files {
+        let text = std::fs::read_to_string(file).map_err(|e| Failure::file(file, e))?;
+        lines.extend(parse(file, &text)?);
+    }
+    let table = Table::new(&lines, options);
+    if table.groups.is_empty() {
+        return Err(Failure::Usage(
+            "no line of these files matches --op, --dtype, --world and --from".to_owned(),
+        ));
+    }
+    match &options.svg {
+        Some(path) => std::fs::write(path, table.svg(options)?).map_err(|e| Failure::file(path, e)),
+        None => print(&table.markdown(options)),
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Vec<Line>, Failure> {
+    let mut rows = text.lines();
+    if rows.next() != Some(CSV_HEADER) {
+        return Err(Failure::file(
+            path,
+            format!("not a benchmark's CSV: the first line is not \"{CSV_HEADER}\""),
+        ));
+    }
+    let mut lines = Vec::new();
+    for (number, row) in rows.enumerate() {
+        let f: Vec<&str> = row.split(',').collect();
+        let line = || -> Option<Line> {
+            Some(Line {
+                label: f[0].to_owned(),
+                op: f[1].to_owned(),
+                dtype: f[2].to_owned(),
+                world: f[3].parse().ok()?,
+                bytes: f[4].parse().ok()?,
+                median: f[6].parse().ok()?,
+                fastest: f[7].parse().ok()?,
+                busbw: f[9].parse().ok()?,
+                wrong: f[10] == "WRONG",
+            })
+        };
+        match f.get(10) {
+            // A call that a library does not offer has no time.
+            Some(&"unsupported") => {}
+            Some(_) => lines.push(line().ok_or_else(|| {
+                Failure::file(path, format!("line {}: a number was expected: {row}", number + 2))
+            })?),
+            None => {
+                return Err(Failure::file(path, format!("line {}: 11 columns expected: {row}", number + 2)));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+struct Table {
+    /// Labels in the order they first appear.
+    labels: Vec<String>,
+    /// In the order they first appear: by size, by label.
+    groups: Vec<(Key, Sizes)>,
+    wrong: Vec<String>,
+}
+
+impl Table {
+    fn new(lines: &[Line], options: &CompareArgs) -> Table {
+        let mut table = Table { labels: Vec::new(), groups: Vec::new(), wrong: Vec::new() };
+        let fits = |l: &&Line| {
+            options.op.as_ref().is_none_or(|op| *op == l.op)
+                && options.dtype.as_ref().is_none_or(|d| *d == l.dtype)
+                && options.world.is_none_or(|w| w == l.world)
+                && l.bytes >= options.from
+        };
+        for line in lines.iter().filter(fits) {
+            if !table.labels.contains(&line.label) {
+                table.labels.push(line.label.clone());
+            }
+            if line.wrong {
+                table.wrong.push(format!("{} {} {} {}", line.label, line.op, line.dtype, line.bytes));
+            }
+            let micros = if options.median { line.median } else { line.fastest };
+            let new = Best { micros, busbw: line.busbw * line.median / micros.max(1e-9) };
+            let key = (line.op.clone(), line.dtype.clone(), line.world);
+            let place = table.groups.iter().position(|(k, _)| *k == key).unwrap_or_else(|| {
+                table.groups.push((key, Sizes::new()));
+                table.groups.len() - 1
+            });
+            let group = &mut table.groups[place].1;
+            let best = group.entry(line.bytes).or_default().entry(line.label.clone()).or_insert(new);
+            if new.micros < best.micros {
+                *best = new;
+            }
+        }
+        table
+    }
+
+    fn labels_of(&self, sizes: &Sizes) -> Vec<&String> {
+        self.labels.iter().filter(|l| sizes.values().any(|row| row.contains_key(*l))).collect()
+    }
+
+    fn markdown(&self, options: &CompareArgs) -> String {
+        let mut out = String::new();
+        let unit = if options.busbw { "bus bandwidth in GB/s" } else { "µs" };
+        let which = if options.median { "best median" } else { "fastest batch" };
+        for (key, sizes) in &self.groups {
+            let labels = self.labels_of(sizes);
+            let _ = writeln!(out, "\n**{}, {}, {} ranks** ({unit}, {which})\n", key.0, key.1, key.2);
+            let _ = write!(out, "| size |");
+            for label in &labels {
+                let _ = write!(out, " {label} |");
+            }
+            let ratios = options.ratio.iter().filter(|(a, b)| labels.contains(&a) && labels.contains(&b));
+            let ratios: Vec<_> = ratios.collect();
+            for (slower, faster) in &ratios {
+                let _ = write!(out, " {slower} / {faster} |");
+            }
+            let _ = writeln!(out, "\n|{}", " --: |".repeat(labels.len() + 1 + ratios.len()));
+            for (bytes, row) in sizes {
+                let _ = writeln!(
+                    out,
+                    "| {} |{}",
+                    size_label(*bytes),
+                    cells(row, &labels, &ratios, options.busbw)
+                );
+            }
+        }
+        if !self.wrong.is_empty() {
+            let _ = writeln!(out, "\nWRONG results: {}", self.wrong.join("; "));
+        }
+        out
+    }
+
+    /// A drawing holds one group: bandwidth and time by size, a line for each label.
+    fn svg(&self, options: &CompareArgs) -> Result<String, Failure> {
+        let [(key, sizes)] = self.groups.as_slice() else {
+            let all: Vec<String> =
+                self.groups.iter().map(|(k, _)| format!("{} {} {}", k.0, k.1, k.2)).collect();
+            return Err(Failure::Usage(format!(
+                "--svg draws one collective, type and number of ranks; these files hold {}: choose with --op, --dtype, --world",
+                all.join(", ")
+            )));
+        };
+        let series = |value: &dyn Fn(&Best) -> f64| -> Vec<Series> {
+            let points = |label: &String| {
+                sizes.iter().filter_map(|(b, row)| Some((*b as f64, value(row.get(label)?)))).collect()
+            };
+            self.labels_of(sizes).into_iter().map(|l| Series { name: l.clone(), points: points(l) }).collect()
+        };
+        let which = if options.median { "best median" } else { "fastest batch" };
+        let panels = [
+            Panel { title: format!("time, µs ({which})"), linear: false, series: series(&|b| b.micros) },
+            Panel {
+                title: format!("bus bandwidth, GB/s ({which})"),
+                linear: true,
+                series: series(&|b| b.busbw),
+            },
+        ];
+        let title = options.title.clone().unwrap_or_else(|| format!("{} of {}", key.0, key.1));
+        Ok(chart::svg(
+            &title,
+            &format!("{} of {}, {} ranks, sides measured in turn", key.0, key.1, key.2),
+            &panels,
+        ))
+    }
+}
+
+fn cells(
+    row: &BTreeMap<String, Best>,
+    labels: &[&String],
+    ratios: &[&(String, String)],
+    busbw: bool,
+) -> String {
+    let fastest = row.values().map(|b| b.micros).fold(f64::INFINITY, f64::min);
+    let mut out = String::new();
+    for label in labels {
+        let _ = match row.get(*label) {
+            None => write!(out, " - |"),
+            Some(b) => {
+                let shown = short(if busbw { b.busbw } else { b.micros });
+                if b.micros == fastest { write!(out, " **{shown}** |") } else { write!(out, " {shown} |") }
+            }
+        };
+    }
+    for (slower, faster) in ratios {
+        let _ = match (row.get(slower), row.get(faster)) {
+            (Some(slow), Some(fast)) => write!(out, " {}x |", short(slow.micros / fast.micros)),
+            _ => write!(out, " - |"),
+        };
+    }
+    out
+}
+
+/// Three digits are all a measurement holds.
+fn short(v: f64) -> String {
+    if v < 10.0 {
+        format!("{v:.2}")
+    } else if v < 100.0 {
+        format!("{v:.1}")
+    } else {
+        format!("{v:.0}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    const CSV: &str = "label,op,dtype,world,bytes,iters,median_us,min_us,algbw_GBps,busbw_GBps,check
+smddp,allreduce,float32,2,4,100,2.00,1.00,0.0020,0.0020,ok
+gloo,allreduce,float32,2,4,100,300.00,200.00,0.0000,0.0000,ok
+smddp,allreduce,float32,2,4,100,4.00,0.50,0.0010,0.0010,ok
+ours2,allgather,float32,2,4,0,,,,,unsupported
+gloo,allreduce,float32,2,16,100,300.00,200.00,0.0000,0.0000,WRONG
+";
+
+    fn options(more: &str) -> CompareArgs {
+        let line = format!("smddp-perf compare x.csv{more}");
+        match crate::args::Cli::try_parse_from(line.split(' ')).unwrap().command {
+            crate::args::Command::Compare(c) => c,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_best_round_counts_and_the_fastest_is_bold() {
+        let options = options(" --ratio gloo/smddp --ratio gloo/absent");
+        let lines = parse(Path::new("x.csv"), CSV).unwrap();
+        let text = Table::new(&lines, &options).markdown(&options);
+        assert!(text.contains("| 4 B | **0.50** | 200 | 400x |"), "{text}");
+        assert!(text.contains("| 16 B | - | **200** | - |"), "{text}");
+        assert!(text.contains("WRONG results: gloo allreduce float32 16"), "{text}");
+    }
+
+    #[test]
+    fn broken_files_are_named_with_their_line() {
+        let bad = CSV.replace("300.00,200.00,0.0000,0.0000,ok", "x,200.00,0.0000,0.0000,ok");
+        let text = parse(Path::new("x.csv"), &bad).unwrap_err().to_string();
+        assert!(text.contains("x.csv") && text.contains("line 3"), "{text}");
+        assert!(parse(Path::new("x.csv"), "a,b\n").is_err());
+        assert!(parse(Path::new("x.csv"), &format!("{CSV_HEADER}\nshort\n")).is_err());
+    }
+
+    #[test]
+    fn a_drawing_needs_one_group() {
+        let two = format!("{CSV}smddp,allgather,float32,2,4,100,2.00,1.00,0.0020,0.0020,ok\n");
+        let lines = parse(Path::new("x.csv"), &two).unwrap();
+        let all = options("");
+        assert!(Table::new(&lines, &all).svg(&all).is_err());
+        let one = options(" --op allreduce");
+        assert!(Table::new(&lines, &one).svg(&one).unwrap().contains("gloo"));
+    }
+}

@@ -1,0 +1,167 @@
+//! How a time is taken.
+//!
+//! Fresh data is checked first. Then batches of about a millisecond of back-to-back calls on zeros; each batch starts
+//! behind a barrier, and its time is that of the slowest rank. The figures are the median batch and the fastest one: on
+//! a machine shared with others only the fastest tells what the library can do.
+
+use std::time::Instant;
+
+use smddp::{Collective, Communicator, DType, ReduceOp, Result};
+
+use crate::workload::{Kind, Sample, Workload, bus_factor, shape};
+
+/// Aim for the length of a batch, seconds.
+const BATCH: f64 = 0.001;
+/// Bounds of the number of calls in a batch, and of the number of batches.
+const CALLS: (usize, usize) = (1, 20_000);
+const BATCHES: (usize, usize) = (7, 401);
+
+/// One line of the table.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub collective: Collective,
+    pub dtype: DType,
+    pub op: ReduceOp,
+    pub root: usize,
+    pub world: usize,
+    /// Bytes and elements of the whole buffer.
+    pub bytes: usize,
+    pub count: usize,
+    /// Timed calls.
+    pub calls: usize,
+    /// Seconds a call.
+    pub median: f64,
+    pub fastest: f64,
+    /// Every rank's result was right; `None` where there is none.
+    pub right: Option<bool>,
+    pub algorithm: String,
+}
+
+impl Row {
+    /// GB/s (1e9) of the median batch.
+    pub fn algbw(&self) -> f64 {
+        self.bytes as f64 / self.median / 1e9
+    }
+
+    pub fn busbw(&self) -> f64 {
+        self.algbw() * bus_factor(self.collective, self.world)
+    }
+}
+
+/// Measures one size. `Ok(None)` when the size holds no whole element or block.
+pub fn measure(
+    comm: &Communicator,
+    kind: Kind,
+    dtype: DType,
+    bytes: usize,
+    budget: f64,
+) -> Result<Option<Row>> {
+    let Some((count, block)) = shape(kind.collective, dtype, bytes, comm.size()) else { return Ok(None) };
+    let times = match dtype {
+        DType::Bool => timed::<bool>(comm, kind, count, block, budget),
+        DType::U8 => timed::<u8>(comm, kind, count, block, budget),
+        DType::I8 => timed::<i8>(comm, kind, count, block, budget),
+        DType::I16 => timed::<i16>(comm, kind, count, block, budget),
+        DType::I32 => timed::<i32>(comm, kind, count, block, budget),
+        DType::I64 => timed::<i64>(comm, kind, count, block, budget),
+        DType::F16 => timed::<half::f16>(comm, kind, count, block, budget),
+        DType::BF16 => timed::<half::bf16>(comm, kind, count, block, budget),
+        DType::F32 => timed::<f32>(comm, kind, count, block, budget),
+        DType::F64 => timed::<f64>(comm, kind, count, block, budget),
+    }?;
+    Ok(Some(Row {
+        collective: kind.collective,
+        dtype,
+        op: kind.op,
+        root: kind.root,
+        world: comm.size(),
+        bytes: count * dtype.size(),
+        count,
+        calls: times.calls,
+        median: times.median,
+        fastest: times.fastest,
+        right: (kind.collective != Collective::Barrier).then_some(times.right),
+        algorithm: times.algorithm,
+    }))
+}
+
+struct Times {
+    calls: usize,
+    median: f64,
+    fastest: f64,
+    right: bool,
+    algorithm: String,
+}
+
+fn timed<T: Sample>(
+    comm: &Communicator,
+    kind: Kind,
+    count: usize,
+    block: usize,
+    budget: f64,
+) -> Result<Times> {
+    let mut work = Workload::<T>::new(comm, kind, count, block);
+    work.fill();
+    work.call()?;
+    let right = work.check();
+    let algorithm = comm.last_algorithm();
+    work.clear();
+
+    for _ in 0..3 {
+        work.call()?;
+    }
+    let estimate = slowest(comm, &mut [batch(comm, &mut work, 2)?])?;
+    let (calls, batches) = repetitions(estimate, budget);
+    let mut times = vec![0.0; batches];
+    for time in &mut times {
+        *time = batch(comm, &mut work, calls)?;
+    }
+    slowest(comm, &mut times)?;
+    times.sort_by(f64::total_cmp);
+    let mut all_right = [i32::from(right)];
+    comm.all_reduce(&mut all_right, ReduceOp::Min)?;
+    Ok(Times {
+        calls: calls * batches,
+        median: times[batches / 2],
+        fastest: times[0],
+        right: all_right == [1],
+        algorithm,
+    })
+}
+
+/// Seconds a call on this rank, over `calls` calls behind a barrier.
+fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usize) -> Result<f64> {
+    comm.barrier()?;
+    let start = Instant::now();
+    for _ in 0..calls {
+        work.call()?;
+    }
+    Ok(start.elapsed().as_secs_f64() / calls as f64)
+}
+
+/// Replaces every time by the slowest rank's; returns the first.
+fn slowest(comm: &Communicator, times: &mut [f64]) -> Result<f64> {
+    comm.all_reduce(times, ReduceOp::Max)?;
+    Ok(times[0])
+}
+
+/// Calls in a batch and batches, for a call that takes about `estimate` seconds.
+fn repetitions(estimate: f64, budget: f64) -> (usize, usize) {
+    let estimate = estimate.max(1e-9);
+    let calls = ((BATCH / estimate) as usize).clamp(CALLS.0, CALLS.1);
+    let batches = ((budget / (estimate * calls as f64)) as usize).clamp(BATCHES.0, BATCHES.1);
+    (calls, batches)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_last_about_a_millisecond_and_fit_the_budget() {
+        assert_eq!(repetitions(1e-6, 0.06), (1000, 60));
+        assert_eq!(repetitions(1e-9, 0.3), (20_000, 401));
+        assert_eq!(repetitions(2.0, 0.3), (1, 7));
+        assert_eq!(repetitions(0.0, 0.3), (20_000, 401));
+    }
+}

@@ -1,0 +1,113 @@
+//! The program as people start it. Every job has a limit, after which the program ends its own ranks.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn run(line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_smddp-perf"));
+    command.args(line.split(' '));
+    // What an outer launcher or the caller's settings say is not meant for these jobs.
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if ["SMDDP_", "OMPI_", "PMI", "SLURM_"].iter().any(|p| name.starts_with(p))
+            || ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"].contains(&name.as_str())
+        {
+            command.env_remove(name);
+        }
+    }
+    command.output().unwrap_or_else(|e| panic!("{line}: {e}"))
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn json(line: &str) -> Value {
+    let output = run(&format!("{line} --json - --limit 120 --budget 0.001"));
+    assert!(output.status.success(), "{line}: {}", text(&output));
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", text(&output)))
+}
+
+#[test]
+fn every_collective_is_right_on_three_ranks() {
+    for collective in [
+        "all_reduce",
+        "reduce_scatter",
+        "all_gather",
+        "all_to_all",
+        "broadcast",
+        "reduce",
+        "gather",
+        "scatter",
+        "sendrecv",
+    ] {
+        let result =
+            json(&format!("{collective} --np 3 --min 16 --max 256K --factor 128 --dtype f32,bf16,i64"));
+        let rows = result["rows"].as_array().unwrap();
+        // 16 bytes hold no block of 8 bytes for each of 3 ranks.
+        let whole = matches!(collective, "all_reduce" | "broadcast" | "reduce" | "sendrecv");
+        assert_eq!(rows.len(), if whole { 9 } else { 8 }, "{collective}: {rows:?}");
+        for row in rows {
+            assert_eq!(row["correct"], true, "{collective}: {row}");
+            assert!(row["fastest_us"].as_f64().unwrap() <= row["median_us"].as_f64().unwrap());
+            assert!(!row["algorithm"].as_str().unwrap().is_empty());
+        }
+    }
+}
+
+#[test]
+fn reductions_are_right_and_a_barrier_has_a_time() {
+    let result =
+        json("all_reduce --np 2 --min 64 --max 64 --dtype i32,u8 --op sum,avg,product,min,max,band,bor,bxor");
+    let rows = result["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 16);
+    assert!(rows.iter().all(|r| r["correct"] == true), "{rows:?}");
+    let barrier = json("barrier --np 2");
+    assert!(barrier["rows"][0]["median_us"].as_f64().unwrap() > 0.0);
+    assert_eq!(barrier["rows"][0]["correct"], Value::Null);
+}
+
+#[test]
+fn files_are_written_and_compared() {
+    let folder = std::env::temp_dir().join(format!("smddp-perf-program-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (csv, svg) = (folder.join("r.csv"), folder.join("r.svg"));
+    for label in ["before", "after"] {
+        let output = run(&format!(
+            "all_reduce --np 2 --max 64 --budget 0.001 --limit 60 --label {label} --csv {} --plot {}",
+            csv.display(),
+            svg.display()
+        ));
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(text(&output).contains("3 sizes, 0 wrong"), "{}", text(&output));
+    }
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("bus bandwidth"));
+    let output = run(&format!("compare {} --ratio before/after", csv.display()));
+    assert!(text(&output).contains("| size | before | after | before / after |"), "{}", text(&output));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn what_cannot_be_done_is_said_with_a_status() {
+    for (line, status, part) in [
+        ("all_reduce --np 2 --min 1M --max 1K", 2, "--max"),
+        ("all_reduce --np 2 --dtype f33", 2, "bf16"),
+        ("plan all_reduce --algorithm magic", 2, "known here"),
+        ("compare /nonexistent.csv", 1, "/nonexistent.csv"),
+        ("all_reduce --np 2 --max 16 --limit 60 --json /nonexistent/x.json", 1, "/nonexistent/x.json"),
+        ("all_reduce --np 2 --min 64M --max 64M --budget 1000 --limit 1", 1, "did not end within 1 s"),
+    ] {
+        let output = run(line);
+        assert_eq!(output.status.code(), Some(status), "{line}: {}", text(&output));
+        assert!(text(&output).contains(part), "{line}: {}", text(&output));
+    }
+}
+
+#[test]
+fn info_and_plan_need_no_job() {
+    let info = run("info");
+    assert!(text(&info).contains("SMDDP_TIMEOUT") && text(&info).contains("Processor"), "{}", text(&info));
+    let plan = run("plan all_reduce --nodes 3 --local 2 --bytes 1M");
+    assert!(text(&plan).contains("rank 5") && text(&plan).contains("modelled time"), "{}", text(&plan));
+}

@@ -1,0 +1,43 @@
+//! Data-parallel collectives on any machine: shared memory within a node, libfabric between nodes, started by
+//! `mpirun`, `torchrun`, Slurm, or alone.
+//!
+//! ```
+//! fn main() -> smddp::Result<()> {
+//!     let world = smddp::World::init()?;
+//!     let mut gradients = vec![world.rank() as f32; 1000];
+//!     world.all_reduce(&mut gradients, smddp::ReduceOp::Avg)?;
+//!     assert_eq!(gradients[0], (world.size() - 1) as f32 / 2.0);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! The same program runs as one rank under `cargo run` and as many under `mpirun`; see `examples/all_reduce.rs`.
+//!
+//! A [`World`] finds the job (MPI, launcher variables, or a single process) and derefs to its [`Communicator`]; programs
+//! that bring their own key-value store make a [`Communicator`] with [`connect`].
+
+mod connect;
+mod contact;
+mod dirs;
+mod node;
+mod runtime;
+mod world;
+
+pub use connect::{GroupOptions, connect};
+pub use dirs::library_dirs;
+pub use node::NodeId;
+pub use runtime::HostTransports;
+pub use smddp_core::communicator::Request;
+pub use smddp_core::element::Element;
+pub use smddp_core::settings::Settings;
+pub use smddp_core::store::Store;
+pub use smddp_core::{Call, Collective, DType, Error, GroupShape, ReduceOp, Region, Result};
+pub use world::World;
+
+/// A process group over shared memory and libfabric.
+pub type Communicator = smddp_core::communicator::Communicator<HostTransports>;
+/// An operation under way.
+pub type Handle = smddp_core::communicator::Handle<HostTransports>;
+
+pub use smddp_bootstrap as bootstrap;
+pub use smddp_fabric as fabric;

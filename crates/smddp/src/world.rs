@@ -1,0 +1,128 @@
+//! The job this process belongs to.
+
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use smddp_core::settings::Settings;
+use smddp_core::store::Store;
+use smddp_core::{Error, Result};
+
+use crate::connect::{GroupOptions, connect};
+use crate::{Communicator, library_dirs};
+
+/// How long leaving MPI waits for the other ranks.
+const FINALIZE_LIMIT: Duration = Duration::from_secs(30);
+
+/// All ranks of the job. Under MPI a process has one world in its life, as it has one MPI. Derefs to the [`Communicator`] over all of them.
+pub struct World {
+    communicator: Communicator,
+    store: Arc<dyn Store>,
+    settings: Settings,
+    dirs: Vec<PathBuf>,
+    how: String,
+    groups: AtomicU64,
+}
+
+impl World {
+    /// Joins the job: by MPI when started by `mpirun` and an MPI is found, else by the launcher's variables
+    /// (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, or Open MPI's, PMI's, Slurm's), else alone.
+    pub fn init() -> Result<World> {
+        World::init_with(Settings::from_env()?, &[])
+    }
+
+    /// As [`init`](Self::init), with settings of one's own and more folders in which MPI and libfabric may lie.
+    pub fn init_with(settings: Settings, extra_dirs: &[PathBuf]) -> Result<World> {
+        let dirs = library_dirs(extra_dirs);
+        let timeout = settings.seconds("SMDDP_TIMEOUT");
+        let job = smddp_bootstrap::join(&settings, &dirs, Instant::now() + timeout)?;
+        let communicator = connect(GroupOptions {
+            name: "world".to_owned(),
+            scope: "world".to_owned(),
+            rank: job.rank,
+            size: job.size,
+            store: Arc::clone(&job.store),
+            timeout,
+            settings: settings.clone(),
+            library_dirs: dirs.clone(),
+        })?;
+        Ok(World {
+            communicator,
+            store: job.store,
+            settings,
+            dirs,
+            how: job.how.to_string(),
+            groups: AtomicU64::new(0),
+        })
+    }
+
+    pub fn local_rank(&self) -> usize {
+        self.shape().local_of(self.rank())
+    }
+
+    pub fn local_size(&self) -> usize {
+        self.shape().local_size(self.rank())
+    }
+
+    /// How the ranks found each other, for people.
+    pub fn how(&self) -> &str {
+        &self.how
+    }
+
+    pub fn communicator(&self) -> &Communicator {
+        &self.communicator
+    }
+
+    /// A group of some of the world's ranks, in the order given. Every rank of the world calls it, with the same list;
+    /// those not in it get `None`.
+    pub fn new_group(&self, ranks: &[usize]) -> Result<Option<Communicator>> {
+        let number = self.groups.fetch_add(1, Ordering::Relaxed);
+        let mut seen = vec![false; self.size()];
+        for &rank in ranks {
+            self.shape().check_rank("new_group", "ranks", rank)?;
+            if std::mem::replace(&mut seen[rank], true) {
+                return Err(Error::Argument {
+                    op: "new_group".to_owned(),
+                    argument: "ranks",
+                    expected: "each rank once".to_owned(),
+                    given: format!("rank {rank} twice"),
+                    hint: "Remove the duplicate".to_owned(),
+                });
+            }
+        }
+        let Some(rank) = ranks.iter().position(|&r| r == self.rank()) else { return Ok(None) };
+        let group = connect(GroupOptions {
+            name: format!("group {number}"),
+            scope: format!("group/{number}"),
+            rank,
+            size: ranks.len(),
+            store: Arc::clone(&self.store),
+            timeout: self.timeout(),
+            settings: self.settings.clone(),
+            library_dirs: self.dirs.clone(),
+        })?;
+        Ok(Some(group))
+    }
+}
+
+impl Deref for World {
+    type Target = Communicator;
+
+    fn deref(&self) -> &Communicator {
+        &self.communicator
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.communicator.shutdown();
+        // After a panic the other ranks are not at their end: MPI would wait for them, and mpirun ends the job anyway.
+        if !std::thread::panicking()
+            && let Err(error) = smddp_bootstrap::mpi::finalize(FINALIZE_LIMIT)
+        {
+            tracing::warn!("leaving MPI: {error}");
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! Whole jobs: ranks as processes, nodes played by `SMDDP_NODE_ID`, real shared memory and real libfabric.
+//!
+//! A test starts this executable again, once a rank, with the name of a role; the role's panic is the rank's failure.
+//! Every job has a time limit, after which its processes are killed by pid.
+
+#![allow(clippy::unwrap_used)]
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use smddp::{Error, ReduceOp, Settings, World};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// One rank's end.
+struct End {
+    rank: usize,
+    /// `None`: killed by a signal, or by us.
+    code: Option<i32>,
+    output: String,
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Runs `role` on ranks spread over nodes of these sizes.
+fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
+    let size: usize = nodes.iter().sum();
+    let port = free_port().to_string();
+    let mut children: Vec<Child> = Vec::new();
+    for (node, &locals) in nodes.iter().enumerate() {
+        for local in 0..locals {
+            let rank = children.len();
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", "worker", "--ignored", "--nocapture", "--test-threads=1"]);
+            command.envs([("JOB_ROLE", role), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)]);
+            command.env("RANK", rank.to_string()).env("WORLD_SIZE", size.to_string());
+            command.env("LOCAL_RANK", local.to_string()).env("LOCAL_WORLD_SIZE", locals.to_string());
+            command.env("SMDDP_NODE_ID", format!("node{node}")).env("SMDDP_TIMEOUT", "60");
+            command.envs(more.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            children.push(command.spawn().unwrap());
+        }
+    }
+    let deadline = Instant::now() + LIMIT;
+    let ends = children.into_iter().enumerate().map(|(rank, child)| {
+        let id = child.id();
+        let watch = std::thread::spawn(move || child.wait_with_output().unwrap());
+        while !watch.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if !watch.is_finished() {
+            Command::new("kill").args(["-9", &id.to_string()]).status().unwrap();
+        }
+        let output = watch.join().unwrap();
+        let text = [output.stdout, output.stderr].map(|o| String::from_utf8_lossy(&o).into_owned()).concat();
+        End { rank, code: output.status.code(), output: text }
+    });
+    ends.collect()
+}
+
+/// Runs a job in which every rank must end well; their outputs.
+fn good_job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<String> {
+    let ends = job(role, nodes, more);
+    for end in &ends {
+        assert_eq!(end.code, Some(0), "rank {} of {role} on {nodes:?}:\n{}", end.rank, end.output);
+    }
+    ends.into_iter().map(|e| e.output).collect()
+}
+
+/// The number after `name=` in a rank's output.
+fn figure(output: &str, name: &str) -> u64 {
+    let at = output.find(&format!("{name}=")).unwrap_or_else(|| panic!("no {name} in {output}"));
+    let digits = output[at + name.len() + 1..].chars().take_while(char::is_ascii_digit).collect::<String>();
+    digits.parse().unwrap()
+}
+
+#[test]
+#[ignore = "the body of a rank, started by the tests of this file"]
+fn worker() {
+    match std::env::var("JOB_ROLE").unwrap().as_str() {
+        "collectives" => collectives(),
+        "bytes" => bytes(),
+        "bits" => bits(),
+        "groups" => groups(),
+        "mismatch" => mismatch(),
+        "timeout" => timeout(),
+        "killed" => killed(),
+        "again" => again(),
+        "settings" => settings(),
+        other => panic!("no role {other}"),
+    }
+}
+
+fn value(rank: usize, i: usize) -> f32 {
+    (i % 13) as f32 * 3.0 + rank as f32 + 1.0
+}
+
+fn collectives() {
+    let world = World::init().unwrap();
+    let (n, me) = (world.size(), world.rank());
+    for count in [1usize, 1000, 300_000] {
+        let mut a: Vec<f32> = (0..count).map(|i| value(me, i)).collect();
+        world.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+        let sum = |i: usize| (0..n).map(|r| value(r, i)).sum::<f32>();
+        assert!(a.iter().enumerate().all(|(i, &v)| v == sum(i)), "all_reduce");
+
+        let input: Vec<f32> = (0..count * n).map(|i| value(me, i)).collect();
+        let mut own = vec![0f32; count];
+        world.reduce_scatter(&input, &mut own, ReduceOp::Sum).unwrap();
+        assert!(own.iter().enumerate().all(|(i, &v)| v == sum(me * count + i)), "reduce_scatter");
+
+        let mut all = vec![0f32; count * n];
+        world.all_gather(&own, &mut all).unwrap();
+        assert!(all.iter().enumerate().all(|(i, &v)| v == sum(i)), "all_gather");
+
+        let mut out = vec![0f32; count * n];
+        world.all_to_all(&input, &mut out).unwrap();
+        let want = |k: usize| value(k / count, me * count + k % count);
+        assert!((0..n * count).all(|k| out[k] == want(k)), "all_to_all");
+
+        let mut b: Vec<f32> = (0..count).map(|i| value(me, i)).collect();
+        world.broadcast(&mut b, n - 1).unwrap();
+        assert!(b.iter().enumerate().all(|(i, &v)| v == value(n - 1, i)), "broadcast");
+        world.reduce(&mut b, 0, ReduceOp::Max).unwrap();
+
+        let mut at_root = vec![0f32; if me == 1 { n * count } else { 0 }];
+        world.gather(&b, (me == 1).then_some(&mut at_root[..]), 1).unwrap();
+        world.scatter((me == 1).then_some(&at_root[..]), &mut a, 1).unwrap();
+        assert_eq!(a, b, "gather then scatter");
+
+        std::thread::scope(|scope| {
+            scope.spawn(|| world.send(&a, (me + 1) % n, 5).unwrap());
+            world.recv(&mut b, (me + n - 1) % n, 5).unwrap();
+        });
+        world.barrier().unwrap();
+    }
+    println!("done by {}", world.describe());
+}
+
+#[test]
+fn every_collective_on_one_node_and_on_several() {
+    for nodes in [&[3][..], &[1, 1], &[2, 2], &[2, 1]] {
+        let outputs = good_job("collectives", nodes, &[]);
+        let over = if nodes.len() > 1 { "between nodes" } else { "1 node" };
+        assert!(outputs.iter().all(|o| o.contains(over)), "{outputs:?}");
+    }
+}
+
+#[test]
+fn tagged_messages_do_the_same() {
+    let outputs = good_job("collectives", &[2, 1], &[("SMDDP_FABRIC_MODE", "tagged")]);
+    assert!(outputs[0].contains("tagged"), "{}", outputs[0]);
+}
+
+const MIB: usize = 1 << 20;
+
+fn bytes() {
+    let world = World::init().unwrap();
+    let mut a = vec![1f32; 16 * MIB / 4];
+    let sent = || world.traffic().iter().map(|t| t.1).sum::<u64>();
+    let before = sent();
+    world.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+    assert!(a.iter().all(|&v| v == world.size() as f32));
+    println!("sent={}", sent() - before);
+}
+
+#[test]
+fn a_node_sends_no_more_than_the_bound() {
+    for nodes in [&[2usize, 2][..], &[1, 1, 1], &[3, 2]] {
+        let outputs = good_job("bytes", nodes, &[]);
+        let bound = 2.0 * (nodes.len() - 1) as f64 / nodes.len() as f64 * (16 * MIB) as f64;
+        let mut first = 0;
+        for &locals in nodes {
+            let sent: u64 = outputs[first..first + locals].iter().map(|o| figure(o, "sent")).sum();
+            assert!(
+                sent > 0 && sent as f64 <= 1.02 * bound,
+                "a node of {nodes:?} sent {sent}, bound {bound}"
+            );
+            first += locals;
+        }
+    }
+}
+
+fn bits() {
+    let world = World::init().unwrap();
+    let mut state = world.rank() as u64 + 1;
+    let mut hash = 0xcbf29ce484222325u64;
+    for count in [7usize, 5000, 700_000] {
+        let random = |state: &mut u64| {
+            *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (*state >> 40) as f32 / 1e5 - 80.0
+        };
+        let mut a: Vec<f32> = (0..count).map(|_| random(&mut state)).collect();
+        world.all_reduce(&mut a, ReduceOp::Avg).unwrap();
+        for v in a {
+            hash = (hash ^ u64::from(v.to_bits())).wrapping_mul(0x100000001b3);
+        }
+    }
+    println!("hash={hash}");
+}
+
+#[test]
+fn same_bits_on_every_rank_and_every_run() {
+    let run = || -> Vec<u64> { good_job("bits", &[2, 2], &[]).iter().map(|o| figure(o, "hash")).collect() };
+    let (first, second) = (run(), run());
+    assert!(first.iter().all(|h| *h == first[0]), "{first:?}");
+    assert_eq!(first, second);
+}
+
+fn groups() {
+    let world = World::init().unwrap();
+    let me = world.rank();
+    let even = world.new_group(&[2, 0]).unwrap();
+    let all = world.new_group(&[3, 2, 1, 0]).unwrap().unwrap();
+    assert_eq!(even.is_some(), me.is_multiple_of(2));
+    if let Some(group) = &even {
+        let mut a = [me as i64];
+        group.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+        assert_eq!((a[0], group.rank()), (2, 1 - me / 2));
+    }
+    let mut order = vec![0i32; 4];
+    all.all_gather(&[me as i32], &mut order).unwrap();
+    assert_eq!(order, [3, 2, 1, 0]);
+    assert!(world.new_group(&[0, 0]).is_err() && world.new_group(&[9]).is_err());
+}
+
+#[test]
+fn groups_of_some_ranks_in_any_order() {
+    good_job("groups", &[2, 2], &[]);
+}
+
+fn mismatch() {
+    let world = World::init().unwrap();
+    let mut a = vec![1f32; 10 + world.rank() / 2];
+    let error = world.all_reduce(&mut a, ReduceOp::Sum).unwrap_err();
+    println!("said: {error}");
+}
+
+#[test]
+fn ranks_that_call_different_things_are_told_which() {
+    for nodes in [&[1usize, 1, 1][..], &[3], &[2, 2]] {
+        let text = good_job("mismatch", nodes, &[]).concat();
+        assert!(text.contains("float32[10]") && text.contains("float32[11]"), "{nodes:?}: {text}");
+    }
+}
+
+fn timeout() {
+    let world = World::init().unwrap();
+    world.set_timeout(Duration::from_millis(500));
+    if world.rank() == 2 {
+        std::thread::sleep(Duration::from_secs(3));
+    } else {
+        let error = world.all_reduce(&mut vec![1f32; 100_000], ReduceOp::Sum).unwrap_err();
+        println!("said: {error}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    for nodes in [&[3usize][..], &[1, 1, 1]] {
+        let outputs = good_job("timeout", nodes, &[]);
+        let named = |o: &&String| {
+            let waits = o.split("waiting for rank").nth(1).unwrap_or_default();
+            o.contains("timed out") && waits.split(".").next().unwrap_or_default().contains("2")
+        };
+        assert!(outputs[..2].iter().any(|o| named(&o)), "{outputs:?}");
+        assert!(outputs[..2].iter().all(|o| o.contains("said:")), "{outputs:?}");
+    }
+}
+
+fn killed() {
+    let world = World::init().unwrap();
+    world.barrier().unwrap();
+    if world.rank() == 1 {
+        std::process::abort();
+    }
+    let started = Instant::now();
+    let error = loop {
+        if let Err(error) = world.all_reduce(&mut vec![1f32; 10_000], ReduceOp::Sum) {
+            break error;
+        }
+    };
+    assert!(started.elapsed() < Duration::from_secs(20), "{error} after {:?}", started.elapsed());
+    println!("said: {error}");
+}
+
+#[test]
+fn a_rank_that_dies_is_named() {
+    for nodes in [&[3usize][..], &[1, 1, 1]] {
+        let ends = job("killed", nodes, &[]);
+        for end in ends.iter().filter(|e| e.rank != 1) {
+            assert_eq!(end.code, Some(0), "rank {} on {nodes:?}:\n{}", end.rank, end.output);
+            assert!(end.output.contains("rank 1"), "{nodes:?}: {}", end.output);
+        }
+        assert_eq!(ends[1].code, None);
+    }
+}
+
+fn again() {
+    for round in 1..=3 {
+        let port: u16 = std::env::var("MASTER_PORT").unwrap().parse().unwrap();
+        // SAFETY: no other thread of this process runs now.
+        unsafe { std::env::set_var("MASTER_PORT", (port + round * 10).to_string()) };
+        let world = World::init().unwrap();
+        let mut a = [1f32];
+        world.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+        assert_eq!(a[0], world.size() as f32);
+        drop(world);
+    }
+}
+
+#[test]
+fn a_process_can_join_leave_and_join_again() {
+    good_job("again", &[1, 1], &[]);
+}
+
+fn settings() {
+    let mut settings = Settings::from_env().unwrap();
+    if std::env::var("RANK").unwrap() == "1" {
+        settings.set("SMDDP_CHUNK", "64K").unwrap();
+    }
+    let error = World::init_with(settings, &[]).err().unwrap();
+    assert!(matches!(error, Error::Setting { .. }), "{error}");
+    println!("said: {error}");
+}
+
+#[test]
+fn settings_that_must_agree_are_compared() {
+    let outputs = good_job("settings", &[2], &[]);
+    assert!(outputs.iter().all(|o| o.contains("SMDDP_CHUNK")), "{outputs:?}");
+}
