@@ -1,0 +1,267 @@
+//! Tensors by DLPack: what its C structures say, read without copying.
+//!
+//! Layouts follow the DLPack header (major version 1). Two ways in: a capsule from `__dlpack__()` (any library), and
+//! the table of C functions some libraries put on their tensor type (`__dlpack_c_exchange_api__`), which describes a
+//! tensor in tens of nanoseconds; the path of small calls is built on it.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr;
+use std::sync::OnceLock;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
+use smddp::{Collective, DType, Region, Request};
+
+use crate::arguments::Numbers;
+
+const CPU: i32 = 1;
+const MAJOR: u32 = 1;
+
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device_type: i32,
+    device_id: i32,
+    ndim: i32,
+    code: u8,
+    bits: u8,
+    lanes: u16,
+    shape: *const i64,
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+#[repr(C)]
+struct ExchangeHeader {
+    major: u32,
+    minor: u32,
+    previous: *const ExchangeHeader,
+}
+
+type Describe = unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> c_int;
+
+#[repr(C)]
+struct ExchangeApi {
+    header: ExchangeHeader,
+    allocate: *const c_void,
+    managed_from_object: *const c_void,
+    managed_to_object: *const c_void,
+    describe: Option<Describe>,
+    current_stream: *const c_void,
+}
+
+impl DlTensor {
+    const EMPTY: DlTensor = DlTensor {
+        data: ptr::null_mut(),
+        device_type: 0,
+        device_id: 0,
+        ndim: 0,
+        code: 0,
+        bits: 0,
+        lanes: 0,
+        shape: ptr::null(),
+        strides: ptr::null(),
+        byte_offset: 0,
+    };
+
+    /// (sizes, strides) of the dimensions; no strides means dense.
+    ///
+    /// # Safety
+    /// The structure was filled by its producer and that tensor is alive.
+    unsafe fn extent(&self) -> (&[i64], Option<&[i64]>) {
+        let ndim = usize::try_from(self.ndim).unwrap_or(0);
+        if ndim == 0 || self.shape.is_null() {
+            return (&[], None);
+        }
+        // SAFETY: DLPack promises `ndim` entries behind both pointers.
+        unsafe {
+            let strides = (!self.strides.is_null()).then(|| std::slice::from_raw_parts(self.strides, ndim));
+            (std::slice::from_raw_parts(self.shape, ndim), strides)
+        }
+    }
+
+    fn dtype(&self) -> Option<DType> {
+        if self.lanes != 1 {
+            return None;
+        }
+        Some(match (self.code, self.bits) {
+            (6, 8) => DType::Bool,
+            (1, 8) => DType::U8,
+            (0, 8) => DType::I8,
+            (0, 16) => DType::I16,
+            (0, 32) => DType::I32,
+            (0, 64) => DType::I64,
+            (2, 16) => DType::F16,
+            (4, 16) => DType::BF16,
+            (2, 32) => DType::F32,
+            (2, 64) => DType::F64,
+            _ => return None,
+        })
+    }
+
+    /// Address and element count of a dense tensor; None when it has gaps or another order.
+    ///
+    /// # Safety
+    /// As [`DlTensor::extent`].
+    unsafe fn dense(&self) -> Option<(usize, usize)> {
+        // SAFETY: passed on to the caller.
+        let (shape, strides) = unsafe { self.extent() };
+        let mut expected = 1i64;
+        let mut count = 1i64;
+        for (dim, &size) in shape.iter().enumerate().rev() {
+            if let Some(strides) = strides
+                && size > 1
+                && strides[dim] != expected
+            {
+                return None;
+            }
+            expected = expected.checked_mul(size.max(1))?;
+            count = count.checked_mul(size)?;
+        }
+        Some((self.data as usize + usize::try_from(self.byte_offset).ok()?, usize::try_from(count).ok()?))
+    }
+}
+
+/// The tensor type of the short way, and its function.
+struct TensorType {
+    class: Py<PyType>,
+    describe: Describe,
+}
+
+static TENSOR: OnceLock<TensorType> = OnceLock::new();
+
+/// Takes `cls`'s C exchange table for the short way of collectives; False when it has none this module understands.
+#[pyfunction]
+pub fn use_tensor_type(cls: &Bound<'_, PyType>) -> PyResult<bool> {
+    if TENSOR.get().is_some() {
+        return Ok(true);
+    }
+    let Ok(attribute) = cls.getattr("__dlpack_c_exchange_api__") else { return Ok(false) };
+    let Ok(capsule) = attribute.cast_into::<PyCapsule>() else { return Ok(false) };
+    let name: &CStr = c"dlpack_exchange_api";
+    let Ok(table) = capsule.pointer_checked(Some(name)) else { return Ok(false) };
+    // SAFETY: a capsule of this name holds the table, which lives as long as the process; the header, whose layout is
+    // the same in all versions, is read before anything else.
+    let api = unsafe {
+        let header = table.cast::<ExchangeHeader>();
+        if header.as_ref().major != MAJOR {
+            return Ok(false);
+        }
+        table.cast::<ExchangeApi>().as_ref()
+    };
+    let Some(describe) = api.describe else { return Ok(false) };
+    let _ = TENSOR.set(TensorType { class: cls.clone().unbind(), describe });
+    Ok(true)
+}
+
+/// Dtype, address and count of `object`, when it is a dense CPU tensor of exactly the known class.
+fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<(DType, usize, usize)> {
+    let tensor = TENSOR.get()?;
+    if !object.get_type().is(tensor.class.bind(py)) {
+        return None;
+    }
+    let mut view = DlTensor::EMPTY;
+    // SAFETY: the object is of the class that gave the function, and we hold the interpreter.
+    let status = unsafe { (tensor.describe)(object.as_ptr().cast(), &mut view) };
+    if status != 0 {
+        // Says why it cannot be described (sparse, conjugated, ...); the long way finds its own words.
+        drop(PyErr::take(py));
+        return None;
+    }
+    if view.device_type != CPU {
+        return None;
+    }
+    // SAFETY: just filled, and `object` is alive.
+    let (address, count) = unsafe { view.dense() }?;
+    Some((view.dtype()?, address, count))
+}
+
+/// The request for one collective over dense tensors; None when they need the long way.
+pub fn request(
+    py: Python<'_>,
+    size: usize,
+    collective: u8,
+    op: u8,
+    root: usize,
+    output: &Bound<'_, PyAny>,
+    input: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Option<Request>> {
+    let Some((dtype, address, count)) = describe(py, output) else { return Ok(None) };
+    let region = |address, count: usize| crate::arguments::region((address, count * dtype.size()));
+    let into: Region = region(address, count);
+    let (from, from_count) = match input {
+        None => (into, count),
+        Some(input) => match describe(py, input) {
+            Some((same, address, count)) if same == dtype => (region(address, count), count),
+            _ => return Ok(None),
+        },
+    };
+    // The short way takes only what is beyond doubt; the long way says what is wrong with the rest.
+    let fits = match Collective::from_code(collective) {
+        Some(Collective::AllReduce | Collective::Broadcast | Collective::Reduce) => input.is_none(),
+        Some(Collective::AllGather) => count == from_count * size,
+        Some(Collective::ReduceScatter) => from_count == count * size,
+        Some(Collective::AllToAll) => count == from_count && count % size == 0,
+        Some(Collective::Gather | Collective::Scatter | Collective::Barrier | Collective::SendRecv)
+        | None => false,
+    };
+    if !fits {
+        return Ok(None);
+    }
+    let count = match Collective::from_code(collective) {
+        Some(Collective::AllGather) => from_count,
+        Some(Collective::AllToAll) => count / size,
+        _ => count,
+    };
+    let numbers = Numbers { collective, dtype: dtype as u8, op, root, count };
+    numbers.request(py, from, into).map(Some)
+}
+
+/// What a capsule describes; holds the capsule, and with it the memory.
+#[pyclass(frozen, get_all, module = "smdistributed_rs._core")]
+pub struct DlpackView {
+    /// Address of the first element.
+    address: usize,
+    /// Sizes of the dimensions.
+    shape: Vec<i64>,
+    /// Name of the element type, or DLPack's numbers where it has none here.
+    dtype: String,
+    /// Bytes of one element.
+    itemsize: usize,
+    /// Elements follow each other in C order without gaps.
+    dense: bool,
+    /// On the CPU.
+    on_cpu: bool,
+    /// The capsule.
+    owner: Py<PyAny>,
+}
+
+/// Reads an unversioned `dltensor` capsule without consuming it.
+#[pyfunction]
+pub fn view_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<DlpackView> {
+    let Ok(managed) = capsule.pointer_checked(Some(c"dltensor")) else {
+        return Err(PyValueError::new_err("expected a fresh DLPack capsule named 'dltensor'"));
+    };
+    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with its DLTensor, alive until the capsule
+    // is consumed or collected; `owner` below keeps it.
+    let (view, shape, dense) = unsafe {
+        let view = managed.cast::<DlTensor>().as_ref();
+        (view, view.extent().0.to_vec(), view.dense())
+    };
+    let (code, bits) = (view.code, usize::from(view.bits));
+    let dtype = match (view.dtype(), code) {
+        (Some(dtype), _) => dtype.name().to_owned(),
+        (None, 5) => format!("complex{bits}"),
+        (None, _) => format!("dlpack({code}, {bits} bits, {} lanes)", view.lanes),
+    };
+    Ok(DlpackView {
+        address: dense.map_or(view.data as usize, |(address, _)| address),
+        shape,
+        dtype,
+        itemsize: bits.div_ceil(8) * usize::from(view.lanes.max(1)),
+        dense: dense.is_some(),
+        on_cpu: view.device_type == CPU,
+        owner: capsule.clone().into_any().unbind(),
+    })
+}

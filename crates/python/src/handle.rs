@@ -1,0 +1,82 @@
+//! An operation under way.
+
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use smddp::Error;
+
+use crate::arguments::seconds;
+use crate::callback;
+use crate::errors::{exception, raise};
+
+/// How long a wait may keep a signal (Ctrl-C) waiting.
+pub const SLICE: Duration = Duration::from_millis(250);
+
+/// An operation under way. Keeps the objects whose memory it uses alive until it is over.
+#[pyclass(frozen, module = "smdistributed_rs._core")]
+pub struct Handle {
+    inner: smddp::Handle,
+    keep: Keep,
+}
+
+/// Objects whose memory an operation uses.
+pub type Keep = [Option<Py<PyAny>>; 2];
+
+impl Handle {
+    pub fn new(inner: smddp::Handle, keep: Keep) -> Handle {
+        Handle { inner, keep }
+    }
+}
+
+/// Waits with the interpreter detached (**P1**), looking at signals now and then.
+pub fn wait(py: Python<'_>, handle: &smddp::Handle, limit: Option<Duration>) -> PyResult<()> {
+    let until = limit.map(|l| Instant::now() + l);
+    loop {
+        let slice = until.map_or(SLICE, |u| SLICE.min(u.saturating_duration_since(Instant::now())));
+        let waited = py.detach(|| handle.wait(Some(slice)));
+        // It may have ended just after the slice had.
+        if let Some(result) = handle.result() {
+            return raise(py, result);
+        }
+        if !matches!(waited, Err(Error::Timeout { .. })) || until.is_some_and(|u| Instant::now() >= u) {
+            return raise(py, waited);
+        }
+        py.check_signals()?;
+    }
+}
+
+#[pymethods]
+impl Handle {
+    /// Waits until the operation is over, helping it along; raises its error. After `timeout` seconds (None: the
+    /// group's limit decides) raises TimeoutError, and the operation goes on.
+    #[pyo3(signature = (timeout=None))]
+    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
+        let timeout = seconds(py, "wait", timeout)?;
+        wait(py, &self.inner, timeout)
+    }
+
+    /// Whether the operation is over, well or not.
+    fn is_done(&self) -> bool {
+        self.inner.is_done()
+    }
+
+    /// The exception the operation ended with; None when it went well or is under way.
+    fn error(&self, py: Python<'_>) -> Option<PyErr> {
+        self.inner.result().and_then(Result::err).map(|e| exception(py, &e))
+    }
+
+    /// Calls `callback(error or None)` once the operation is over, on a thread for callbacks.
+    fn on_done(&self, callback: Py<PyAny>) {
+        self.inner.on_done(Box::new(move |result| callback::run(&callback, result)));
+    }
+}
+
+impl Drop for Handle {
+    /// P2: an operation nobody waits for any more still owns its memory.
+    fn drop(&mut self) {
+        let keep = std::mem::take(&mut self.keep);
+        if !self.inner.is_done() {
+            self.inner.on_done(Box::new(move |_| drop(keep)));
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! `smdistributed_rs._core`: arguments in, handles out, the interpreter released.
+//!
+//! Invariants
+//! - **P1** every call that can block runs with the interpreter detached; the torch store attaches for its calls only.
+//! - **P2** memory given to an operation stays alive until the operation is over: a blocking call borrows it from the
+//!   caller's frame, a `Handle` owns references, and a handle dropped early hands them to the operation.
+//! - **P3** no thread that drives progress waits for the interpreter: completions that must run Python go to threads of
+//!   their own (`callback.rs`).
+
+mod arguments;
+mod callback;
+mod communicator;
+mod dlpack;
+mod errors;
+mod handle;
+mod store;
+mod world;
+
+use pyo3::prelude::*;
+
+/// The native half of smdistributed_rs.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::communicator::Communicator;
+    #[pymodule_export]
+    use super::dlpack::{DlpackView, use_tensor_type, view_capsule};
+    #[pymodule_export]
+    use super::handle::Handle;
+    #[pymodule_export]
+    use super::world::{World, launcher_variables, leave_mpi, settings_table};
+
+    use super::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

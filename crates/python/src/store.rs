@@ -1,0 +1,75 @@
+//! The torch `Store` a process group is given, as the runtime's store.
+
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDelta};
+use smddp::{Error, Result, Store};
+use smddp_core::error::Site;
+
+use crate::errors::text;
+
+/// Attaches to the interpreter for each call (**P1**); only group creation makes such calls.
+pub struct PyStore(Py<PyAny>);
+
+impl PyStore {
+    pub fn new(store: Py<PyAny>) -> PyStore {
+        PyStore(store)
+    }
+
+    fn wait_and_get(&self, py: Python<'_>, key: &str, left: Duration) -> PyResult<Vec<u8>> {
+        let store = self.0.bind(py);
+        // A zero time-out would mean "no time-out" to some stores.
+        let left = left.max(Duration::from_millis(1));
+        let micros = left.subsec_micros() as i32;
+        let seconds = left.as_secs().min(86_400 * 365);
+        let delta = PyDelta::new(py, (seconds / 86_400) as i32, (seconds % 86_400) as i32, micros, true)?;
+        store.call_method1("wait", (vec![key], delta))?;
+        store.call_method1("get", (key,))?.extract::<Vec<u8>>()
+    }
+}
+
+impl Store for PyStore {
+    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
+        Python::attach(|py| {
+            self.0
+                .bind(py)
+                .call_method1("set", (key, PyBytes::new(py, value)))
+                .map_err(|e| broken(py, "set", key, &e))?;
+            Ok(())
+        })
+    }
+
+    fn get(&self, key: &str, deadline: Instant) -> Result<Vec<u8>> {
+        let start = Instant::now();
+        let left = deadline.saturating_duration_since(start);
+        Python::attach(|py| {
+            self.wait_and_get(py, key, left).map_err(|e| {
+                // A store says "timed out" in its own words, each in others; the clock says it for all.
+                if Instant::now() >= deadline {
+                    Error::Timeout { site: Site::unknown(), waited: start.elapsed(), missing: Vec::new() }
+                } else {
+                    broken(py, "get", key, &e)
+                }
+            })
+        })
+    }
+
+    fn add(&self, key: &str, amount: i64) -> Result<i64> {
+        Python::attach(|py| {
+            self.0
+                .bind(py)
+                .call_method1("add", (key, amount))
+                .and_then(|v| v.extract::<i64>())
+                .map_err(|e| broken(py, "add", key, &e))
+        })
+    }
+}
+
+fn broken(py: Python<'_>, call: &str, key: &str, error: &PyErr) -> Error {
+    Error::Bootstrap {
+        what: format!("the store failed in {call}('{key}'): {}", text(py, error)),
+        hint: "Is the process that serves the store (rank 0, or torchrun's agent) still alive and reachable?"
+            .to_owned(),
+    }
+}

@@ -1,0 +1,145 @@
+"""The native half: arguments in, handles out. Not for users; the package checks what it passes here.
+
+A call is (collective, dtype, op, root, count), in the codes of `_codes`; memory is (address, bytes). Time limits are in
+seconds; None takes the group's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+_Memory = tuple[int, int]
+
+__version__: str
+
+@final
+class Handle:
+    """An operation under way. Keeps the objects whose memory it uses alive until it is over."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until the operation is over, helping it along; raises its error. After `timeout` seconds (None: the
+        group's limit decides) raises TimeoutError, and the operation goes on."""
+    def is_done(self) -> bool:
+        """Whether the operation is over, well or not."""
+    def error(self) -> BaseException | None:
+        """The exception the operation ended with; None when it went well or is under way."""
+    def on_done(self, callback: Callable[[BaseException | None], object]) -> None:
+        """Calls `callback(error or None)` once the operation is over, on the package's callback thread."""
+
+@final
+class Communicator:
+    """A process group."""
+
+    @staticmethod
+    def connect(
+        store: Any,
+        rank: int,
+        size: int,
+        name: str,
+        scope: str,
+        timeout: float,
+        library_dirs: Sequence[str],
+    ) -> Communicator: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def nodes(self) -> list[int]: ...
+    @property
+    def timeout(self) -> float: ...
+    def set_timeout(self, timeout: float) -> None: ...
+    def run(
+        self,
+        collective: int,
+        dtype: int,
+        op: int,
+        root: int,
+        count: int,
+        input: _Memory,
+        output: _Memory,
+        timeout: float | None = None,
+        counts: Sequence[int] | None = None,
+        splits: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None: ...
+    def start(
+        self,
+        collective: int,
+        dtype: int,
+        op: int,
+        root: int,
+        count: int,
+        input: _Memory,
+        output: _Memory,
+        timeout: float | None = None,
+        counts: Sequence[int] | None = None,
+        splits: tuple[Sequence[int], Sequence[int]] | None = None,
+        keep: object = None,
+    ) -> Handle: ...
+    def run_tensors(
+        self,
+        collective: int,
+        op: int,
+        root: int,
+        output: Any,
+        input: Any = None,
+        timeout: float | None = None,
+    ) -> bool: ...
+    def start_tensors(
+        self,
+        collective: int,
+        op: int,
+        root: int,
+        output: Any,
+        input: Any = None,
+        timeout: float | None = None,
+    ) -> Handle | None: ...
+    def start_send(self, to: int, tag: int, dtype: int, memory: _Memory, keep: object = None) -> Handle: ...
+    def start_recv(self, from_rank: int, tag: int, dtype: int, memory: _Memory, keep: object = None) -> Handle: ...
+    def abort(self, reason: str) -> None: ...
+    def shutdown(self) -> None: ...
+    def last_algorithm(self) -> str: ...
+    def describe(self) -> str: ...
+    def traffic(self) -> list[tuple[int, int, int]]: ...
+
+@final
+class World:
+    """All ranks of the job, found through MPI, launcher variables, or alone."""
+
+    @staticmethod
+    def init(library_dirs: Sequence[str]) -> World: ...
+    def communicator(self) -> Communicator: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def local_size(self) -> int: ...
+    @property
+    def how(self) -> str: ...
+    def new_group(self, ranks: Sequence[int]) -> Communicator | None: ...
+    def shutdown(self) -> None: ...
+
+@final
+class DlpackView:
+    """What a DLPack capsule describes; holds the capsule, and with it the memory."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def shape(self) -> list[int]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def dense(self) -> bool: ...
+    @property
+    def on_cpu(self) -> bool: ...
+    @property
+    def owner(self) -> object: ...
+
+def view_capsule(capsule: object) -> DlpackView: ...
+def use_tensor_type(cls: type) -> bool: ...
+def launcher_variables(library_dirs: Sequence[str]) -> list[tuple[str, str]]: ...
+def leave_mpi(limit: float) -> None: ...
+def settings_table() -> list[tuple[str, str, str]]: ...

@@ -1,0 +1,585 @@
+"""The collectives of torch.distributed over one native communicator.
+
+Methods carry torch's names, old and new: `_allgather_base` became `all_gather_single` in torch 2.14, and so on. Each
+does the same: describe the memory, start the call, return a `Work`. Counts are compared, never shapes.
+
+The short way (`run_tensors`, `start_tensors`) takes a call whose tensors are dense, on the CPU, of a known dtype and
+of fitting counts, in one step into native code; everything else comes back and goes the long way, which copies or
+explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceCoalescedOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BarrierOptions,
+    ReduceScatterOptions,
+)
+from torch.distributed import ReduceOp, Work
+
+from . import _codes as codes
+from .errors import ArgumentError, TimeoutError, UnsupportedError
+from .tensors import (
+    NOTHING,
+    Span,
+    input_list,
+    input_span,
+    mover,
+    output_list,
+    output_span,
+    reducer,
+    reduction_code,
+)
+from .work import DONE, SmddpWork
+
+if TYPE_CHECKING:
+    from ._core import Communicator
+
+_SUM = ReduceOp.SUM
+
+
+_NO_LIMIT = AllreduceOptions().timeout
+"""How torch says that a call was given no time limit of its own."""
+
+
+def _limit(opts: Any) -> float | None:
+    """The time limit of one call in seconds; None: the group's."""
+    timeout = opts.timeout
+    return None if timeout == _NO_LIMIT else max(timeout.total_seconds(), 0.0) or None
+
+
+if hasattr(AllreduceOptions, "asyncOp"):
+    _is_async: Callable[[Any], bool] = attrgetter("asyncOp")
+else:
+
+    def _is_async(_: Any) -> bool:
+        """Torch before 2.6 does not say: every call may be one whose Work is waited for later."""
+        return True
+
+
+class Collectives:
+    """Base of the classes torch sees. Ranks are group ranks."""
+
+    # Asked by torch before it tries. Without an answer here its C++ half would ask this object again, for ever.
+    supports_splitting = False
+    supports_coalescing = False
+    supports_shrinking = False
+    supports_reconfigure = False
+    supports_window = False
+    supports_time_estimate = False
+    _supports_time_estimate = False
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._comm = communicator
+        self._run_tensors = communicator.run_tensors
+        self._size = communicator.size
+        self._rank = communicator.rank
+        self._sequence = 0
+
+    # ---- all_reduce, broadcast, reduce: one buffer, in place
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None, timeout: timedelta | None = None) -> Work:
+        """Reduces one tensor over all ranks, in place. AVG of integers truncates toward zero; SUM of bool is or.
+
+        Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
+        exchange of balanced shards between nodes."""
+        if type(opts) is not AllreduceOptions:
+            tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
+        op = opts.reduceOp
+        # The commonest call of all, with as few steps as can be.
+        if (
+            op == _SUM
+            and len(tensors) == 1
+            and not _is_async(opts)
+            and self._run_tensors(1, 0, 0, tensors[0], None, _limit(opts))
+        ):
+            self._sequence += 1
+            return DONE
+        (tensor,) = _one("all_reduce", "tensor", tensors)
+        code, factor = (0, None) if op == _SUM else reduction_code("all_reduce", op, tensor.dtype)
+        if factor is None:
+            work = self._short(codes.ALL_REDUCE, code, 0, tensor, None, opts)
+            if work is not None:
+                return work
+        return self._reduce_in_place("all_reduce", codes.ALL_REDUCE, tensors, op, 0, opts)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        """all_reduce of several tensors of one dtype as one."""
+        opts = opts or AllreduceCoalescedOptions()
+        return self._reduce_in_place("all_reduce_coalesced", codes.ALL_REDUCE, list(tensors), opts.reduceOp, 0, opts)
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> Work:
+        """Reduces one tensor to the root, in place; the others' tensors stay as they are."""
+        (tensor,) = _one("reduce", "tensor", tensors)
+        op = opts.reduceOp
+        code, factor = reduction_code("reduce", op, tensor.dtype)
+        if factor is None:
+            work = self._short(codes.REDUCE, code, opts.rootRank, tensor, None, opts)
+            if work is not None:
+                return work
+        return self._reduce_in_place("reduce", codes.REDUCE, tensors, op, opts.rootRank, opts)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
+        """Copies the root's tensor to all ranks. Any dtype. Binomial tree over nodes, then inside them."""
+        (tensor,) = _one("broadcast", "tensor", tensors)
+        work = self._short(codes.BROADCAST, 0, opts.rootRank, tensor, None, opts)
+        if work is not None:
+            return work
+        span = output_span("broadcast", "tensor", tensor, also_read=True)
+        code, each = mover(tensor)
+        return self._issue(codes.BROADCAST, code, 0, opts.rootRank, span.numel * each, span, span, tensors, opts)
+
+    def _reduce_in_place(
+        self, name: str, collective: int, tensors: list[Tensor], op: Any, root: int, opts: Any
+    ) -> Work:
+        if len(tensors) == 1:
+            span = output_span(name, "tensor", tensors[0], also_read=True)
+        else:
+            span = output_list(name, "tensors", tensors, also_read=True)
+        dtype, each, code, factor = reducer(name, tensors[0], op)
+        if factor is not None:
+            span = _multiplied(span, tensors, factor)
+        return self._issue(collective, dtype, code, root, span.numel * each, span, span, tensors, opts)
+
+    # ---- all_gather
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+        """Concatenates the ranks' tensors in `output`, of size() times the input's elements. Any dtype."""
+        work = self._short(codes.ALL_GATHER, 0, 0, output, input, opts)
+        if work is not None:
+            return work
+        source = input_span("all_gather_single", "input", input)
+        target = output_span("all_gather_single", "output", output)
+        _same_types("all_gather_single", "output", output, input)
+        _count("all_gather_single", "output", target.numel, source.numel * self._size, "size() times the input's")
+        code, each = mover(input)
+        return self._issue(codes.ALL_GATHER, code, 0, 0, source.numel * each, source, target, [output], opts)
+
+    _allgather_base = all_gather_single
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Gives every rank's tensor to all; `outputs[0][r]` has the elements of rank r's. Counts may differ by rank."""
+        name = "all_gather"
+        (input,), (into,) = _one(name, "tensor", inputs), _one(name, "tensor_list", outputs)
+        self._per_rank(name, "tensor_list", into)
+        source, target = input_span(name, "tensor", input), output_list(name, "tensor_list", into)
+        _same_types(name, "tensor_list[0]", into[0], input)
+        code, each = mover(input)
+        numels = [t.numel() for t in into]
+        own = f"tensor_list[{self._rank}]"
+        _count(name, own, numels[self._rank], source.numel, "as many as the input's")
+        counts = None if _equal(numels) else [n * each for n in numels]
+        count = source.numel * each if counts is None else 0
+        return self._issue(codes.ALL_GATHER, code, 0, 0, count, source, target, into, opts, counts)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        """all_gather_single of several tensors as one; dtypes may differ."""
+        name = "all_gather_single_coalesced"
+        _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
+        if len(inputs) == 1:
+            return self.all_gather_single(outputs[0], inputs[0], opts or AllgatherOptions())
+        for i, (output, input) in enumerate(zip(outputs, inputs, strict=True)):
+            _same_types(name, f"outputs[{i}]", output, input)
+            _count(name, f"outputs[{i}]", output.numel(), input.numel() * self._size, "size() times the input's")
+        # As bytes, because nothing is computed and dtypes may differ.
+        source = input_list(name, "inputs", [_as_bytes(name, f"inputs[{i}]", t) for i, t in enumerate(inputs)])
+        inside = torch.empty(self._size, source.numel, dtype=torch.uint8)
+        target = output_span(name, "outputs", inside)
+        finish = _HandOut(outputs, inside, self._size).once()
+        target = target._replace(finish=finish)
+        return self._issue(codes.ALL_GATHER, codes.DTYPES["uint8"], 0, 0, source.numel, source, target, outputs, opts)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    # ---- reduce_scatter
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+        """Reduces `input`, of size() times the output's elements, and leaves each rank its part."""
+        name = "reduce_scatter_single"
+        op = opts.reduceOp
+        code, factor = reduction_code(name, op, input.dtype)
+        if factor is None:
+            work = self._short(codes.REDUCE_SCATTER, code, 0, output, input, opts)
+            if work is not None:
+                return work
+        source, target = input_span(name, "input", input), output_span(name, "output", output)
+        _same_types(name, "output", output, input)
+        _count(name, "input", source.numel, target.numel * self._size, "size() times the output's")
+        return self._reduce_scatter(name, source, target, [input], [output], op, opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Work:
+        """Reduces the ranks' lists element by element; rank r gets `inputs[0][r]`. Counts may differ by rank."""
+        name = "reduce_scatter"
+        (output,), (parts,) = _one(name, "output", outputs), _one(name, "input_list", inputs)
+        self._per_rank(name, "input_list", parts)
+        source, target = input_list(name, "input_list", parts), output_span(name, "output", output)
+        _same_types(name, "output", output, parts[0])
+        numels = [t.numel() for t in parts]
+        _count(name, f"input_list[{self._rank}]", numels[self._rank], target.numel, "as many as the output's")
+        counts = None if _equal(numels) else numels
+        return self._reduce_scatter(name, source, target, parts, [output], opts.reduceOp, opts, counts)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        """reduce_scatter_single of several tensors of one dtype as one."""
+        name = "reduce_scatter_single_coalesced"
+        opts = opts or ReduceScatterOptions()
+        _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
+        if len(inputs) == 1:
+            return self.reduce_scatter_single(outputs[0], inputs[0], opts)
+        for i, (output, input) in enumerate(zip(outputs, inputs, strict=True)):
+            _same_types(name, f"inputs[{i}]", input, output)
+            _count(name, f"inputs[{i}]", input.numel(), output.numel() * self._size, "size() times the output's")
+        rows = torch.cat([t.detach().reshape(self._size, -1) for t in inputs], dim=1)
+        source, target = input_span(name, "inputs", rows), output_list(name, "outputs", outputs)
+        return self._reduce_scatter(name, source, target, [rows], outputs, opts.reduceOp, opts)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def _reduce_scatter(
+        self,
+        name: str,
+        source: Span,
+        target: Span,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        op: Any,
+        opts: Any,
+        counts: list[int] | None = None,
+    ) -> Work:
+        dtype, each, code, factor = reducer(name, inputs[0], op)
+        if factor is not None:
+            source = input_span(name, "input", torch.cat([t.detach().reshape(-1) for t in inputs]) * factor)
+        count = 0 if counts is not None else target.numel * each
+        counts = counts and [n * each for n in counts]
+        return self._issue(codes.REDUCE_SCATTER, dtype, code, 0, count, source, target, outputs, opts, counts)
+
+    # ---- gather, scatter
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Work:
+        """Collects the ranks' tensors, all of one count, in the root's `outputs[0]`; others pass no outputs."""
+        (input,) = _one("gather", "tensor", inputs)
+        source, target, into = input_span("gather", "tensor", input), NOTHING, []
+        if opts.rootRank == self._rank:
+            (into,) = _one("gather", "gather_list", outputs)
+            self._per_rank("gather", "gather_list", into)
+            for i, part in enumerate(into):
+                _same_types("gather", f"gather_list[{i}]", part, input)
+                _count("gather", f"gather_list[{i}]", part.numel(), source.numel, "as many as the input's")
+            target = output_list("gather", "gather_list", into)
+        code, each = mover(input)
+        return self._issue(codes.GATHER, code, 0, opts.rootRank, source.numel * each, source, target, into, opts)
+
+    def gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+        """Concatenates the ranks' tensors in the root's `output`."""
+        source, target = input_span("gather_single", "input", input), NOTHING
+        if opts.rootRank == self._rank:
+            target = output_span("gather_single", "output", output)
+            _same_types("gather_single", "output", output, input)
+            expected = source.numel * self._size
+            _count("gather_single", "output", target.numel, expected, "size() times the input's")
+        code, each = mover(input)
+        return self._issue(codes.GATHER, code, 0, opts.rootRank, source.numel * each, source, target, [output], opts)
+
+    gather_into_tensor = gather_single
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Work:
+        """Gives rank r the root's `inputs[0][r]`, all of one count; others pass no inputs."""
+        (output,) = _one("scatter", "tensor", outputs)
+        source, target = NOTHING, output_span("scatter", "tensor", output)
+        if opts.rootRank == self._rank:
+            (parts,) = _one("scatter", "scatter_list", inputs)
+            self._per_rank("scatter", "scatter_list", parts)
+            for i, part in enumerate(parts):
+                _same_types("scatter", f"scatter_list[{i}]", part, output)
+                _count("scatter", f"scatter_list[{i}]", part.numel(), target.numel, "as many as the output's")
+            source = input_list("scatter", "scatter_list", parts)
+        code, each = mover(output)
+        return self._issue(codes.SCATTER, code, 0, opts.rootRank, target.numel * each, source, target, outputs, opts)
+
+    # ---- all_to_all
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> Work:
+        """Rank r gets the r-th part of every rank's `input`. Splits are sizes along dimension 0; none: equal parts."""
+        name = "all_to_all_single"
+        opts = opts or AllToAllOptions()
+        if not output_splits and not input_splits:
+            work = self._short(codes.ALL_TO_ALL, 0, 0, output, input, opts)
+            if work is not None:
+                return work
+        source, target = input_span(name, "input", input), output_span(name, "output", output)
+        _same_types(name, "output", output, input)
+        code, each = mover(input)
+        send = self._split(name, "input", input, input_splits)
+        receive = self._split(name, "output", output, output_splits)
+        if not output_splits and not input_splits:
+            _count(name, "output", target.numel, source.numel, "as many as the input's")
+            return self._issue(codes.ALL_TO_ALL, code, 0, 0, send[0] * each, source, target, [output], opts)
+        splits = ([n * each for n in send], [n * each for n in receive])
+        return self._issue(codes.ALL_TO_ALL, code, 0, 0, 0, source, target, [output], opts, None, splits)
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Rank r gets every rank's `inputs[r]`; counts are free, but each must be what its receiver expects."""
+        name = "all_to_all"
+        self._per_rank(name, "input_tensor_list", inputs)
+        self._per_rank(name, "output_tensor_list", outputs)
+        source = input_list(name, "input_tensor_list", inputs)
+        target = output_list(name, "output_tensor_list", outputs)
+        _same_types(name, "output_tensor_list[0]", outputs[0], inputs[0])
+        code, each = mover(inputs[0])
+        # Always with splits: whether sizes differ is known to no rank for the others.
+        splits = ([t.numel() * each for t in inputs], [t.numel() * each for t in outputs])
+        return self._issue(codes.ALL_TO_ALL, code, 0, 0, 0, source, target, outputs, opts, None, splits)
+
+    def _split(self, name: str, argument: str, tensor: Tensor, splits: Sequence[int]) -> list[int]:
+        """Elements for each rank."""
+        rows = tensor.size(0) if tensor.dim() else tensor.numel()
+        row = tensor.numel() // rows if rows else 0
+        if not splits:
+            if rows % self._size:
+                given = f"shape {tuple(tensor.shape)}"
+                hint = f"Pass {argument}_split_sizes to cut it unevenly"
+                raise ArgumentError.of(name, argument, f"a size in dimension 0 divisible by {self._size}", given, hint)
+            return [rows // self._size * row] * self._size
+        argument = f"{argument}_split_sizes"
+        _count(name, argument, len(splits), self._size, "one per rank", "sizes")
+        if sum(splits) != rows or min(splits) < 0:
+            hint = "They are sizes along dimension 0"
+            raise ArgumentError.of(name, argument, f"sizes that add up to {rows}", list(splits), hint)
+        return [n * row for n in splits]
+
+    # ---- barrier
+
+    def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Work:
+        """Returns when all ranks have come."""
+        if opts is None or isinstance(opts, timedelta):
+            timeout = opts or timeout
+            opts = BarrierOptions()
+            if timeout is not None:
+                opts.timeout = timeout
+        return self._issue(codes.BARRIER, codes.DTYPES["uint8"], 0, 0, 0, NOTHING, NOTHING, [], opts)
+
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        """A barrier whose error names the ranks that did not come: the first of them, or all with `wait_all_ranks`."""
+        # Torch's group passes a time, its C++ half passes options.
+        limit = timeout if isinstance(timeout, timedelta) or timeout is None else timeout.timeout
+        seconds = limit.total_seconds() if limit is not None and limit.days >= 0 and limit else None
+        try:
+            self._comm.run(codes.BARRIER, codes.DTYPES["uint8"], 0, 0, 0, (0, 0), (0, 0), seconds)
+        except TimeoutError as error:
+            if not error.missing:
+                raise
+            late = error.missing if wait_all_ranks else error.missing[:1]
+            who = f"Rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
+            error.args = (f"{who} failed to pass monitoredBarrier in {error.waited * 1000:.0f} ms: {error}",)
+            raise
+
+    # ---- point to point
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> Work:
+        """Sends one tensor of any dtype to rank `dst`; messages match by tag, in order."""
+        (tensor,) = _one("send", "tensor", tensors)
+        span = input_span("send", "tensor", tensor)
+        code, _ = mover(tensor)
+        handle = self._comm.start_send(_rank("send", "dst", dst), _tag("send", tag), code, span.memory, span)
+        return SmddpWork(handle, tensors)
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
+        """Receives one tensor of any dtype from rank `src`."""
+        (tensor,) = _one("recv", "tensor", tensors)
+        span = output_span("recv", "tensor", tensor)
+        code, _ = mover(tensor)
+        handle = self._comm.start_recv(_rank("recv", "src", src), _tag("recv", tag), code, span.memory, span)
+        return SmddpWork(handle, tensors, span.finish, src)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+        raise UnsupportedError.of("recv", "", tensors[0].dtype, "receiving from any rank is not possible yet; name src")
+
+    recvAnysource = recv_anysource
+
+    # ---- the group itself
+
+    def getBackendName(self) -> str:
+        return "smddp"
+
+    name = _get_backend_name = getBackendName
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """The time limit of every later operation."""
+        self._comm.set_timeout(timeout.total_seconds())
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self.set_timeout(timeout)
+
+    def shutdown(self) -> None:
+        """Ends the group; waits a little for what is under way."""
+        self._comm.shutdown()
+
+    def abort(self) -> None:
+        """Ends the group now: whoever waits, on any rank, gets AbortedError."""
+        self._comm.abort("abort() was called")
+        self._comm.shutdown()
+
+    def eager_connect_single_device(self, device: object) -> None:
+        """Groups connect when they are made."""
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Sequence numbers start at 0 on every rank."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    setSequenceNumberForGroup = _set_sequence_number_for_group
+    getSequenceNumberForGroup = _get_sequence_number_for_group
+
+    def describe(self) -> str:
+        """Transports, provider and shape of this group, for people."""
+        return self._comm.describe()
+
+    # ---- below all of them
+
+    def _short(
+        self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, opts: Any
+    ) -> Work | None:
+        """The short way; None: these tensors need the long one."""
+        if _is_async(opts):
+            handle = self._comm.start_tensors(collective, code, root, output, input, _limit(opts))
+            if handle is None:
+                return None
+            self._sequence += 1
+            return SmddpWork(handle, [output])
+        if self._comm.run_tensors(collective, code, root, output, input, _limit(opts)):
+            self._sequence += 1
+            return DONE
+        return None
+
+    def _issue(
+        self,
+        collective: int,
+        dtype: int,
+        code: int,
+        root: int,
+        count: int,
+        source: Span,
+        target: Span,
+        results: list[Tensor],
+        opts: Any,
+        counts: list[int] | None = None,
+        splits: tuple[list[int], list[int]] | None = None,
+    ) -> Work:
+        """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
+        limit = None if opts is None else _limit(opts)
+        self._sequence += 1
+        call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
+        if opts is None or _is_async(opts):
+            return SmddpWork(self._comm.start(*call, (source, target)), results, target.finish)
+        self._comm.run(*call)
+        if target.finish is not None:
+            target.finish()
+        return DONE
+
+    def _per_rank(self, name: str, argument: str, tensors: Sequence[Tensor]) -> None:
+        _count(name, argument, len(tensors), self._size, "one per rank", "tensors")
+
+
+def _legacy(options: Any, tensors: Any, opts: Any, timeout: timedelta | None) -> tuple[list[Tensor], Any]:
+    """The other ways torch lets a group be called: allreduce(tensor), allreduce(tensors, op, timeout)."""
+    if isinstance(tensors, Tensor):
+        tensors = [tensors]
+    if isinstance(opts, AllreduceOptions):
+        return tensors, opts
+    made = options()
+    if opts is not None:
+        made.reduceOp = opts
+    if timeout is not None:
+        made.timeout = timeout
+    return tensors, made
+
+
+def _one(name: str, argument: str, given: Sequence[Any]) -> Sequence[Any]:
+    if len(given) != 1:
+        hint = "Lists of several tensors per call were for several GPUs per process; make one call for each"
+        raise ArgumentError.of(name, argument, "one tensor", f"a list of {len(given)}", hint)
+    return given
+
+
+def _count(name: str, argument: str, given: int, expected: int, meaning: str, what: str = "elements") -> None:
+    if given != expected:
+        hint = "Element counts must fit; shapes are free"
+        raise ArgumentError.of(name, argument, f"{expected} {what} ({meaning})", f"{given} {what}", hint)
+
+
+def _same_types(name: str, argument: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        hint = "Collectives do not convert"
+        raise ArgumentError.of(name, argument, f"dtype {other.dtype}, as the other side", f"{tensor.dtype}", hint)
+
+
+def _equal(numbers: Sequence[int]) -> bool:
+    return all(n == numbers[0] for n in numbers)
+
+
+def _rank(name: str, argument: str, rank: int) -> int:
+    if rank < 0:
+        raise ArgumentError.of(name, argument, "a rank of the group", rank, "Ranks are counted from 0")
+    return rank
+
+
+def _tag(name: str, tag: int) -> int:
+    if tag < 0:
+        raise ArgumentError.of(name, "tag", "a whole number from 0", tag, "Both sides use the same tag")
+    return tag
+
+
+def _as_bytes(name: str, argument: str, tensor: Tensor) -> Tensor:
+    return input_span(name, argument, tensor).keep.reshape(-1).view(torch.uint8)  # type: ignore[attr-defined]
+
+
+def _multiplied(span: Span, tensors: list[Tensor], factor: Any) -> Span:
+    """An in-place span whose contents are multiplied first, in a temporary, so that a failed call changes nothing."""
+    from .tensors import Once
+
+    inside = torch.cat([t.detach().reshape(-1) for t in tensors]) * factor
+
+    def hand_out() -> None:
+        with torch.no_grad():
+            for tensor, part in zip(tensors, inside.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    return Span((inside.data_ptr(), inside.nbytes), span.numel, inside, Once(hand_out))
+
+
+class _HandOut:
+    """Cuts gathered rows of bytes, one per rank, into the outputs of a coalesced all_gather."""
+
+    def __init__(self, outputs: list[Tensor], rows: Tensor, size: int) -> None:
+        self._outputs, self._rows, self._size = outputs, rows, size
+
+    def __call__(self) -> None:
+        start = 0
+        with torch.no_grad():
+            for output in self._outputs:
+                length = output.nbytes // self._size
+                part = self._rows[:, start : start + length].contiguous().view(-1).view(output.dtype)
+                output.copy_(part.view(output.shape))
+                start += length
+
+    def once(self) -> Any:
+        from .tensors import Once
+
+        return Once(self)

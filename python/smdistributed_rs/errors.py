@@ -1,0 +1,134 @@
+"""Everything this package raises. All are `SmddpError`, hence `RuntimeError`, as torch's own backends raise.
+
+The text says what was wrong, what was expected, what was given, and what to do; the same facts are attributes.
+"""
+
+from __future__ import annotations
+
+import builtins
+
+__all__ = [
+    "AbortedError",
+    "ArgumentError",
+    "BootstrapError",
+    "InternalError",
+    "LibraryError",
+    "MismatchError",
+    "PeerLostError",
+    "ResourceError",
+    "SettingError",
+    "SmddpError",
+    "TimeoutError",
+    "TransportError",
+    "UnsupportedError",
+]
+
+
+class SmddpError(RuntimeError):
+    """Base of all errors of this package."""
+
+
+class ArgumentError(SmddpError, ValueError):
+    """A call was given something it cannot work with: attributes op, argument, expected, given."""
+
+    op: str
+    argument: str
+    expected: str
+    given: str
+
+    @classmethod
+    def of(cls, op: str, argument: str, expected: str, given: object, hint: str) -> ArgumentError:
+        """The error of a check made in Python, in the words of the native half."""
+        error = cls(f"{op}: argument '{argument}': expected {expected}, given {given}. {hint}")
+        error.op, error.argument, error.expected, error.given = op, argument, expected, str(given)
+        return error
+
+
+class UnsupportedError(SmddpError, ValueError):
+    """A reduction is not defined for a dtype, or neither exists here: attributes op, reduction, dtype."""
+
+    op: str
+    reduction: str
+    dtype: str
+
+    @classmethod
+    def of(cls, op: str, reduction: str, dtype: object, why: str) -> UnsupportedError:
+        error = cls(f"{op}: {_pair(reduction, dtype)}: {why}")
+        error.op, error.reduction, error.dtype = op, reduction, str(dtype)
+        return error
+
+
+def _pair(reduction: str, dtype: object) -> str:
+    return f"reduction '{reduction}' with dtype {dtype}" if reduction else f"dtype {dtype}"
+
+
+class MismatchError(SmddpError):
+    """Ranks called different things: attributes rank, group, op, seq, ours, peer, theirs."""
+
+    rank: int
+    group: str
+    op: str
+    seq: int
+    ours: str
+    peer: int
+    theirs: str
+
+
+class TimeoutError(SmddpError, builtins.TimeoutError):
+    """A time limit passed: attributes rank, group, op, seq, waited (seconds), missing (the ranks waited for)."""
+
+    rank: int
+    group: str
+    op: str
+    seq: int
+    waited: float
+    missing: list[int]
+
+
+class PeerLostError(SmddpError, ConnectionError):
+    """A rank died or its link closed: attributes rank, group, op, seq, peer, node, reason."""
+
+    rank: int
+    group: str
+    op: str
+    seq: int
+    peer: int
+    node: str
+    reason: str
+
+
+class AbortedError(SmddpError):
+    """The group was aborted or shut down: attributes rank, group, op, seq, reason."""
+
+    rank: int
+    group: str
+    op: str
+    seq: int
+    reason: str
+
+
+class SettingError(SmddpError, ValueError):
+    """An `SMDDP_…` variable is unknown or has an impossible value: attributes name, given."""
+
+    name: str
+    given: str
+
+
+class BootstrapError(SmddpError):
+    """The ranks of the job could not find each other."""
+
+
+class LibraryError(SmddpError):
+    """A library found at run time (MPI, libfabric) is missing or unusable."""
+
+
+class ResourceError(SmddpError):
+    """The machine has too little of something: shared memory, file descriptors, registered memory."""
+
+
+class TransportError(SmddpError):
+    """A transport failed in a way that has no better name."""
+
+
+class InternalError(SmddpError):
+    """A mistake in this package."""

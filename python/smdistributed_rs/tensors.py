@@ -1,0 +1,223 @@
+"""Torch tensors as the native half wants them: dense memory on the CPU, an element type it knows, and a count.
+
+A tensor that is not dense in C order is copied to a temporary one, and back when the call is over. What cannot be done
+so is refused, naming the argument.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from ._codes import DTYPES, MOVERS
+from .errors import ArgumentError, UnsupportedError
+
+_NATIVE = {getattr(torch, name): code for name, code in DTYPES.items()}
+_COMPLEX = {
+    torch.complex32: DTYPES["float16"],
+    torch.complex64: DTYPES["float32"],
+    torch.complex128: DTYPES["float64"],
+}
+
+
+class Span(NamedTuple):
+    """Memory of one argument of a call."""
+
+    memory: tuple[int, int]
+    """(address, bytes)"""
+    numel: int
+    """elements, of all tensors of the argument together"""
+    keep: object
+    """what must stay alive as long as the call uses the memory"""
+    finish: Once | None = None
+    """what to do when the call has ended well"""
+
+
+NOTHING = Span((0, 0), 0, None)
+
+
+class Once:
+    """An action that runs once, whichever thread asks first; the others wait for it."""
+
+    __slots__ = ("_action", "_lock")
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._action is not None:
+                self._action()
+                self._action = None
+
+
+def check(op: str, argument: str, tensor: object) -> Tensor:
+    """`tensor`, if it is one whose memory can be used."""
+    if not isinstance(tensor, Tensor):
+        hint = "Convert it with torch.as_tensor"
+        raise ArgumentError.of(op, argument, "a torch.Tensor", f"a {type(tensor).__name__}", hint)
+    if tensor.layout is not torch.strided:
+        raise ArgumentError.of(op, argument, "a dense tensor", f"layout {tensor.layout}", "Convert it with .to_dense()")
+    if tensor.device.type != "cpu":
+        hint = "This backend moves CPU tensors only, so far: use 'cpu:smddp,cuda:nccl', or move the tensor to the CPU"
+        raise ArgumentError.of(op, argument, "a tensor on the CPU", f"one on {tensor.device}", hint)
+    return tensor
+
+
+def input_span(op: str, argument: str, tensor: Tensor) -> Span:
+    """A tensor that is only read."""
+    source = check(op, argument, tensor).detach()
+    if not _dense(source):
+        source = source.resolve_conj().resolve_neg().contiguous()
+    return _of(source)
+
+
+def output_span(op: str, argument: str, tensor: Tensor, *, also_read: bool = False) -> Span:
+    """A tensor that is written; `also_read`: in place, so its contents are part of the call."""
+    target = check(op, argument, tensor).detach()
+    if _dense(target):
+        return _of(target)
+    refuse_overlap(op, argument, target)
+    inside = torch.empty(target.shape, dtype=target.dtype)
+    if also_read:
+        inside.copy_(target)
+    return _of(inside, Once(lambda: _copy(target, inside)))
+
+
+def input_list(op: str, argument: str, tensors: Sequence[Tensor]) -> Span:
+    """Tensors that are only read, one after another."""
+    sources = [check(op, f"{argument}[{i}]", t).detach() for i, t in enumerate(tensors)]
+    _same_dtype(op, argument, sources)
+    if all(_dense(t) for t in sources) and _adjacent(sources):
+        return _of_adjacent(sources)
+    return _of(torch.cat([t.resolve_conj().resolve_neg().reshape(-1) for t in sources]))
+
+
+def output_list(op: str, argument: str, tensors: Sequence[Tensor], *, also_read: bool = False) -> Span:
+    """Tensors that are written, one after another; `also_read`: in place."""
+    targets = [check(op, f"{argument}[{i}]", t).detach() for i, t in enumerate(tensors)]
+    _same_dtype(op, argument, targets)
+    if all(_dense(t) for t in targets) and _adjacent(targets):
+        return _of_adjacent(targets)
+    for i, target in enumerate(targets):
+        refuse_overlap(op, f"{argument}[{i}]", target)
+    counts = [t.numel() for t in targets]
+    inside = (
+        torch.cat([t.reshape(-1) for t in targets]) if also_read else torch.empty(sum(counts), dtype=targets[0].dtype)
+    )
+
+    def hand_out() -> None:
+        for target, part in zip(targets, inside.split(counts), strict=True):
+            _copy(target, part.view(target.shape))
+
+    return _of(inside, Once(hand_out))
+
+
+def refuse_overlap(op: str, argument: str, target: Tensor) -> None:
+    """An output whose elements share memory (an expanded tensor) has no well-defined result."""
+    if torch._debug_has_internal_overlap(target) == 1:
+        given = f"one of shape {tuple(target.shape)} with strides {target.stride()}"
+        hint = "Make a tensor of its own with .clone() or .contiguous(), and pass that"
+        raise ArgumentError.of(op, argument, "a tensor whose elements do not share memory", given, hint)
+
+
+def mover(tensor: Tensor) -> tuple[int, int]:
+    """(element type code, such elements per element) to move a tensor of any dtype without computing."""
+    dtype = tensor.dtype
+    code = _NATIVE.get(dtype)
+    if code is not None:
+        return code, 1
+    code = _COMPLEX.get(dtype)
+    if code is not None:
+        return code, 2
+    return MOVERS[tensor.element_size()], 1
+
+
+def reducer(op: str, tensor: Tensor, reduction: ReduceOp) -> tuple[int, int, int, float | Tensor | None]:
+    """(element type code, such elements per element, reduction code, factor to apply first) of a reduction."""
+    dtype = tensor.dtype
+    code, factor = reduction_code(op, reduction, dtype)
+    native = _NATIVE.get(dtype)
+    if native is not None:
+        return native, 1, code, factor
+    real = _COMPLEX.get(dtype)
+    if real is not None and code <= 1:
+        return real, 2, code, factor
+    name = _REDUCTION_NAMES.get(code, str(reduction))
+    if real is not None:
+        raise UnsupportedError.of(op, name, dtype, "complex numbers can be summed and averaged only")
+    supported = ", ".join([*DTYPES, "complex64", "complex128"])
+    raise UnsupportedError.of(op, name, dtype, f"not a dtype reductions are defined for; these are: {supported}")
+
+
+_SUM = ReduceOp.SUM
+_REDUCTIONS = {
+    ReduceOp.SUM: 0,
+    ReduceOp.AVG: 1,
+    ReduceOp.PRODUCT: 2,
+    ReduceOp.MIN: 3,
+    ReduceOp.MAX: 4,
+    ReduceOp.BAND: 5,
+    ReduceOp.BOR: 6,
+    ReduceOp.BXOR: 7,
+}
+_REDUCTION_NAMES = {code: str(op).rpartition(".")[2] for op, code in _REDUCTIONS.items()}
+
+
+def reduction_code(op: str, reduction: ReduceOp, dtype: object) -> tuple[int, float | Tensor | None]:
+    """(reduction code, factor to multiply inputs with first)."""
+    if reduction == _SUM:
+        return 0, None
+    kind = getattr(reduction, "op", reduction)
+    code = _REDUCTIONS.get(kind)
+    if code is not None:
+        return code, None
+    if kind == ReduceOp.PREMUL_SUM:
+        return 0, reduction.__getstate__()[1]
+    name = str(kind).rpartition(".")[2]
+    supported = ", ".join([*_REDUCTION_NAMES.values(), "PREMUL_SUM"])
+    raise UnsupportedError.of(op, name, dtype, f"there is no such reduction here; there are: {supported}")
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _of(tensor: Tensor, finish: Once | None = None) -> Span:
+    return Span((tensor.data_ptr(), tensor.nbytes), tensor.numel(), tensor, finish)
+
+
+def _adjacent(tensors: Sequence[Tensor]) -> bool:
+    """Whether dense tensors follow one another in memory, as chunks of one tensor do."""
+    end = tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end:
+            return False
+        end += tensor.nbytes
+    return True
+
+
+def _of_adjacent(tensors: Sequence[Tensor]) -> Span:
+    nbytes = sum(t.nbytes for t in tensors)
+    return Span((tensors[0].data_ptr(), nbytes), sum(t.numel() for t in tensors), tensors)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _same_dtype(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
+    if not tensors:
+        raise ArgumentError.of(op, argument, "at least one tensor", "none", "Pass one tensor per rank of the group")
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype != tensors[0].dtype:
+            expected = f"tensors of one dtype, {tensors[0].dtype} as the first"
+            hint = "Convert them, or make one call per dtype"
+            raise ArgumentError.of(op, f"{argument}[{i}]", expected, f"dtype {tensor.dtype}", hint)

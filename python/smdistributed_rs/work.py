@@ -1,0 +1,153 @@
+"""What an asynchronous call returns: torch's `Work`, over a native handle."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed import Work
+
+if TYPE_CHECKING:
+    from ._core import Handle
+    from .tensors import Once
+
+_NO_LIMIT = timedelta(0)
+
+
+class SmddpWork(Work):
+    """An operation under way.
+
+    `result()` and the future's value are the list of output tensors. The memory of the operation stays alive until it
+    is over, whether or not anybody keeps this object.
+    """
+
+    __slots__ = ("_finish", "_future", "_handle", "_results", "_source")
+
+    def __init__(
+        self, handle: Handle, results: list[Tensor], finish: Once | None = None, source: int | None = None
+    ) -> None:
+        Work.__init__(self)
+        self._handle = handle
+        self._results = results
+        self._finish = finish
+        self._source = source
+        self._future: torch.futures.Future[list[Tensor]] | None = None
+
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Waits until the operation is over and raises its error. `timeout`: TimeoutError after so long; 0: the
+        group's time limit decides."""
+        self._handle.wait(timeout.total_seconds() if timeout else None)
+        if self._finish is not None:
+            self._finish()
+        return True
+
+    def synchronize(self) -> None:
+        """As `wait`: CPU tensors have no stream to order after."""
+        self.wait()
+
+    block_current_stream = synchronize
+
+    def is_completed(self) -> bool:
+        """Whether the operation is over, well or not."""
+        if not self._handle.is_done():
+            return False
+        if self._finish is not None and self._handle.error() is None:
+            self._finish()
+        return True
+
+    def is_success(self) -> bool:
+        """Whether the operation is over and went well."""
+        return self.is_completed() and self._handle.error() is None
+
+    def exception(self) -> BaseException | None:
+        """What the operation failed with."""
+        return self._handle.error()
+
+    def result(self) -> list[Tensor]:
+        """The output tensors; waits for them."""
+        self.wait()
+        return self._results
+
+    def source_rank(self) -> int:
+        """The group rank a message came from."""
+        if self._source is None:
+            raise RuntimeError("source_rank() is only known of a receive")
+        return self._source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        """A future of the output tensors. Only one that was asked for is ever completed, by a thread that takes the
+        interpreter once for it."""
+        if self._future is None:
+            outcome = _Outcome(self._results, self._finish)
+            self._future = outcome.future
+            if self._handle.is_done():
+                outcome.complete(self._handle.error())
+            else:
+                self._handle.on_done(outcome.complete)
+        return self._future
+
+    getFuture = get_future
+
+
+class _Outcome:
+    """Completes a future, as its operation ended.
+
+    A future that fails must do so for C++ readers too (DDP's are), and crashes them if it carries an exception as its
+    value, as `Future.set_exception` makes it. Torch makes a real failure only of what a `then` callback raises; so the
+    future is that of a callback, and its error a RuntimeError that quotes ours."""
+
+    __slots__ = ("_error", "_finish", "_results", "_trigger", "future")
+
+    def __init__(self, results: list[Tensor], finish: Once | None) -> None:
+        self._results, self._finish = results, finish
+        self._error: BaseException | None = None
+        self._trigger: torch.futures.Future[None] = torch.futures.Future()
+        self.future = self._trigger.then(self._value)
+
+    def complete(self, error: BaseException | None) -> None:
+        self._error = error
+        self._trigger.set_result(None)
+
+    def _value(self, _: object) -> list[Tensor]:
+        if self._error is not None:
+            raise self._error
+        if self._finish is not None:
+            self._finish()
+        return self._results
+
+
+class DoneWork(Work):
+    """A call that was over when it returned. There is one of it: a synchronous call costs no object."""
+
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    block_current_stream = synchronize
+
+    def is_completed(self) -> bool:
+        return True
+
+    is_success = is_completed
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Tensor]:
+        return []
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        future.set_result([])
+        return future
+
+    getFuture = get_future
+
+
+DONE = DoneWork()
