@@ -22,9 +22,6 @@ MOVED = [*DTYPES, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.
 OPS = ["SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR"]
 SIZES = [0, 1, 5, 1000, 70_001]
 
-FULL_WORK = os.environ.get("SMDDP_TORCH_GROUP") != "backend"
-"""Torch wraps what a backend inside its own group returns, and passes on wait() and get_future() only."""
-
 CASES: dict[str, Callable[[Case], None]] = {}
 
 
@@ -348,8 +345,7 @@ def send_and_receive(c: Case) -> None:
             received = dist.irecv(got, group_src=left, group=c.group, tag=3)
             sent.wait()
             received.wait()
-            if FULL_WORK:
-                assert received._source_rank() == left
+            assert received._source_rank() == left
             assert torch.equal(got, c.data(left, count, dtype))
 
 
@@ -366,6 +362,91 @@ def messages_match_by_tag(c: Case) -> None:
         work.wait()
     if c.rank == 1:
         assert all(tensor.item() == tag for tag, tensor in got.items())
+
+
+@case
+def receive_from_any_rank(c: Case) -> None:
+    for tag, count in enumerate((1, 1000, 300_000)):
+        if c.rank:
+            dist.send(c.mine(count, torch.float32), group_dst=0, group=c.group, tag=tag)
+            continue
+        came = []
+        for _ in range(1, c.size):
+            got = torch.empty(count)
+            source = dist.recv(got, group=c.group, tag=tag)
+            came.append(dist.get_group_rank(c.group, source))
+            assert torch.equal(got, c.data(came[-1], count, torch.float32))
+        assert sorted(came) == list(range(1, c.size))
+
+
+@case
+def any_rank_leaves_what_is_awaited_by_name(c: Case) -> None:
+    """Of two messages of a tag, one is received by its sender's rank, posted first; the other by whoever asks."""
+    if c.rank == 0:
+        named, other = torch.zeros(1), torch.zeros(1)
+        first = dist.irecv(named, group_src=1, group=c.group, tag=6)
+        second = c.group.recv_anysource([other], 6)
+        dist.barrier(c.group)
+        first.wait()
+        second.wait()
+        assert (named.item(), other.item(), second._source_rank()) == (1.0, 2.0, 1)
+    else:
+        dist.barrier(c.group)
+        if c.rank == 1:
+            for value in (1.0, 2.0):
+                dist.send(torch.tensor([value]), group_dst=0, group=c.group, tag=6)
+
+
+@case
+def all_reduce_of_sparse_tensors(c: Case) -> None:
+    def mine(rank: int) -> torch.Tensor:
+        places = torch.tensor([[0, rank, c.size], [1, 1, rank % 2]])
+        return torch.sparse_coo_tensor(places, torch.arange(6.0).view(3, 2) + rank, (c.size + 1, 2, 2))
+
+    tensor = mine(c.rank)
+    dist.all_reduce(tensor, group=c.group)
+    expected = sum(mine(rank).to_dense() for rank in range(c.size))
+    assert torch.equal(tensor.to_dense(), expected)
+    work = dist.all_reduce(tensor := mine(c.rank), group=c.group, async_op=True)
+    assert work.get_future().wait()[0] is tensor
+    assert torch.equal(tensor.to_dense(), expected)
+
+
+@case
+def all_gather_coalesced(c: Case) -> None:
+    counts = (3, 1, 0, 40)
+    outputs = [[torch.empty(n) for n in counts] for _ in range(c.size)]
+    inputs = [c.mine(n, torch.float32, salt=i) for i, n in enumerate(counts)]
+    c.group.allgather_coalesced(outputs, inputs).wait()
+    for rank, theirs in enumerate(outputs):
+        for i, output in enumerate(theirs):
+            assert torch.equal(output, c.data(rank, counts[i], torch.float32, salt=i))
+
+
+@case
+def premul_sum_to_a_root_leaves_the_others(c: Case) -> None:
+    tensor = c.mine(50, torch.float32)
+    dist.reduce(tensor, group_dst=0, op=dist._make_nccl_premul_sum(0.5), group=c.group)
+    expected = reduced(c.everyone(50, torch.float32), "SUM") * 0.5 if c.rank == 0 else c.mine(50, torch.float32)
+    close(tensor, expected)
+
+
+@case
+def coalescing_manager(c: Case) -> None:
+    inputs = [c.mine(4, torch.float32), c.mine(7, torch.float32, salt=1)]
+    outputs = [torch.empty(4 * c.size), torch.empty(7 * c.size)]
+    with dist.distributed_c10d._coalescing_manager(group=c.group):
+        for output, input in zip(outputs, inputs, strict=True):
+            dist.all_gather_into_tensor(output, input, group=c.group)
+    for salt, output in enumerate(outputs):
+        assert torch.equal(output, torch.cat(c.everyone(output.numel() // c.size, torch.float32, salt=salt)))
+    tensors = [c.mine(n, torch.float32, salt=n) for n in (3, 8)]
+    with dist.distributed_c10d._coalescing_manager(group=c.group, async_ops=True) as manager:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=c.group)
+    manager.wait()
+    for tensor in tensors:
+        close(tensor, reduced(c.everyone(tensor.numel(), torch.float32, salt=tensor.numel()), "SUM"))
 
 
 @case
@@ -428,11 +509,10 @@ def asynchronous_works(c: Case) -> None:
         assert work.wait(timedelta(seconds=30)) is True
     for i, (tensor, work) in enumerate(zip(tensors, works, strict=True)):
         close(tensor, reduced(c.everyone(tensor.numel(), torch.float32, salt=i), "SUM"))
-        if FULL_WORK:
-            assert work.is_completed()
-            assert work.is_success()
-            assert work.exception() is None
-            assert work.result()[0].data_ptr() == tensor.data_ptr()
+        assert work.is_completed()
+        assert work.is_success()
+        assert work.exception() is None
+        assert work.result()[0].data_ptr() == tensor.data_ptr()
 
 
 @case

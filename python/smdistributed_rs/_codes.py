@@ -14,6 +14,18 @@ GATHER: Final = 7
 SCATTER: Final = 8
 BARRIER: Final = 9
 
+NAMES: Final[dict[int, str]] = {
+    ALL_REDUCE: "all_reduce",
+    REDUCE_SCATTER: "reduce_scatter",
+    ALL_GATHER: "all_gather",
+    ALL_TO_ALL: "all_to_all",
+    BROADCAST: "broadcast",
+    REDUCE: "reduce",
+    GATHER: "gather",
+    SCATTER: "scatter",
+    BARRIER: "barrier",
+}
+
 DTYPES: Final[dict[str, int]] = {
     "bool": 0,
     "uint8": 1,

@@ -1,30 +1,30 @@
 """The backend "smddp" of torch.distributed: registration, and what torch gets when it asks for a group.
 
-Two carriers of the same collectives, over one native communicator:
+It gets a group of ours, over one native communicator, in one of three kinds (`process_group`):
 
-- `SmddpProcessGroup` replaces torch's group. `torch.distributed` functions then call our methods directly, which is
-  the cheapest way from Python. It also holds a `SmddpBackend`, for those who ask the group for a device's backend.
-- `SmddpBackend` alone sits inside torch's own group. Every call passes through torch, so its hooks see it. Chosen when
-  somebody asked for such a hook (TORCH_DISTRIBUTED_DEBUG=DETAIL, TORCH_DIST_NAN_CHECK=1), or when another backend
-  serves another device of the group ("cpu:gloo,cuda:smddp"); SMDDP_TORCH_GROUP=backend or =group decides otherwise.
+- `SmddpProcessGroup`: `torch.distributed` functions call our methods directly, the cheapest way from Python.
+- `MixedProcessGroup`: the same, where other backends serve other devices of the group ("cpu:smddp,cuda:nccl").
+- `HookedProcessGroup`: every call passes through torch's C++ half, so that its hooks see it. Chosen when somebody asked
+  for one (TORCH_DISTRIBUTED_DEBUG=DETAIL, TORCH_DIST_NAN_CHECK=1, TORCH_FR_BUFFER_SIZE); SMDDP_TORCH_GROUP=backend or
+  =group decides otherwise.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from . import _core
 from ._libraries import library_dirs
 from ._meeting import meet
-from .process_group import SmddpBackend, SmddpProcessGroup
-
-if TYPE_CHECKING:
-    pass
+from ._new_group import NewGroup, backends_of_others, group_being_made
+from .process_group import HAS_BACKENDS, HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup
 
 NAME = "smddp"
 
@@ -36,46 +36,69 @@ def register() -> None:
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 
-def create(options: dist.distributed_c10d._DistributedBackendOptions, _: object = None) -> object:
+def create(options: distributed_c10d._DistributedBackendOptions, _: object = None) -> SmddpProcessGroup:
     """What torch calls on every member of a new group; meets the others and connects to them."""
-    members = list(options.global_ranks_in_group)
+    new = group_being_made(NAME)
     name = options.group_id or "default"
-    store, rank, size = options.store, options.group_rank, options.group_size
-    limit = options.timeout
-    scope, left = meet(store, rank, size, limit.total_seconds(), name)
+    members = list(options.global_ranks_in_group)
+    others = backends_of_others(new, options)
+    seat = _connect(options.store, options.group_rank, options.group_size, options.timeout, name, members)
+    return _seated(seat, new, others, name)
+
+
+def split(seat: Seat, ranks: list[int], limit: timedelta, name: str, text: str) -> SmddpProcessGroup | None:
+    """The group of some members of another; None when this rank is not among them."""
+    if seat.communicator.rank not in ranks:
+        return None
+    store = PrefixStore(f"{name}/", seat.store)
+    parents = seat.members or list(range(seat.communicator.size))
+    members = [parents[rank] for rank in ranks]
+    new = _connect(store, ranks.index(seat.communicator.rank), len(ranks), limit, name, members)
+    group = _seated(new, NewGroup(["cpu", "cuda"]), {}, name)
+    group._set_group_name(name)
+    group._set_group_desc(text)
+    return group
+
+
+def _connect(store: Store, rank: int, size: int, limit: timedelta, name: str, members: list[int]) -> Seat:
+    seconds = limit.total_seconds()
+    scope, left = meet(store, rank, size, seconds, name)
     communicator = _core.Communicator.connect(store, rank, size, name, scope, left, library_dirs())
-    communicator.set_timeout(limit.total_seconds())
-    carrier = SmddpBackend(communicator, limit, members)
-    if _hooks_must_see_calls():
-        return carrier
-    return SmddpProcessGroup(store, communicator, carrier)
+    communicator.set_timeout(seconds)
+    return Seat(store, communicator, limit, members)
+
+
+def _seated(seat: Seat, new: NewGroup, others: dict[str, Any], name: str) -> SmddpProcessGroup:
+    kind: type[SmddpProcessGroup] = SmddpProcessGroup
+    if others:
+        kind = MixedProcessGroup
+    if HAS_BACKENDS and _hooks_must_see_calls():
+        kind = HookedProcessGroup
+    return kind(seat, new.devices, others, _wrapper(seat, name))
 
 
 def _hooks_must_see_calls() -> bool:
     forced = os.environ.get("SMDDP_TORCH_GROUP", "")
     if forced in ("group", "backend"):
         return forced == "backend"
-    return (
-        dist.get_debug_level() == dist.DebugLevel.DETAIL
-        or os.environ.get("TORCH_DIST_NAN_CHECK", "0") == "1"
-        or _other_backends_in_group()
+    recorder = os.environ.get("TORCH_FR_BUFFER_SIZE") or os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") or "0"
+    return _in_detail() or os.environ.get("TORCH_DIST_NAN_CHECK", "0") == "1" or recorder not in ("0", "")
+
+
+def _in_detail() -> bool:
+    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)
+
+
+def _wrapper(seat: Seat, name: str) -> Callable[[Any], Any]:
+    """What torch puts around backends when it is asked to compare every call of every rank."""
+    size = seat.communicator.size
+    if not (_in_detail() and dist.is_gloo_available()) or not HAS_BACKENDS:
+        return lambda backend: backend
+    return lambda backend: distributed_c10d._create_process_group_wrapper(
+        wrapped_pg=backend,
+        store_prefix=name,
+        store=seat.store,
+        rank=seat.communicator.rank,
+        world_size=size,
+        timeout=seat.timeout,
     )
-
-
-def _other_backends_in_group() -> bool:
-    """Whether the group being made has another backend for another device.
-
-    Torch tells a creator its own device's part only, and a group we return would end its loop over the others, so
-    that they would silently not exist. The map is a local variable of the function that calls us: read there, with
-    care; where it is not found, nothing is known and the answer is no.
-    """
-    frame = sys._getframe()
-    for _ in range(6):
-        frame = frame.f_back
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "_new_process_group_helper":
-            config = frame.f_locals.get("backend_config")
-            get_map = getattr(config, "get_device_backend_map", dict)
-            return len(set(get_map().values())) > 1
-    return False

@@ -25,12 +25,17 @@ from torch._C._distributed_c10d import (
     BarrierOptions,
     ReduceScatterOptions,
 )
+from torch.autograd import profiler
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
-from .errors import ArgumentError, TimeoutError, UnsupportedError
+from .errors import ArgumentError
+from .monitored import monitored_barrier
+from .profiling import Range
+from .sparse import all_reduce_sparse
 from .tensors import (
     NOTHING,
+    Once,
     Span,
     input_list,
     input_span,
@@ -40,13 +45,24 @@ from .tensors import (
     reducer,
     reduction_code,
 )
-from .work import DONE, SmddpWork
+from .work import DONE, DoneWork, SmddpWork
 
 if TYPE_CHECKING:
-    from ._core import Communicator
+    from ._core import Communicator, Handle
 
 _SUM = ReduceOp.SUM
 
+METHODS = (
+    "allreduce", "allreduce_coalesced", "reduce", "broadcast",
+    "allgather", "allgather_coalesced", "all_gather_single", "_allgather_base", "all_gather_single_coalesced",
+    "allgather_into_tensor_coalesced",
+    "reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base", "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "gather", "gather_single", "gather_into_tensor", "scatter",
+    "alltoall", "all_to_all_single", "alltoall_base",
+    "barrier", "monitored_barrier", "send", "recv", "recv_anysource", "recvAnysource",
+)  # fmt: skip
+"""The methods below that torch calls to communicate."""
 
 _NO_LIMIT = AllreduceOptions().timeout
 """How torch says that a call was given no time limit of its own."""
@@ -71,7 +87,7 @@ class Collectives:
     """Base of the classes torch sees. Ranks are group ranks."""
 
     # Asked by torch before it tries. Without an answer here its C++ half would ask this object again, for ever.
-    supports_splitting = False
+    supports_splitting = True
     supports_coalescing = False
     supports_shrinking = False
     supports_reconfigure = False
@@ -101,11 +117,15 @@ class Collectives:
             op == _SUM
             and len(tensors) == 1
             and not _is_async(opts)
+            and not profiler._is_profiler_enabled
             and self._run_tensors(1, 0, 0, tensors[0], None, _limit(opts))
         ):
             self._sequence += 1
             return DONE
         (tensor,) = _one("all_reduce", "tensor", tensors)
+        if isinstance(tensor, Tensor) and tensor.layout is torch.sparse_coo:
+            all_reduce_sparse(self, tensor, op, self._size, _gather_options(opts))
+            return DoneWork([tensor])
         code, factor = (0, None) if op == _SUM else reduction_code("all_reduce", op, tensor.dtype)
         if factor is None:
             work = self._short(codes.ALL_REDUCE, code, 0, tensor, None, opts)
@@ -148,7 +168,8 @@ class Collectives:
             span = output_list(name, "tensors", tensors, also_read=True)
         dtype, each, code, factor = reducer(name, tensors[0], op)
         if factor is not None:
-            span = _multiplied(span, tensors, factor)
+            written = collective == codes.ALL_REDUCE or root == self._rank
+            span = _multiplied(span, tensors, factor, written)
         return self._issue(collective, dtype, code, root, span.numel * each, span, span, tensors, opts)
 
     # ---- all_gather
@@ -181,6 +202,22 @@ class Collectives:
         counts = None if _equal(numels) else [n * each for n in numels]
         count = source.numel * each if counts is None else 0
         return self._issue(codes.ALL_GATHER, code, 0, 0, count, source, target, into, opts, counts)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """all_gather of several tensors as one; `outputs[r]` is what rank r's `inputs` are gathered in."""
+        name = "all_gather_coalesced"
+        self._per_rank(name, "output_tensor_lists", outputs)
+        for rank, theirs in enumerate(outputs):
+            argument = f"output_tensor_lists[{rank}]"
+            _count(name, argument, len(theirs), len(inputs), "one per input", "tensors")
+            for i, (output, input) in enumerate(zip(theirs, inputs, strict=True)):
+                _same_types(name, f"{argument}[{i}]", output, input)
+                _count(name, f"{argument}[{i}]", output.numel(), input.numel(), "as many as the input's")
+        source = input_list(name, "input_tensor_list", inputs)
+        flat = [output for theirs in outputs for output in theirs]
+        target = output_list(name, "output_tensor_lists", flat)
+        code, each = mover(inputs[0])
+        return self._issue(codes.ALL_GATHER, code, 0, 0, source.numel * each, source, target, flat, opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """all_gather_single of several tensors as one; dtypes may differ."""
@@ -378,16 +415,8 @@ class Collectives:
         """A barrier whose error names the ranks that did not come: the first of them, or all with `wait_all_ranks`."""
         # Torch's group passes a time, its C++ half passes options.
         limit = timeout if isinstance(timeout, timedelta) or timeout is None else timeout.timeout
-        seconds = limit.total_seconds() if limit is not None and limit.days >= 0 and limit else None
-        try:
-            self._comm.run(codes.BARRIER, codes.DTYPES["uint8"], 0, 0, 0, (0, 0), (0, 0), seconds)
-        except TimeoutError as error:
-            if not error.missing:
-                raise
-            late = error.missing if wait_all_ranks else error.missing[:1]
-            who = f"Rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
-            error.args = (f"{who} failed to pass monitoredBarrier in {error.waited * 1000:.0f} ms: {error}",)
-            raise
+        seconds = self._comm.timeout if limit is None or limit.days < 0 else limit.total_seconds()
+        monitored_barrier(self._comm, seconds, wait_all_ranks)
 
     # ---- point to point
 
@@ -396,21 +425,32 @@ class Collectives:
         (tensor,) = _one("send", "tensor", tensors)
         span = input_span("send", "tensor", tensor)
         code, _ = mover(tensor)
-        handle = self._comm.start_send(_rank("send", "dst", dst), _tag("send", tag), code, span.memory, span)
-        return SmddpWork(handle, tensors)
+        to, tag = _rank("send", "dst", dst), _tag("send", tag)
+        return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
         """Receives one tensor of any dtype from rank `src`."""
         (tensor,) = _one("recv", "tensor", tensors)
         span = output_span("recv", "tensor", tensor)
         code, _ = mover(tensor)
-        handle = self._comm.start_recv(_rank("recv", "src", src), _tag("recv", tag), code, span.memory, span)
-        return SmddpWork(handle, tensors, span.finish, src)
+        of, tag = _rank("recv", "src", src), _tag("recv", tag)
+        return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
-        raise UnsupportedError.of("recv", "", tensors[0].dtype, "receiving from any rank is not possible yet; name src")
+        """Receives one tensor of any dtype from whichever rank's message of `tag` comes first."""
+        (tensor,) = _one("recv", "tensor", tensors)
+        span = output_span("recv", "tensor", tensor)
+        code, _ = mover(tensor)
+        tag = _tag("recv", tag)
+        start = lambda: self._comm.start_recv_any(tag, code, span.memory, span)  # noqa: E731
+        return self._message("recvAnySource", span, tensors, start)
 
     recvAnysource = recv_anysource
+
+    def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
+        if profiler._is_profiler_enabled:
+            return _recorded(name, span, span, tensors, start)
+        return SmddpWork(start(), tensors, span.finish)
 
     # ---- the group itself
 
@@ -456,7 +496,9 @@ class Collectives:
     def _short(
         self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, opts: Any
     ) -> Work | None:
-        """The short way; None: these tensors need the long one."""
+        """The short way; None: these tensors, or a profiler, need the long one."""
+        if profiler._is_profiler_enabled:
+            return None
         if _is_async(opts):
             handle = self._comm.start_tensors(collective, code, root, output, input, _limit(opts))
             if handle is None:
@@ -486,6 +528,13 @@ class Collectives:
         limit = None if opts is None else _limit(opts)
         self._sequence += 1
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
+        if profiler._is_profiler_enabled:
+            work = _recorded(
+                codes.NAMES[collective], source, target, results, lambda: self._comm.start(*call, (source, target))
+            )
+            if opts is not None and not _is_async(opts):
+                work.wait()
+            return work
         if opts is None or _is_async(opts):
             return SmddpWork(self._comm.start(*call, (source, target)), results, target.finish)
         self._comm.run(*call)
@@ -495,6 +544,24 @@ class Collectives:
 
     def _per_rank(self, name: str, argument: str, tensors: Sequence[Tensor]) -> None:
         _count(name, argument, len(tensors), self._size, "one per rank", "tensors")
+
+
+def _recorded(name: str, source: Span, target: Span, results: list[Tensor], start: Callable[[], Handle]) -> SmddpWork:
+    """Starts a call as a range of the profiler."""
+    recorded = Range(name, source.keep)
+    try:
+        handle = start()
+    except BaseException:
+        recorded.end()
+        raise
+    recorded.end_with(handle)
+
+    def finish() -> None:
+        if target.finish is not None:
+            target.finish()
+        recorded.wait()
+
+    return SmddpWork(handle, results, Once(finish))
 
 
 def _legacy(options: Any, tensors: Any, opts: Any, timeout: timedelta | None) -> tuple[list[Tensor], Any]:
@@ -509,6 +576,15 @@ def _legacy(options: Any, tensors: Any, opts: Any, timeout: timedelta | None) ->
     if timeout is not None:
         made.timeout = timeout
     return tensors, made
+
+
+def _gather_options(opts: Any) -> AllgatherOptions:
+    """Options of a gather that is part of a call with `opts`: what it gathers is needed at once."""
+    made = AllgatherOptions()
+    made.timeout = opts.timeout
+    if hasattr(made, "asyncOp"):
+        made.asyncOp = False
+    return made
 
 
 def _one(name: str, argument: str, given: Sequence[Any]) -> Sequence[Any]:
@@ -550,10 +626,9 @@ def _as_bytes(name: str, argument: str, tensor: Tensor) -> Tensor:
     return input_span(name, argument, tensor).keep.reshape(-1).view(torch.uint8)  # type: ignore[attr-defined]
 
 
-def _multiplied(span: Span, tensors: list[Tensor], factor: Any) -> Span:
-    """An in-place span whose contents are multiplied first, in a temporary, so that a failed call changes nothing."""
-    from .tensors import Once
-
+def _multiplied(span: Span, tensors: list[Tensor], factor: Any, written: bool) -> Span:
+    """An in-place span whose contents are multiplied first, in a temporary, so that a failed call changes nothing.
+    `written`: the result is wanted back."""
     inside = torch.cat([t.detach().reshape(-1) for t in tensors]) * factor
 
     def hand_out() -> None:
@@ -561,7 +636,7 @@ def _multiplied(span: Span, tensors: list[Tensor], factor: Any) -> Span:
             for tensor, part in zip(tensors, inside.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    return Span((inside.data_ptr(), inside.nbytes), span.numel, inside, Once(hand_out))
+    return Span((inside.data_ptr(), inside.nbytes), span.numel, inside, Once(hand_out) if written else None)
 
 
 class _HandOut:
@@ -580,6 +655,4 @@ class _HandOut:
                 start += length
 
     def once(self) -> Any:
-        from .tensors import Once
-
         return Once(self)

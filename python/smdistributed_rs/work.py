@@ -23,16 +23,13 @@ class SmddpWork(Work):
     is over, whether or not anybody keeps this object.
     """
 
-    __slots__ = ("_finish", "_future", "_handle", "_results", "_source")
+    __slots__ = ("_finish", "_future", "_handle", "_results")
 
-    def __init__(
-        self, handle: Handle, results: list[Tensor], finish: Once | None = None, source: int | None = None
-    ) -> None:
+    def __init__(self, handle: Handle, results: list[Tensor], finish: Once | None = None) -> None:
         Work.__init__(self)
         self._handle = handle
         self._results = results
         self._finish = finish
-        self._source = source
         self._future: torch.futures.Future[list[Tensor]] | None = None
 
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
@@ -72,9 +69,10 @@ class SmddpWork(Work):
 
     def source_rank(self) -> int:
         """The group rank a message came from."""
-        if self._source is None:
-            raise RuntimeError("source_rank() is only known of a receive")
-        return self._source
+        rank = self._handle.source()
+        if rank is None:
+            raise RuntimeError("source_rank() is known of a receive only; of one from any rank, once it is over")
+        return rank
 
     _source_rank = source_rank
 
@@ -121,7 +119,11 @@ class _Outcome:
 
 
 class DoneWork(Work):
-    """A call that was over when it returned. There is one of it: a synchronous call costs no object."""
+    """A call that was over when it returned."""
+
+    def __init__(self, results: list[Tensor]) -> None:
+        Work.__init__(self)
+        self._results = results
 
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
         return True
@@ -140,14 +142,15 @@ class DoneWork(Work):
         return None
 
     def result(self) -> list[Tensor]:
-        return []
+        return self._results
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
         future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        future.set_result([])
+        future.set_result(self._results)
         return future
 
     getFuture = get_future
 
 
-DONE = DoneWork()
+DONE = DoneWork([])
+"""What synchronous calls return: nobody asks it for results, and it costs no object."""

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use crate::call::{Call, Collective};
@@ -11,6 +11,7 @@ use crate::element::Element;
 use crate::engine::Engine;
 use crate::engine::graph::Ready;
 use crate::engine::group::Seat;
+use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
@@ -85,7 +86,7 @@ struct Inner<T: Transports> {
     timeout_nanos: AtomicU64,
     plans: Mutex<HashMap<CallShape, Arc<Ready>>>,
     /// Number of the next message by (peer, tag, sending).
-    message_numbers: Mutex<HashMap<(usize, u64, bool), u64>>,
+    message_numbers: Arc<MessageNumbers>,
     last_algorithm: Mutex<&'static str>,
     closed: AtomicBool,
 }
@@ -142,6 +143,15 @@ impl<T: Transports> Handle<T> {
         self.op.result().cloned()
     }
 
+    /// The group rank a message comes from, once that is known; `None` for everything but receives.
+    pub fn source(&self) -> Option<usize> {
+        match &self.op.work {
+            Work::Message { peer, send: false, .. } => Some(*peer),
+            Work::ReceiveAny { source, .. } => source.get().copied(),
+            Work::Message { .. } | Work::Collective { .. } => None,
+        }
+    }
+
     /// Calls `f` when the operation is done: at once if it is, else on the thread that completes it.
     pub fn on_done(&self, f: Callback) {
         self.op.on_done(f);
@@ -168,7 +178,7 @@ impl<T: Transports> Communicator<T> {
             tuning,
             timeout_nanos: AtomicU64::new(nanos(timeout)),
             plans: Mutex::new(HashMap::new()),
-            message_numbers: Mutex::new(HashMap::new()),
+            message_numbers: Arc::default(),
             last_algorithm: Mutex::new("none"),
             closed: AtomicBool::new(false),
         };
@@ -279,6 +289,23 @@ impl<T: Transports> Communicator<T> {
         self.message(from, tag, dtype, data, false)
     }
 
+    /// Starts receiving into `data` from whichever rank's next message of `tag` comes first; [`Handle::source`] says
+    /// whose it was. The message must have the length of `data`. One that a receive started elsewhere waits for by its
+    /// sender's rank is left to that receive.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    pub unsafe fn start_recv_any(&self, tag: u64, dtype: DType, data: Region) -> Result<Handle<T>> {
+        self.check_open("recv")?;
+        if self.size() == 1 {
+            return Err(argument("recv", "from", "a group of more ranks", "this rank alone", "Copy instead"));
+        }
+        let count = whole_elements("recv", dtype, data.len())?;
+        let numbers = Arc::clone(&self.inner.message_numbers);
+        let work = Work::ReceiveAny { tag, region: data, numbers, source: OnceLock::new() };
+        Ok(self.submit_message(dtype, count, work))
+    }
+
     /// Fails the group on every rank; every waiter gets `Error::Aborted` with `reason`.
     pub fn abort(&self, reason: &str) {
         let error = Error::Aborted { site: self.site(""), reason: reason.to_owned() };
@@ -321,17 +348,16 @@ impl<T: Transports> Communicator<T> {
             return Err(argument(name, "peer", "another rank", format!("this rank, {peer}"), "Copy instead"));
         }
         let count = whole_elements(name, dtype, region.len())?;
-        let number = {
-            let mut numbers = self.inner.message_numbers.lock().map_err(|_| poisoned())?;
-            let next = numbers.entry((peer, tag, send)).or_insert(0);
-            *next += 1;
-            *next - 1
-        };
+        let number = self.inner.message_numbers.take(Stream { peer, tag, send })?;
         let key = MsgKey { group: self.inner.id, seq: MsgKey::P2P | number, tag };
+        Ok(self.submit_message(dtype, count, Work::Message { peer, key, region, send }))
+    }
+
+    fn submit_message(&self, dtype: DType, count: usize, work: Work) -> Handle<T> {
         let call = Call::new(Collective::SendRecv, dtype, count as u64);
-        let op = Arc::new(self.op(call, Work::Message { peer, key, region, send }, None));
+        let op = Arc::new(self.op(call, work, None));
         self.inner.engine.submit(Arc::clone(&op));
-        Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
+        Handle { engine: Arc::clone(&self.inner.engine), op }
     }
 
     fn op(&self, call: Call, work: Work, timeout: Option<Duration>) -> OpState {
@@ -547,6 +573,14 @@ impl<T: Transports> Communicator<T> {
         // SAFETY: as in `send`.
         let handle = unsafe { self.start_recv(from, tag, E::DTYPE, whole(data))? };
         handle.wait(None)
+    }
+
+    /// Receives the message of `tag` that comes first, and returns the rank it came from.
+    pub fn recv_any<E: Element>(&self, data: &mut [E], tag: u64) -> Result<usize> {
+        // SAFETY: as in `send`.
+        let handle = unsafe { self.start_recv_any(tag, E::DTYPE, whole(data))? };
+        handle.wait(None)?;
+        handle.source().ok_or_else(|| Error::Internal("a message came from nowhere".to_owned()))
     }
 }
 

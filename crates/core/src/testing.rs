@@ -12,7 +12,9 @@ use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::plan::{Op, Who};
 use crate::reduce;
-use crate::transport::{Bell, Ctx, Fabric, FabricFailure, Message, NodeLocal, PhaseRun, Transports};
+use crate::transport::{
+    Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, PhaseRun, Transports,
+};
 
 /// The two transports of this module.
 pub struct MemoryTransports;
@@ -74,6 +76,10 @@ fn mismatch(ours: PackedCall, peer: u32, theirs: PackedCall) -> Error {
 impl Board {
     fn new(ranks: usize, seed: u64) -> Board {
         Board { done: vec![Vec::new(); ranks], seed, ..Board::default() }
+    }
+
+    fn has_come(&self, from: u32, to: u32, key: &MsgKey) -> bool {
+        self.sends.iter().any(|s| s.0 == from && s.1 == to && s.2.key == *key)
     }
 
     /// Moves at most one matching pair, chosen by the seed.
@@ -209,6 +215,10 @@ impl NodeLocal for MemoryNode {
         Ok(())
     }
 
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        lock(&self.state).board.has_come(peer, self.rank as u32, key)
+    }
+
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
         let mut state = lock(&self.state);
         if let Some((rank, why)) = &state.failed {
@@ -308,6 +318,10 @@ impl Fabric for MemoryFabric {
     fn recv(&mut self, m: Message) -> Result<()> {
         lock(&self.switch).board.recvs.push((m.peer, self.me, m));
         Ok(())
+    }
+
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        lock(&self.switch).board.has_come(peer, self.me, key)
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure> {

@@ -109,6 +109,9 @@ pub trait NodeLocal: Send {
     fn submit(&mut self, run: PhaseRun) -> Result<()>;
     fn send(&mut self, message: Message) -> Result<()>;
     fn recv(&mut self, message: Message) -> Result<()>;
+    /// Whether a message that no receive was posted for has begun to come from a peer with `key`. Until it has, polls
+    /// take in what that peer sends.
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool;
 
     /// Makes progress; appends the marks of what is done. True when anything moved.
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool>;
@@ -146,6 +149,8 @@ pub trait Fabric: Send {
     /// `message.peer` is an id from `connect`.
     fn send(&mut self, message: Message) -> Result<()>;
     fn recv(&mut self, message: Message) -> Result<()>;
+    /// Whether a message of [`MsgKey::P2P`] that no receive was posted for has come, or was announced, from a peer.
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool;
 
     /// Makes progress; appends the marks of what is done. An error here concerns one group when it says so in
     /// [`FabricFailure::group`], else every group that uses the fabric.

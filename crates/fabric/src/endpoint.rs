@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smddp_core::error::{Error as CoreError, Result, Site};
 use smddp_core::memory::Region;
 use smddp_core::settings::Settings;
-use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message};
+use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
 
 use crate::domain::{Armed, Caps, Completion, Domain, Refused};
 use crate::error::Error;
@@ -78,6 +78,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) receiving: Map<Match, Handle>,
     pub(crate) early: Map<Match, Early>,
     pub(crate) early_grants: Map<Match, (Grant, u64, smddp_core::call::PackedCall)>,
+    /// Receives from a peer ever started here, by group and tag, of messages too large to come unasked.
+    pub(crate) large: Map<(u32, u64, u64), u64>,
     /// Buffers for early data, used again.
     pub(crate) spare: Vec<Vec<u8>>,
 
@@ -152,6 +154,7 @@ impl<D: Domain> FabricEndpoint<D> {
             receiving: map(USUAL),
             early: map(USUAL),
             early_grants: map(USUAL),
+            large: map(USUAL),
             spare: Vec::with_capacity(USUAL),
             tx: VecDeque::with_capacity(USUAL),
             work: VecDeque::with_capacity(USUAL),
@@ -441,6 +444,10 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         self.start_recv(&message)?;
         self.flush();
         Ok(())
+    }
+
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        self.early.contains_key(&Match { peer, key: *key })
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure> {

@@ -8,7 +8,7 @@ use smddp_core::transport::Message;
 use crate::domain::{Completion, Domain};
 use crate::endpoint::FabricEndpoint;
 use crate::groups::Verdict;
-use crate::ops::{Early, Match, Posted, RecvOp, Tx};
+use crate::ops::{Early, Match, Posted, RecvOp, Tx, is_p2p, number};
 use crate::peer::WINDOW;
 use crate::slab::Handle;
 use crate::wire::{Body, Packet, decode};
@@ -31,12 +31,27 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         let Some(handle) = self.recvs.insert(RecvOp::new(m)) else { return Err(Self::full("a receive")) };
         self.receiving.insert(id, handle);
+        let large = m.region.len() > self.peers[m.peer as usize].eager;
+        if large && is_p2p(&m.key) {
+            let started = self.large.entry((m.peer, m.key.group, m.key.tag)).or_insert(0);
+            *started = (*started).max(number(&m.key) + 1);
+        }
         match early {
             Some(Early::Announced { total, call }) => self.announced(handle, total, call),
-            _ if m.region.len() > self.peers[m.peer as usize].eager => self.grant_more(handle),
+            _ if large => self.grant_more(handle),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether a message was announced whose receive was started, granted and perhaps over before it: nothing is kept
+    /// of such news. (Where data comes only after the announcement, there are none.)
+    fn is_old_news(&self, id: &Match, total: u64) -> bool {
+        let started = || self.large.get(&(id.peer, id.key.group, id.key.tag)).copied().unwrap_or(0);
+        is_p2p(&id.key)
+            && total > self.peers[id.peer as usize].eager as u64
+            && !self.config.caps.needs_local_mr
+            && number(&id.key) < started()
     }
 
     /// The message was here before its receive.
@@ -202,6 +217,7 @@ impl<D: Domain> FabricEndpoint<D> {
             Body::Eager { data, permitted } => self.arrive_eager(id, packet.call, data, permitted),
             Body::Announce => match self.receiving.get(&id) {
                 Some(&recv) => self.announced(recv, packet.total, packet.call),
+                None if self.is_old_news(&id, packet.total) => {}
                 None => {
                     let early = Early::Announced { total: packet.total, call: packet.call };
                     self.early.entry(id).or_insert(early);

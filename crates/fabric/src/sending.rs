@@ -6,7 +6,7 @@ use smddp_core::transport::{Message, MsgKey};
 
 use crate::domain::{Domain, Refused};
 use crate::endpoint::{FabricEndpoint, PROBE_EVERY};
-use crate::ops::{Match, Posted, SendOp, Tx};
+use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
 
@@ -50,7 +50,8 @@ impl<D: Domain> FabricEndpoint<D> {
         self.sending.insert(id, send);
         match early {
             Some((grant, ..)) => self.accept(send, grant),
-            None if bounces => self.tx.push_back(Tx::Announce { send }),
+            // Point to point, the receiver may be waiting for whoever comes first.
+            None if bounces || is_p2p(&m.key) => self.tx.push_back(Tx::Announce { send }),
             None => {}
         }
         Ok(())

@@ -223,6 +223,22 @@ impl Communicator {
         Ok(Handle::new(raise(py, started)?, [keep, None]))
     }
 
+    /// Starts receiving into `memory` from whichever rank's message of `tag` comes first.
+    #[pyo3(signature = (tag, dtype, memory, keep=None))]
+    fn start_recv_any(
+        &self,
+        py: Python<'_>,
+        tag: u64,
+        dtype: u8,
+        memory: (usize, usize),
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Handle> {
+        let dtype = known_dtype(py, "recv", dtype)?;
+        // SAFETY: P2; see `region`.
+        let started = py.detach(|| unsafe { self.inner.start_recv_any(tag, dtype, region(memory)) });
+        Ok(Handle::new(raise(py, started)?, [keep, None]))
+    }
+
     /// Every waiter of every rank of the group gets AbortedError.
     fn abort(&self, py: Python<'_>, reason: String) {
         py.detach(|| self.inner.abort(&reason));

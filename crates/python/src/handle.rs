@@ -65,6 +65,11 @@ impl Handle {
         self.inner.result().and_then(Result::err).map(|e| exception(py, &e))
     }
 
+    /// The rank a message comes from, once that is known; None of everything but a receive.
+    fn source(&self) -> Option<usize> {
+        self.inner.source()
+    }
+
     /// Calls `callback(error or None)` once the operation is over, on a thread for callbacks.
     fn on_done(&self, callback: Py<PyAny>) {
         self.inner.on_done(Box::new(move |result| callback::run(&callback, result)));

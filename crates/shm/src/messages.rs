@@ -3,7 +3,8 @@
 //! - **S1** A sender puts whole messages into a pair's cells one after another, so a cell needs no offset, and only
 //!   the first frame of a message can meet a receive.
 //! - **S2** Cells from a peer are taken out only while a receive from that peer is posted. Taking out what is not yet wanted
-//!   (into a buffer of the message's size) lets receives be posted in any order.
+//!   (into a buffer of the message's size) lets receives be posted in any order. A lane somebody asked about in vain is
+//!   emptied as if one were posted, until the next poll is over.
 
 use std::collections::VecDeque;
 
@@ -54,6 +55,8 @@ struct Lane {
     posted: Vec<Message>,
     incoming: Option<Incoming>,
     early: Vec<Early>,
+    /// Asked about since the last poll.
+    curious: bool,
 }
 
 pub(crate) struct Messages {
@@ -134,6 +137,17 @@ impl Messages {
         Ok(())
     }
 
+    /// Whether an unexpected message with `key` has begun to come (S2).
+    pub(crate) fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        let Some(lane) = self.lanes.get_mut(peer as usize) else { return false };
+        if lane.early.iter().any(|early| early.key == *key) {
+            return true;
+        }
+        lane.curious = true;
+        self.receiving.set(peer as usize);
+        false
+    }
+
     /// Moves what can be moved; true when anything did.
     pub(crate) fn poll(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> Result<bool> {
         let mut moved = !self.complete.is_empty();
@@ -145,6 +159,7 @@ impl Messages {
         let mut budget = self.budget;
         for peer in self.receiving.iter() {
             moved |= self.take(peer, segment, done, &mut budget)?;
+            self.lanes[peer].curious = false;
         }
         Ok(moved)
     }
@@ -192,7 +207,7 @@ impl Messages {
     ) -> Result<bool> {
         let lane = &mut self.lanes[peer];
         let mut moved = false;
-        while lane.is_wanted() {
+        while lane.curious || lane.is_awaited() {
             let index = lane.take.index(self.cells);
             let cell = segment.cell(peer, self.me, index);
             if *budget == 0 {
@@ -233,7 +248,7 @@ impl Messages {
         };
         let empty = |peer: usize, lane: &Lane| {
             let cell = segment.cell(peer, self.me, lane.take.index(self.cells));
-            self.receiving.has(peer) && lane.take.arrived(cell, self.cells).is_none()
+            lane.is_awaited() && lane.take.arrived(cell, self.cells).is_none()
         };
         let lanes = self.lanes.iter().enumerate();
         lanes.filter(move |(peer, lane)| full(*peer, lane) || empty(*peer, lane)).map(|(peer, _)| peer)
@@ -242,7 +257,7 @@ impl Messages {
 
 impl Lane {
     /// Whether a posted receive still lacks bytes (S2).
-    fn is_wanted(&self) -> bool {
+    fn is_awaited(&self) -> bool {
         !self.posted.is_empty() || matches!(&self.incoming, Some(Incoming { target: Target::Posted(_), .. }))
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
-use smddp_core::transport::{Bell, Ctx, Message, NodeLocal, PhaseRun};
+use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun};
 use smddp_core::{Error, Result};
 
 use crate::doorbell::{self, Sleeper};
@@ -189,6 +189,10 @@ impl NodeLocal for ShmNode {
     fn send(&mut self, message: Message) -> Result<()> {
         self.check()?;
         self.messages.send(message)
+    }
+
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        self.messages.has_come(peer, key)
     }
 
     fn recv(&mut self, message: Message) -> Result<()> {

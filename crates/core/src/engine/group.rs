@@ -2,7 +2,9 @@
 //!
 //! Invariants
 //! - **G1** collectives run one after the other, in the order started; messages run beside them.
-//! - **G2** after a failure everything queued has failed with the same error, the transports have forgotten the group's
+//! - **G2** receives from any rank take what has come, in the order they were started; a message that a receive names
+//!   the sender of is never taken.
+//! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
 //!   work (so its memory is free), and every later operation fails at once.
 
 use std::collections::VecDeque;
@@ -12,11 +14,13 @@ use std::time::Instant;
 
 use crate::call::Collective;
 use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
+use crate::engine::numbers::Stream;
 use crate::engine::op::{OpState, Work};
 use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
+use crate::memory::Region;
 use crate::topology::GroupShape;
-use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, NodeLocal};
+use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal};
 
 /// What the engine needs to know of a group.
 pub struct Seat<L> {
@@ -52,6 +56,8 @@ pub struct Group<L> {
     active: Option<Active>,
     messages: Vec<Option<Arc<OpState>>>,
     messages_left: usize,
+    /// Messages, by index, that wait for any rank to send (G2).
+    open: Vec<usize>,
     next_seq: u64,
     spare: Workspace,
     failed: Option<Error>,
@@ -66,6 +72,7 @@ impl<L: NodeLocal> Group<L> {
             active: None,
             messages: Vec::new(),
             messages_left: 0,
+            open: Vec::new(),
             next_seq: 0,
             spare: Workspace::default(),
             failed: None,
@@ -104,27 +111,92 @@ impl<L: NodeLocal> Group<L> {
                 self.queue.push_back(op);
                 Ok(())
             }
-            Work::Message { peer, key, region, send } => {
-                op.seq.store(key.seq & (u64::MAX >> 1), Ordering::Relaxed);
-                let Some(slot) = self.free_message() else {
-                    let error = Error::Resource {
-                        what: op.call.to_string(),
-                        resource: "message slots",
-                        reason: format!("{MESSAGES} messages of group '{}' are under way", self.seat.name),
-                        hint: "Wait for some of them first".to_owned(),
-                    };
-                    conclude(&op, Err(error), finished);
-                    return Ok(());
-                };
-                let ctx = Ctx(self.mark() | MESSAGE | (slot as u64) << 32);
-                let call = op.call.pack();
-                let mut message = Message { key, peer: 0, peer_rank: peer as u32, region, call, ctx };
-                self.messages[slot] = Some(op);
-                self.messages_left += 1;
-                let mut hands = Hands { local: &mut self.seat.local, fabric, routes: &self.seat.routes };
-                post(&mut hands, peer, &mut message, send)
+            Work::Message { peer, key, region, send } => match self.keep_message(op, finished) {
+                Some(slot) => self.post(slot, (peer, key, region, send), fabric),
+                None => Ok(()),
+            },
+            Work::ReceiveAny { .. } => {
+                let slot = self.keep_message(op, finished);
+                self.open.extend(slot);
+                Ok(())
             }
         }
+    }
+
+    /// The index of a message that is under way from now on. None: there are too many, and it has failed.
+    fn keep_message(&mut self, op: Arc<OpState>, finished: &mut Vec<Arc<OpState>>) -> Option<usize> {
+        let Some(slot) = self.free_message() else {
+            let error = Error::Resource {
+                what: op.call.to_string(),
+                resource: "message slots",
+                reason: format!("{MESSAGES} messages of group '{}' are under way", self.seat.name),
+                hint: "Wait for some of them first".to_owned(),
+            };
+            conclude(&op, Err(error), finished);
+            return None;
+        };
+        self.messages[slot] = Some(op);
+        self.messages_left += 1;
+        Some(slot)
+    }
+
+    fn post<F: Fabric>(
+        &mut self,
+        slot: usize,
+        (peer, key, region, send): (usize, MsgKey, Region, bool),
+        fabric: Option<&mut F>,
+    ) -> Result<()> {
+        let Some(op) = &self.messages[slot] else {
+            return Err(Error::Internal(format!("message {slot} is not under way")));
+        };
+        op.seq.store(key.seq & !MsgKey::P2P, Ordering::Relaxed);
+        let ctx = Ctx(self.mark() | MESSAGE | (slot as u64) << 32);
+        let mut message = Message { key, peer: 0, peer_rank: peer as u32, region, call: op.call.pack(), ctx };
+        let mut hands = Hands { local: &mut self.seat.local, fabric, routes: &self.seat.routes };
+        post(&mut hands, peer, &mut message, send)
+    }
+
+    /// Gives messages that have come to the receives from any rank that wait for one (G2). True when any was.
+    fn match_open<F: Fabric>(&mut self, mut fabric: Option<&mut F>) -> Result<bool> {
+        let mut moved = false;
+        let mut at = 0;
+        while at < self.open.len() {
+            let slot = self.open[at];
+            match self.find_sender(slot, fabric.as_deref_mut())? {
+                Some(found) => {
+                    self.open.remove(at);
+                    self.post(slot, found, fabric.as_deref_mut())?;
+                    moved = true;
+                }
+                None => at += 1,
+            }
+        }
+        Ok(moved)
+    }
+
+    /// The first rank whose next message of the receive's tag has come.
+    fn find_sender<F: Fabric>(
+        &mut self,
+        slot: usize,
+        mut fabric: Option<&mut F>,
+    ) -> Result<Option<(usize, MsgKey, Region, bool)>> {
+        let Some(op) = &self.messages[slot] else { return Ok(None) };
+        let Work::ReceiveAny { tag, region, numbers, source } = &op.work else { return Ok(None) };
+        for peer in (0..self.seat.routes.len()).filter(|&peer| peer != self.seat.rank) {
+            let key = |number| MsgKey { group: self.seat.id, seq: MsgKey::P2P | number, tag: *tag };
+            let route = self.seat.routes[peer];
+            let came = |number| match (route, fabric.as_deref_mut()) {
+                (Route::Local(local), _) => self.seat.local.has_come(local, &key(number)),
+                (Route::Fabric(id), Some(fabric)) => fabric.has_come(id, &key(number)),
+                (Route::Fabric(_), None) => false,
+            };
+            if let Some(number) = numbers.take_if(Stream { peer, tag: *tag, send: false }, came)? {
+                // Set once: the receive leaves `open` with it.
+                let _ = source.set(peer);
+                return Ok(Some((peer, key(number), *region, false)));
+            }
+        }
+        Ok(None)
     }
 
     fn free_message(&mut self) -> Option<usize> {
@@ -164,7 +236,7 @@ impl<L: NodeLocal> Group<L> {
         staging: &mut Staging,
         finished: &mut Vec<Arc<OpState>>,
     ) -> Result<bool> {
-        let mut moved = false;
+        let mut moved = !self.open.is_empty() && self.match_open(fabric.as_deref_mut())?;
         loop {
             if self.active.is_none() {
                 match self.queue.pop_front() {
@@ -234,7 +306,7 @@ impl<L: NodeLocal> Group<L> {
         }
     }
 
-    /// Group ranks that the running work waits for.
+    /// Group ranks that the running work waits for. A receive from any rank waits for all.
     pub fn missing<F: Fabric>(&self, fabric: Option<&F>) -> Vec<usize> {
         let node = self.seat.shape.ranks_on(self.seat.shape.node_of(self.seat.rank));
         let mut ranks: Vec<usize> = self
@@ -245,6 +317,9 @@ impl<L: NodeLocal> Group<L> {
             .filter_map(|l| node.get(l).map(|&r| r as usize))
             .collect();
         ranks.extend(fabric.into_iter().flat_map(|f| f.waiting_for(self.seat.id)));
+        if !self.open.is_empty() {
+            ranks.extend((0..self.seat.routes.len()).filter(|&rank| rank != self.seat.rank));
+        }
         ranks.sort_unstable();
         ranks.dedup();
         ranks
@@ -263,7 +338,7 @@ impl<L: NodeLocal> Group<L> {
         })
     }
 
-    /// G2. Tells the other members.
+    /// G3. Tells the other members.
     pub fn fail<F: Fabric>(
         &mut self,
         error: &Error,
@@ -295,6 +370,7 @@ impl<L: NodeLocal> Group<L> {
             conclude(&op, Err(if own { why.clone() } else { after(&why, op.site()) }), finished);
         }
         self.messages_left = 0;
+        self.open.clear();
         for op in self.queue.drain(..) {
             conclude(&op, Err(after(&why, op.site())), finished);
         }

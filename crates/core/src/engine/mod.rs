@@ -16,6 +16,7 @@ pub mod execution;
 pub mod graph;
 pub mod group;
 pub mod idle;
+pub mod numbers;
 pub mod op;
 pub mod staging;
 

@@ -10,6 +10,7 @@ use rustix::thread::futex;
 
 use crate::call::Call;
 use crate::engine::graph::Ready;
+use crate::engine::numbers::MessageNumbers;
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::transport::MsgKey;
@@ -20,6 +21,8 @@ pub type Callback = Box<dyn FnOnce(&Result<()>) + Send>;
 pub enum Work {
     Collective { ready: Arc<Ready>, input: Region, output: Region },
     Message { peer: usize, key: MsgKey, region: Region, send: bool },
+    /// A receive from whichever rank's next message of `tag` comes first; `source` tells which that was.
+    ReceiveAny { tag: u64, region: Region, numbers: Arc<MessageNumbers>, source: OnceLock<usize> },
 }
 
 /// How long a call past its limit waits for the word of a rank that may know better who is missing; at most a quarter

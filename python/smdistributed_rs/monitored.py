@@ -1,0 +1,78 @@
+"""A barrier that knows who did not come: everybody reports to rank 0, which answers when all have."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ._codes import DTYPES
+from .errors import SmddpError, TimeoutError
+
+if TYPE_CHECKING:
+    from ._core import Communicator, Handle
+
+_REPORT, _ANSWER = 1 << 62, 1 << 62 | 1
+"""Tags beyond those torch passes."""
+_BYTE = DTYPES["uint8"]
+
+
+def monitored_barrier(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
+    """Returns when all ranks have come. Raises on all ranks when one has not within `seconds`: on rank 0 naming the
+    first that is missing, or all with `wait_all_ranks`."""
+    if seconds <= 0:
+        raise TimeoutError(f"Rank {group.rank} timed out in monitoredBarrier after 0 ms. Give it a time limit above 0")
+    if group.rank == 0:
+        _lead(group, seconds, wait_all_ranks)
+    else:
+        _follow(group, seconds)
+
+
+def _lead(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
+    start = time.monotonic()
+    reports = [_Byte(group, "start_recv", rank, _REPORT) for rank in range(1, group.size)]
+    causes: dict[int, SmddpError] = {}
+    for rank, report in enumerate(reports, start=1):
+        try:
+            report.wait(start + seconds - time.monotonic())
+        except SmddpError as error:
+            causes[rank] = error
+    if not causes:
+        for answer in [_Byte(group, "start_send", rank, _ANSWER) for rank in range(1, group.size)]:
+            answer.wait(seconds)
+        return
+    named = list(causes) if wait_all_ranks else list(causes)[:1]
+    who = f"Rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
+    text = f"{who} failed to pass monitoredBarrier in {seconds * 1000:.0f} ms"
+    group.abort(text)
+    error = TimeoutError(f"[Rank 0]: {text}: {causes[named[0]]}")
+    error.rank, error.group, error.op, error.seq = 0, group.name, "monitored_barrier", 0
+    error.waited, error.missing = time.monotonic() - start, list(causes)
+    raise error from causes[named[0]]
+
+
+def _follow(group: Communicator, seconds: float) -> None:
+    try:
+        report, answer = _Byte(group, "start_send", 0, _REPORT), _Byte(group, "start_recv", 0, _ANSWER)
+        report.wait(seconds)
+        # Rank 0 may take its whole time for the others, and then says what it found.
+        answer.wait(seconds * 2 + 1)
+    except SmddpError as error:
+        text = (
+            f"Rank {group.rank} successfully reached monitoredBarrier, but received errors while waiting for send/recv "
+            f"from rank 0. Please check rank 0 logs for faulty rank. The error: {error}"
+        )
+        error.args = (text,)
+        raise
+
+
+class _Byte:
+    """A message of one byte under way."""
+
+    def __init__(self, group: Communicator, start: str, peer: int, tag: int) -> None:
+        from array import array
+
+        byte = array("B", [0])
+        self._handle: Handle = getattr(group, start)(peer, tag, _BYTE, (byte.buffer_info()[0], 1), byte)
+
+    def wait(self, seconds: float) -> None:
+        self._handle.wait(max(seconds, 0.001))
