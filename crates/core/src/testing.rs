@@ -12,9 +12,7 @@ use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::plan::{Op, Who};
 use crate::reduce;
-use crate::transport::{
-    Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, PhaseRun, Transports,
-};
+use crate::transport::{Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, PhaseRun, Transports};
 
 /// The two transports of this module.
 pub struct MemoryTransports;

@@ -195,6 +195,42 @@ fn messages_match_by_tag_whatever_the_order() {
 }
 
 #[test]
+fn a_receive_from_any_rank_takes_whatever_comes() {
+    let groups = groups(&GroupShape::uneven(&[2, 2]), 3, &Tuning::default());
+    on_all(&groups, |g| {
+        if g.rank() > 0 {
+            for round in 0..3 {
+                g.send(&[g.rank() as i32, round], 0, 4).unwrap();
+            }
+            return;
+        }
+        let mut last = [-1; 4];
+        // One that names its sender keeps its message from the others: the first, if it was started first.
+        let mut named = [0i32; 2];
+        // SAFETY: the buffer outlives the wait below.
+        let first = unsafe { g.start_recv(2, 4, DType::I32, Region::of(&mut named)).unwrap() };
+        for _ in 0..8 {
+            let mut got = [0i32; 2];
+            let from = g.recv_any(&mut got, 4).unwrap();
+            assert_eq!(got[0], from as i32);
+            assert!(got[1] > last[from], "messages of rank {from} came out of order");
+            last[from] = got[1];
+        }
+        first.wait(None).unwrap();
+        assert_eq!((first.source(), named), (Some(2), [2, 0]));
+        assert_eq!(last[1..], [2, 2, 2]);
+    });
+}
+
+#[test]
+fn a_receive_from_any_rank_that_comes_to_nothing_names_all() {
+    let groups = groups(&GroupShape::uneven(&[2, 1]), 3, &Tuning::default());
+    groups[0].set_timeout(Duration::from_millis(200));
+    let error = groups[0].recv_any(&mut [0u8; 3], 0).unwrap_err();
+    assert!(matches!(&error, Error::Timeout { missing, .. } if missing == &[1, 2]), "{error}");
+}
+
+#[test]
 fn many_operations_in_flight_all_complete() {
     let groups = groups(&GroupShape::even(2, 2), 5, &small_rounds());
     on_all(&groups, |g| {

@@ -223,6 +223,56 @@ proptest! {
     }
 }
 
+/// Keys of messages point to point are numbered by pair and tag.
+fn letter(number: usize) -> MsgKey {
+    MsgKey { group: GROUP, seq: MsgKey::P2P | number as u64, tag: 9 }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    /// Receivers that want whatever comes first see it come, of any size; receivers that know what they want need not
+    /// look; and what was announced late leaves nothing behind.
+    #[test]
+    fn a_message_shows_itself_before_its_receive(
+        (config, rails, settings) in configs(),
+        letters in prop::collection::vec((prop::sample::select(vec![0usize, 5, 70, 1100, 9000, 100_000]), any::<bool>()), 1..8),
+        ahead: bool,
+    ) {
+        let mut world = World::new(2, rails, config, &settings);
+        let mut sources: Vec<Vec<u8>> = letters.iter().enumerate().map(|(i, (len, _))| vec![i as u8 + 1; *len]).collect();
+        let mut targets: Vec<Vec<u8>> = letters.iter().map(|(len, _)| vec![0; *len]).collect();
+        for (i, bytes) in sources.iter_mut().enumerate() {
+            if !ahead || letters[i].1 {
+                world.ends[0].send(message(letter(i), 1, region(bytes), i)).unwrap();
+            }
+        }
+        for (i, (_, looks)) in letters.iter().enumerate() {
+            if *looks {
+                let mut polls = 0;
+                while !world.ends[1].has_come(0, &letter(i)) {
+                    prop_assert!(polls < 100_000, "message {i} never shows");
+                    world.poll_all();
+                    polls += 1;
+                }
+            }
+            world.ends[1].recv(message(letter(i), 0, region(&mut targets[i]), i)).unwrap();
+        }
+        for (i, bytes) in sources.iter_mut().enumerate() {
+            if ahead && !letters[i].1 {
+                world.ends[0].send(message(letter(i), 1, region(bytes), i)).unwrap();
+            }
+        }
+        let n = letters.len();
+        world.until(|w| w.done[0].len() == n && w.done[1].len() == n || w.failed.iter().any(|f| !f.is_empty()));
+        prop_assert!(world.failed.iter().all(Vec::is_empty), "{:?}", world.failed);
+        prop_assert!(targets == sources);
+        for _ in 0..2000 { world.poll_all(); }
+        for i in 0..n {
+            prop_assert!(!world.ends[1].has_come(0, &letter(i)), "news of message {i} stayed");
+        }
+    }
+}
+
 fn calm() -> SimConfig {
     SimConfig { seed: 3, ..SimConfig::default() }
 }

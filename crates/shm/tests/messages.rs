@@ -195,3 +195,35 @@ fn an_early_message_still_arriving_is_not_confused_with_those_before_it() {
     assert!(back == out);
     assert_eq!(receiver.waiting_for(), [0]);
 }
+
+#[test]
+fn a_message_shows_itself_to_who_asks() {
+    let mut nodes = on_ranks(2, SMALL, |_, node| node);
+    let (mut receiver, mut sender) = (nodes.pop().unwrap(), nodes.pop().unwrap());
+    let lens = [100, 0, 100_000];
+    let mut out: Vec<Vec<u8>> = lens.iter().enumerate().map(|(n, &len)| text(n, len)).collect();
+    let mut back: Vec<Vec<u8>> = lens.iter().map(|&len| vec![0; len]).collect();
+    let (mut sent, mut got) = (vec![], vec![]);
+    assert!(!receiver.has_come(0, &key(0)));
+    assert_eq!(receiver.waiting_for(), [] as [usize; 0], "asking is not waiting");
+    for (number, bytes) in out.iter_mut().enumerate() {
+        sender.send(message(number, 1, bytes)).unwrap();
+    }
+    // Asked for in another order than sent: those before it are kept.
+    let mut polls = 0;
+    for number in [2, 0, 1] {
+        while !receiver.has_come(0, &key(number)) {
+            sender.poll(&mut sent).unwrap();
+            receiver.poll(&mut got).unwrap();
+            polls += 1;
+            assert!(polls < 1000, "message {number} does not show");
+        }
+        receiver.recv(message(number, 0, &mut back[number])).unwrap();
+    }
+    while got.len() < 3 {
+        let moved = [sender.poll(&mut sent).unwrap(), receiver.poll(&mut got).unwrap()];
+        assert!(moved.contains(&true), "stuck at {sent:?}, {got:?}");
+    }
+    assert!(back == out);
+    assert!(!receiver.has_come(0, &key(0)));
+}

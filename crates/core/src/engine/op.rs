@@ -19,10 +19,24 @@ pub type Callback = Box<dyn FnOnce(&Result<()>) + Send>;
 
 /// What an operation does.
 pub enum Work {
-    Collective { ready: Arc<Ready>, input: Region, output: Region },
-    Message { peer: usize, key: MsgKey, region: Region, send: bool },
+    Collective {
+        ready: Arc<Ready>,
+        input: Region,
+        output: Region,
+    },
+    Message {
+        peer: usize,
+        key: MsgKey,
+        region: Region,
+        send: bool,
+    },
     /// A receive from whichever rank's next message of `tag` comes first; `source` tells which that was.
-    ReceiveAny { tag: u64, region: Region, numbers: Arc<MessageNumbers>, source: OnceLock<usize> },
+    ReceiveAny {
+        tag: u64,
+        region: Region,
+        numbers: Arc<MessageNumbers>,
+        source: OnceLock<usize>,
+    },
 }
 
 /// How long a call past its limit waits for the word of a rank that may know better who is missing; at most a quarter
