@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
+from .work import DoneWork, SmddpWork
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -234,3 +236,4 @@ for _name in METHODS:
     if _torch_method(_name) is not None:
         setattr(MixedProcessGroup, _name, _by_device(_name))
         setattr(HookedProcessGroup, _name, _torch_method(_name) if _name in _OLD_NAMES else _through_torch(_name))
+not_compiled(Collectives, SmddpBackend, SmddpProcessGroup, MixedProcessGroup, HookedProcessGroup, SmddpWork, DoneWork)
