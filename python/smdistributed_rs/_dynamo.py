@@ -27,4 +27,4 @@ def _marker() -> Any:
         strategy = eval_frame._FrameExecStrategy(skip, skip)
         return lambda code: eval_frame.set_code_exec_strategy(code, strategy)
     # Torch before 2.7 or so: marks the frame itself only.
-    return getattr(eval_frame, "skip_code", lambda code: None)
+    return getattr(eval_frame, "skip_code", lambda _: None)
