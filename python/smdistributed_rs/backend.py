@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllreduceOptions
 from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from . import _core
@@ -32,7 +33,7 @@ NAME = "smddp"
 def register() -> None:
     """Makes "smddp" known to torch.distributed. Doing it twice is harmless."""
     if NAME.upper() not in dist.Backend._plugins:
-        _core.use_tensor_type(torch.Tensor)
+        _core.use_torch(torch.Tensor, AllreduceOptions, dist.ReduceOp.SUM)
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 

@@ -97,10 +97,9 @@ class Collectives:
 
     def __init__(self, communicator: Communicator) -> None:
         self._comm = communicator
-        self._run_tensors = communicator.run_tensors
+        self._sum_now = communicator.sum_now
         self._size = communicator.size
         self._rank = communicator.rank
-        self._sequence = 0
 
     # ---- all_reduce, broadcast, reduce: one buffer, in place
 
@@ -109,19 +108,12 @@ class Collectives:
 
         Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
         exchange of balanced shards between nodes."""
+        # The commonest call of all, with as few steps as can be.
+        if not profiler._is_profiler_enabled and self._sum_now(tensors, opts):
+            return DONE
         if type(opts) is not AllreduceOptions:
             tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
         op = opts.reduceOp
-        # The commonest call of all, with as few steps as can be.
-        if (
-            op == _SUM
-            and len(tensors) == 1
-            and not _is_async(opts)
-            and not profiler._is_profiler_enabled
-            and self._run_tensors(1, 0, 0, tensors[0], None, _limit(opts))
-        ):
-            self._sequence += 1
-            return DONE
         (tensor,) = _one("all_reduce", "tensor", tensors)
         if isinstance(tensor, Tensor) and tensor.layout is torch.sparse_coo:
             all_reduce_sparse(self, tensor, op, self._size, _gather_options(opts))
@@ -482,7 +474,7 @@ class Collectives:
         """Sequence numbers start at 0 on every rank."""
 
     def _get_sequence_number_for_group(self) -> int:
-        return self._sequence
+        return self._comm.calls
 
     setSequenceNumberForGroup = _set_sequence_number_for_group
     getSequenceNumberForGroup = _get_sequence_number_for_group
@@ -501,12 +493,8 @@ class Collectives:
             return None
         if _is_async(opts):
             handle = self._comm.start_tensors(collective, code, root, output, input, _limit(opts))
-            if handle is None:
-                return None
-            self._sequence += 1
-            return SmddpWork(handle, [output])
+            return None if handle is None else SmddpWork(handle, [output])
         if self._comm.run_tensors(collective, code, root, output, input, _limit(opts)):
-            self._sequence += 1
             return DONE
         return None
 
@@ -526,7 +514,6 @@ class Collectives:
     ) -> Work:
         """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
         limit = None if opts is None else _limit(opts)
-        self._sequence += 1
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
         if profiler._is_profiler_enabled:
             work = _recorded(

@@ -12,7 +12,7 @@ use crate::engine::Engine;
 use crate::engine::graph::Ready;
 use crate::engine::group::Seat;
 use crate::engine::numbers::{MessageNumbers, Stream};
-use crate::engine::op::{Callback, OpState, Work};
+use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::plan::select::{self, CallShape, Tuning};
@@ -88,6 +88,9 @@ struct Inner<T: Transports> {
     /// Number of the next message by (peer, tag, sending).
     message_numbers: Arc<MessageNumbers>,
     last_algorithm: Mutex<&'static str>,
+    /// Collectives called.
+    calls: AtomicU64,
+    aborted: AtomicBool,
     closed: AtomicBool,
 }
 
@@ -143,6 +146,11 @@ impl<T: Transports> Handle<T> {
         self.op.result().cloned()
     }
 
+    /// Changes the operation's time limit, counted from its start.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.op.set_timeout(timeout);
+    }
+
     /// The group rank a message comes from, once that is known; `None` for everything but receives.
     pub fn source(&self) -> Option<usize> {
         match &self.op.work {
@@ -180,6 +188,8 @@ impl<T: Transports> Communicator<T> {
             plans: Mutex::new(HashMap::new()),
             message_numbers: Arc::default(),
             last_algorithm: Mutex::new("none"),
+            calls: AtomicU64::new(0),
+            aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         };
         Ok(Communicator { inner: Arc::new(inner) })
@@ -204,6 +214,11 @@ impl<T: Transports> Communicator<T> {
 
     pub fn shape(&self) -> &GroupShape {
         &self.inner.shape
+    }
+
+    /// How many collectives this rank has called.
+    pub fn calls(&self) -> u64 {
+        self.inner.calls.load(Ordering::Relaxed)
     }
 
     pub fn timeout(&self) -> Duration {
@@ -264,6 +279,9 @@ impl<T: Transports> Communicator<T> {
     /// # Safety
     /// As [`start`](Self::start).
     pub unsafe fn run_for(&self, request: &Request, limit: Duration) -> Result<Option<Handle<T>>> {
+        if self.is_trivial(request)? {
+            return Ok(None);
+        }
         let op = self.prepare(request)?;
         let _ = self.inner.engine.run(&op, Some(limit));
         match op.result() {
@@ -271,6 +289,19 @@ impl<T: Transports> Communicator<T> {
             // The limit has passed; or a driver panicked, as waiting on the handle will tell.
             None => Ok(Some(Handle { engine: Arc::clone(&self.inner.engine), op })),
         }
+    }
+
+    /// Whether a call was over as soon as it was made: one rank's data is already where it is to be. Never waits.
+    pub fn is_trivial(&self, request: &Request) -> Result<bool> {
+        let one = self.size() == 1 && !request.collective.rooted();
+        let in_place = request.input.as_ptr() == request.output.as_ptr();
+        let usable = !self.inner.closed.load(Ordering::Acquire) && !self.inner.aborted.load(Ordering::Acquire);
+        if !(one && in_place && usable) {
+            return Ok(false);
+        }
+        self.check(request)?;
+        self.inner.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(true)
     }
 
     /// Starts sending `data` to group rank `to`.
@@ -308,6 +339,7 @@ impl<T: Transports> Communicator<T> {
 
     /// Fails the group on every rank; every waiter gets `Error::Aborted` with `reason`.
     pub fn abort(&self, reason: &str) {
+        self.inner.aborted.store(true, Ordering::Release);
         let error = Error::Aborted { site: self.site(""), reason: reason.to_owned() };
         // The one error possible is a driver that panicked; then there is nobody left to tell.
         let _ = self.inner.engine.abort(self.inner.index, &error);
@@ -369,6 +401,7 @@ impl<T: Transports> Communicator<T> {
         self.check_open(request.collective.name())?;
         self.check(request)?;
         let ready = self.plan(request)?;
+        self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let work = Work::Collective { ready, input: request.input, output: request.output };
         Ok(Arc::new(self.op(request.call(), work, request.timeout)))
     }
@@ -625,9 +658,6 @@ fn argument(
     }
 }
 
-fn nanos(d: Duration) -> u64 {
-    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
-}
 
 fn poisoned() -> Error {
     Error::Internal("a thread panicked while it held a group's table".to_owned())

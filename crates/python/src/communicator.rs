@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use smddp::{DType, GroupOptions, Request, Settings};
@@ -11,6 +12,10 @@ use crate::dlpack;
 use crate::errors::{argument, exception, raise};
 use crate::handle::{Handle, Keep, SLICE, wait};
 use crate::store::PyStore;
+use crate::torch;
+
+/// How long a call is worked on before its time limit is asked for.
+const FIRST_SLICE: Duration = Duration::from_millis(20);
 
 /// A process group. Addresses and lengths are taken as given: the package checks what it passes.
 ///
@@ -95,6 +100,26 @@ impl Communicator {
         Ok(())
     }
 
+    /// Collectives called so far.
+    #[getter]
+    fn calls(&self) -> u64 {
+        self.inner.calls()
+    }
+
+    /// A synchronous sum of one dense CPU tensor, as torch passes it, from start to end. False: this is another call,
+    /// and nothing was done.
+    fn sum_now(&self, py: Python<'_>, tensors: &Bound<'_, PyAny>, options: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let Some(request) = torch::plain_sum(py, self.inner.size(), tensors, options)? else { return Ok(false) };
+        // A call that is soon over need not ask for its time limit.
+        self.finish(py, request, FIRST_SLICE, |handle| {
+            if let Some(limit) = torch::limit(py, options)? {
+                handle.set_timeout(limit);
+            }
+            Ok(())
+        })?;
+        Ok(true)
+    }
+
     /// Runs one call to its end, driving it from this thread.
     #[pyo3(signature = (collective, dtype, op, root, count, input, output, timeout=None, counts=None, splits=None))]
     #[allow(clippy::too_many_arguments, reason = "a call and its memory, in numbers")]
@@ -115,7 +140,7 @@ impl Communicator {
         let numbers = Numbers { collective, dtype, op, root, count };
         let mut request = numbers.request(py, region(input), region(output))?;
         extend(py, &mut request, timeout, counts, splits)?;
-        self.finish(py, request)
+        self.finish(py, request, SLICE, |_| Ok(()))
     }
 
     /// Starts one call; `keep` is held until it is over.
@@ -160,7 +185,7 @@ impl Communicator {
             None => Ok(false),
             Some(mut request) => {
                 request.timeout = seconds(py, "run_tensors", timeout)?;
-                self.finish(py, request)?;
+                self.finish(py, request, SLICE, |_| Ok(()))?;
                 Ok(true)
             }
         }
@@ -266,12 +291,22 @@ impl Communicator {
 }
 
 impl Communicator {
-    fn finish(&self, py: Python<'_>, request: Request) -> PyResult<()> {
+    /// Runs a call to its end; `late` is asked when it is not over within `slice`.
+    fn finish(
+        &self,
+        py: Python<'_>,
+        request: Request,
+        slice: Duration,
+        late: impl FnOnce(&smddp::Handle) -> PyResult<()>,
+    ) -> PyResult<()> {
+        if raise(py, self.inner.is_trivial(&request))? {
+            return Ok(());
+        }
         // SAFETY: P2: the caller's frame holds the objects behind the regions until this returns, and it returns only
         // when the operation is over.
-        let run = py.detach(|| unsafe { self.inner.run_for(&request, SLICE) });
+        let run = py.detach(|| unsafe { self.inner.run_for(&request, slice) });
         let Some(handle) = raise(py, run)? else { return Ok(()) };
-        let result = py.check_signals().and_then(|()| wait(py, &handle, None));
+        let result = late(&handle).and_then(|()| py.check_signals()).and_then(|()| wait(py, &handle, None));
         if !handle.is_done() {
             // Ctrl-C: nobody will wait for the call any more, and its memory is the caller's to free.
             self.inner.abort("interrupted");

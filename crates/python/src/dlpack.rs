@@ -131,8 +131,7 @@ struct TensorType {
 
 static TENSOR: OnceLock<TensorType> = OnceLock::new();
 
-/// Takes `cls`'s C exchange table for the short way of collectives; False when it has none this module understands.
-#[pyfunction]
+/// Takes `cls`'s C exchange table for the short way of collectives; false when it has none this module understands.
 pub fn use_tensor_type(cls: &Bound<'_, PyType>) -> PyResult<bool> {
     if TENSOR.get().is_some() {
         return Ok(true);

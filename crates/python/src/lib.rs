@@ -14,6 +14,7 @@ mod dlpack;
 mod errors;
 mod handle;
 mod store;
+mod torch;
 mod world;
 
 use pyo3::prelude::*;
@@ -24,9 +25,11 @@ mod _core {
     #[pymodule_export]
     use super::communicator::Communicator;
     #[pymodule_export]
-    use super::dlpack::{DlpackView, use_tensor_type, view_capsule};
+    use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]
     use super::handle::Handle;
+    #[pymodule_export]
+    use super::torch::use_torch;
     #[pymodule_export]
     use super::world::{World, launcher_variables, leave_mpi, settings_table};
 

@@ -43,6 +43,11 @@ pub enum Work {
 /// of the limit.
 const HEARSAY: Duration = Duration::from_millis(500);
 
+/// As it is kept in atomics; what is too long for it is 584 years.
+pub fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// Shared by the caller, the engine and whoever waits.
 pub struct OpState {
     pub call: Call,
@@ -51,7 +56,8 @@ pub struct OpState {
     pub group: usize,
     pub group_name: Arc<str>,
     pub rank: usize,
-    pub timeout: Duration,
+    /// Nanoseconds.
+    timeout: AtomicU64,
     pub started: Instant,
     /// Number in its group; given when the engine takes it up.
     pub seq: AtomicU64,
@@ -81,7 +87,7 @@ impl OpState {
             group,
             group_name,
             rank,
-            timeout,
+            timeout: AtomicU64::new(nanos(timeout)),
             started: Instant::now(),
             seq: AtomicU64::new(0),
             state: AtomicU32::new(PENDING),
@@ -112,7 +118,13 @@ impl OpState {
     /// Whether the time limit, and `shares` of `HEARSAY` after it, have passed.
     pub fn overdue(&self, now: Instant, shares: u32) -> bool {
         let waited = now.duration_since(self.started);
-        waited > self.timeout && waited > self.timeout + HEARSAY.min(self.timeout / 4) * shares
+        let timeout = Duration::from_nanos(self.timeout.load(Ordering::Relaxed));
+        waited > timeout && waited > timeout.saturating_add(HEARSAY.min(timeout / 4) * shares)
+    }
+
+    /// Changes the time limit, counted from the start.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.timeout.store(nanos(timeout), Ordering::Relaxed);
     }
 
     /// Makes it done, once; wakes the sleepers. True when callbacks wait to be run.
