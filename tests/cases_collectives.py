@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 from torch.distributed import ReduceOp
 
 import smdistributed_rs
+from torch_versions import by_group_rank, monitored_barrier
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -49,6 +50,10 @@ class Case:
 
     def everyone(self, count: int, dtype: torch.dtype, salt: int = 0) -> list[torch.Tensor]:
         return [self.data(r, count, dtype, salt) for r in range(self.size)]
+
+    def at(self, **group_rank: int) -> dict[str, object]:
+        """Arguments that name the group and, say, group_src=1 in it."""
+        return {"group": self.group, **by_group_rank(self.group, **group_rank)}
 
     def same_bits_everywhere(self, tensor: torch.Tensor) -> None:
         mine = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -174,7 +179,7 @@ def strided_tensors_are_copied(c: Case) -> None:
         assert torch.equal(base.view(-1)[~touched], outside[~touched]), "memory beside the view was written"
 
         tensor = views(c.rank)[index]
-        dist.broadcast(tensor, group_src=c.size - 1, group=c.group)
+        dist.broadcast(tensor, **c.at(group_src=c.size - 1))
         assert torch.equal(tensor, every[-1])
 
         work = dist.all_reduce(tensor := views(c.rank)[index], group=c.group, async_op=True)
@@ -188,7 +193,7 @@ def broadcast_every_dtype(c: Case) -> None:
         for count in SIZES:
             for root in range(c.size):
                 tensor = c.mine(count, dtype)
-                dist.broadcast(tensor, group_src=root, group=c.group)
+                dist.broadcast(tensor, **c.at(group_src=root))
                 expected = c.data(root, count, dtype)
                 assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)), (
                     f"{dtype}[{count}] from {root}"
@@ -201,7 +206,7 @@ def reduce_to_every_root(c: Case) -> None:
         for root in range(c.size):
             for count in SIZES:
                 tensor = c.mine(count, dtype)
-                dist.reduce(tensor, group_dst=root, group=c.group)
+                dist.reduce(tensor, **c.at(group_dst=root))
                 if c.rank == root:
                     close(tensor, reduced(c.everyone(count, dtype), "SUM"))
                 else:
@@ -286,7 +291,7 @@ def gather_to_every_root(c: Case) -> None:
     for dtype in (torch.float32, torch.bool, torch.complex64):
         for root in range(c.size):
             outputs = [torch.empty(11, dtype=dtype) for _ in range(c.size)] if c.rank == root else None
-            dist.gather(c.mine(11, dtype), outputs, group_dst=root, group=c.group)
+            dist.gather(c.mine(11, dtype), outputs, **c.at(group_dst=root))
             for output, expected in zip(outputs or [], c.everyone(11, dtype), strict=False):
                 assert torch.equal(output, expected)
 
@@ -297,7 +302,7 @@ def scatter_from_every_root(c: Case) -> None:
         for root in range(c.size):
             inputs = [c.mine(11, dtype, salt=i) for i in range(c.size)] if c.rank == root else None
             output = torch.empty(11, dtype=dtype)
-            dist.scatter(output, inputs, group_src=root, group=c.group)
+            dist.scatter(output, inputs, **c.at(group_src=root))
             assert torch.equal(output, c.data(root, 11, dtype, salt=c.rank))
 
 
@@ -340,9 +345,9 @@ def send_and_receive(c: Case) -> None:
     for count in (0, 1, 1000, 300_000):
         for dtype in (torch.float32, torch.bool, torch.complex64):
             right, left = (c.rank + 1) % c.size, (c.rank - 1) % c.size
-            sent = dist.isend(c.mine(count, dtype), group_dst=right, group=c.group, tag=3)
+            sent = dist.isend(c.mine(count, dtype), **c.at(group_dst=right), tag=3)
             got = torch.empty(count, dtype=dtype)
-            received = dist.irecv(got, group_src=left, group=c.group, tag=3)
+            received = dist.irecv(got, **c.at(group_src=left), tag=3)
             sent.wait()
             received.wait()
             assert received._source_rank() == left
@@ -352,10 +357,10 @@ def send_and_receive(c: Case) -> None:
 @case
 def messages_match_by_tag(c: Case) -> None:
     if c.rank == 0:
-        works = [dist.isend(torch.tensor([float(tag)]), group_dst=1, group=c.group, tag=tag) for tag in (1, 2, 3)]
+        works = [dist.isend(torch.tensor([float(tag)]), **c.at(group_dst=1), tag=tag) for tag in (1, 2, 3)]
     elif c.rank == 1:
         got = {tag: torch.zeros(1) for tag in (3, 1, 2)}
-        works = [dist.irecv(got[tag], group_src=0, group=c.group, tag=tag) for tag in got]
+        works = [dist.irecv(got[tag], **c.at(group_src=0), tag=tag) for tag in got]
     else:
         works = []
     for work in works:
@@ -368,7 +373,7 @@ def messages_match_by_tag(c: Case) -> None:
 def receive_from_any_rank(c: Case) -> None:
     for tag, count in enumerate((1, 1000, 300_000)):
         if c.rank:
-            dist.send(c.mine(count, torch.float32), group_dst=0, group=c.group, tag=tag)
+            dist.send(c.mine(count, torch.float32), **c.at(group_dst=0), tag=tag)
             continue
         came = []
         for _ in range(1, c.size):
@@ -384,7 +389,7 @@ def any_rank_leaves_what_is_awaited_by_name(c: Case) -> None:
     """Of two messages of a tag, one is received by its sender's rank, posted first; the other by whoever asks."""
     if c.rank == 0:
         named, other = torch.zeros(1), torch.zeros(1)
-        first = dist.irecv(named, group_src=1, group=c.group, tag=6)
+        first = dist.irecv(named, **c.at(group_src=1), tag=6)
         second = c.group.recv_anysource([other], 6)
         dist.barrier(c.group)
         first.wait()
@@ -394,7 +399,7 @@ def any_rank_leaves_what_is_awaited_by_name(c: Case) -> None:
         dist.barrier(c.group)
         if c.rank == 1:
             for value in (1.0, 2.0):
-                dist.send(torch.tensor([value]), group_dst=0, group=c.group, tag=6)
+                dist.send(torch.tensor([value]), **c.at(group_dst=0), tag=6)
 
 
 @case
@@ -426,7 +431,7 @@ def all_gather_coalesced(c: Case) -> None:
 @case
 def premul_sum_to_a_root_leaves_the_others(c: Case) -> None:
     tensor = c.mine(50, torch.float32)
-    dist.reduce(tensor, group_dst=0, op=dist._make_nccl_premul_sum(0.5), group=c.group)
+    dist.reduce(tensor, op=dist._make_nccl_premul_sum(0.5), **c.at(group_dst=0))
     expected = reduced(c.everyone(50, torch.float32), "SUM") * 0.5 if c.rank == 0 else c.mine(50, torch.float32)
     close(tensor, expected)
 
@@ -454,8 +459,8 @@ def batch_isend_irecv(c: Case) -> None:
     right, left = (c.rank + 1) % c.size, (c.rank - 1) % c.size
     got = torch.empty(100)
     ops = [
-        dist.P2POp(dist.isend, c.mine(100, torch.float32), group=c.group, group_peer=right),
-        dist.P2POp(dist.irecv, got, group=c.group, group_peer=left),
+        dist.P2POp(dist.isend, c.mine(100, torch.float32), **c.at(group_peer=right)),
+        dist.P2POp(dist.irecv, got, **c.at(group_peer=left)),
     ]
     for work in dist.batch_isend_irecv(ops):
         work.wait()
@@ -492,12 +497,10 @@ def object_collectives(c: Case) -> None:
     dist.all_gather_object(every, mine, group=c.group)
     assert [e["rank"] for e in every] == list(range(c.size))
     told = [mine if c.rank == 0 else None]
-    dist.broadcast_object_list(told, group_src=0, group=c.group)
+    dist.broadcast_object_list(told, **c.at(group_src=0))
     assert told[0]["rank"] == 0
     one: list[object] = [None]
-    dist.scatter_object_list(
-        one, [f"to {r}" for r in range(c.size)] if c.rank == 0 else None, group_src=0, group=c.group
-    )
+    dist.scatter_object_list(one, [f"to {r}" for r in range(c.size)] if c.rank == 0 else None, **c.at(group_src=0))
     assert one == [f"to {c.rank}"]
 
 
@@ -558,7 +561,7 @@ def barriers(c: Case) -> None:
     for _ in range(5):
         dist.barrier(group=c.group)
     dist.barrier(group=c.group, async_op=True).wait()
-    dist.monitored_barrier(group=c.group, timeout=timedelta(seconds=30))
+    monitored_barrier(c.group, timedelta(seconds=30))
 
 
 @case

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import conftest
+from torch_versions import needs
 
 MPIS = {mpi.name: mpi for mpi in conftest.find_mpis()}
 
@@ -214,6 +215,7 @@ def test_the_backend_is_there_in_whatever_order(first: str) -> None:
     assert python(code) == "True True"
 
 
+@needs("entry points")
 def test_the_backend_is_there_without_an_import() -> None:
     """By the entry point, which torch 2.14 and newer look up when a name is asked for."""
     code = (

@@ -8,6 +8,7 @@ import pytest
 
 import cases_collectives
 import conftest
+from torch_versions import needs
 
 SHAPES = {
     "1 node x 1": [0],
@@ -34,7 +35,10 @@ def outcome(shape: str, carrier: str) -> conftest.Ranks:
 @pytest.mark.parametrize("case", cases_collectives.CASES)
 @pytest.mark.parametrize(
     ("shape", "carrier"),
-    [*((shape, "group") for shape in SHAPES), ("1 node x 2", "backend"), ("2 + 1", "backend")],
+    [
+        *((shape, "group") for shape in SHAPES),
+        *(pytest.param(shape, "backend", marks=needs("python backends")) for shape in ("1 node x 2", "2 + 1")),
+    ],
     ids=lambda value: value.replace(" ", ""),
 )
 def test_collective(shape: str, carrier: str, case: str) -> None:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 
 import conftest
+from torch_versions import monitored_barrier
 
 
 def caught(call: Callable[[], object]) -> dict:
@@ -62,7 +63,8 @@ def bad_arguments() -> dict[str, dict]:
         "sum of float8": lambda: dist.all_reduce(torch.zeros(2, dtype=torch.float8_e5m2)),
         "sum of uint16": lambda: dist.all_reduce(torch.zeros(2, dtype=torch.uint16)),
         "expanded output": lambda: dist.all_reduce(expanded),
-        "sparse": lambda: dist.all_reduce(torch.zeros(4).to_sparse()),
+        "sparse": lambda: dist.broadcast(torch.zeros(4).to_sparse(), 0),
+        "sparse maximum": lambda: dist.all_reduce(torch.zeros(4).to_sparse(), dist.ReduceOp.MAX),
         "meta device": lambda: dist.all_reduce(torch.zeros(4, device="meta")),
         "output too small": lambda: dist.all_gather_into_tensor(torch.zeros(4 * n - 1), torch.zeros(4)),
         "list too short": lambda: dist.all_gather([torch.zeros(4)] * (n - 1), torch.zeros(4)),
@@ -76,7 +78,6 @@ def bad_arguments() -> dict[str, dict]:
         "send to itself": lambda: dist.group.WORLD.send([torch.zeros(1)], dist.get_rank(), 0),
         "root outside": lambda: dist.group.WORLD.broadcast([torch.zeros(1)], broadcast_options(n)),
         "negative tag": lambda: dist.isend(torch.zeros(1), (dist.get_rank() + 1) % n, tag=-1),
-        "any source": lambda: dist.irecv(torch.zeros(1)),
     }
     found = {name: caught(call) for name, call in calls.items()}
     # After all that the group is as good as new.
@@ -124,6 +125,7 @@ EXPECTED = {
     "sum of uint16": ("UnsupportedError", ["SUM", "uint16"]),
     "expanded output": ("ArgumentError", ["all_reduce", "'tensor'", "share memory", "(4,)"]),
     "sparse": ("ArgumentError", ["'tensor'", "sparse", "to_dense"]),
+    "sparse maximum": ("UnsupportedError", ["MAX", "sparse", "to_dense"]),
     "meta device": ("ArgumentError", ["'tensor'", "CPU", "meta"]),
     "output too small": ("ArgumentError", ["all_gather_single", "'output'", "8 elements", "7 elements"]),
     "list too short": ("ArgumentError", ["all_gather", "'tensor_list'", "2 tensors", "1 tensors"]),
@@ -137,7 +139,6 @@ EXPECTED = {
     "send to itself": ("ArgumentError", ["send", "another rank"]),
     "root outside": ("ArgumentError", ["broadcast", "'root'", "0 to 1", "given 2"]),
     "negative tag": ("ArgumentError", ["'tag'", "-1"]),
-    "any source": ("UnsupportedError", ["any rank"]),
 }
 
 
@@ -244,7 +245,7 @@ def one_is_missing() -> dict[str, dict]:
         "async": lambda g: dist.all_reduce(tensor, group=g, async_op=True).wait(),
         "big": lambda g: dist.all_reduce(large, group=g),
         "barrier": lambda g: dist.barrier(group=g),
-        "monitored_barrier": lambda g: dist.monitored_barrier(g, timedelta(seconds=1)),
+        "monitored_barrier": lambda g: monitored_barrier(g, timedelta(seconds=1)),
         "recv": lambda g: dist.recv(tensor, 2, group=g),
         "future": lambda g: dist.all_reduce(tensor, group=g, async_op=True).get_future().wait(),
     }
@@ -265,6 +266,8 @@ def test_time_limit_names_the_missing_rank(call: str, nodes: tuple[int, ...]) ->
     ranks = lateness(nodes)
     assert len(ranks.reports) == 3, ranks.text
     reports = [r[call] for r in ranks.reports[:2]]
+    if call == "monitored_barrier":
+        del reports[1]  # rank 0 alone can know who did not come; the others learn that they are not to blame
     for report in reports:
         # One rank's limit passes first; the other may learn it from that one.
         if call == "future":  # C++ reads futures too, so they fail by a RuntimeError that quotes ours

@@ -23,7 +23,12 @@ def register_with_torch() -> None:
 
 def _register(distributed: ModuleType) -> None:
     # A torch built without distributed has the module and nothing in it.
-    if distributed.is_available():
+    if not distributed.is_available():
+        return
+    from ._compat import refused
+
+    # The rest imports names that a torch we refuse may lack.
+    if not refused("smddp"):
         from .backend import register
 
         register()

@@ -22,10 +22,11 @@ from torch._C._distributed_c10d import AllreduceOptions
 from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from . import _core
+from ._compat import HAS_BACKENDS, check_memory_layout
 from ._libraries import library_dirs
 from ._meeting import meet
 from ._new_group import NewGroup, backends_of_others, group_being_made
-from .process_group import HAS_BACKENDS, HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup
+from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
 
 NAME = "smddp"
 
@@ -39,6 +40,7 @@ def register() -> None:
 
 def create(options: distributed_c10d._DistributedBackendOptions, _: object = None) -> SmddpProcessGroup:
     """What torch calls on every member of a new group; meets the others and connects to them."""
+    check_memory_layout()
     new = group_being_made(NAME)
     name = options.group_id or "default"
     members = list(options.global_ranks_in_group)
@@ -82,8 +84,7 @@ def _hooks_must_see_calls() -> bool:
     forced = os.environ.get("SMDDP_TORCH_GROUP", "")
     if forced in ("group", "backend"):
         return forced == "backend"
-    recorder = os.environ.get("TORCH_FR_BUFFER_SIZE") or os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") or "0"
-    return _in_detail() or os.environ.get("TORCH_DIST_NAN_CHECK", "0") == "1" or recorder not in ("0", "")
+    return _in_detail() or os.environ.get("TORCH_DIST_NAN_CHECK", "0") == "1" or records_flights()
 
 
 def _in_detail() -> bool:

@@ -25,7 +25,6 @@ from torch._C._distributed_c10d import (
     BarrierOptions,
     ReduceScatterOptions,
 )
-from torch.autograd import profiler
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
@@ -37,6 +36,7 @@ from .tensors import (
     NOTHING,
     Once,
     Span,
+    check,
     input_list,
     input_span,
     mover,
@@ -44,6 +44,7 @@ from .tensors import (
     output_span,
     reducer,
     reduction_code,
+    refuse_overlap,
 )
 from .work import DONE, DoneWork, SmddpWork
 
@@ -68,10 +69,15 @@ _NO_LIMIT = AllreduceOptions().timeout
 """How torch says that a call was given no time limit of its own."""
 
 
-def _limit(opts: Any) -> float | None:
+def _limit(name: str, opts: Any) -> float | None:
     """The time limit of one call in seconds; None: the group's."""
     timeout = opts.timeout
-    return None if timeout == _NO_LIMIT else max(timeout.total_seconds(), 0.0) or None
+    if timeout == _NO_LIMIT:
+        return None
+    if timeout.days < 0:
+        hint = "Leave it out to use the group's time limit"
+        raise ArgumentError.of(name, "timeout", "seconds above 0", f"{timeout.total_seconds():g}", hint)
+    return timeout.total_seconds() or None
 
 
 if hasattr(AllreduceOptions, "asyncOp"):
@@ -79,7 +85,7 @@ if hasattr(AllreduceOptions, "asyncOp"):
 else:
 
     def _is_async(_: Any) -> bool:
-        """Torch before 2.6 does not say: every call may be one whose Work is waited for later."""
+        """Torch before 2.8 does not say: every call may be one whose Work is waited for later."""
         return True
 
 
@@ -109,7 +115,7 @@ class Collectives:
         Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
         exchange of balanced shards between nodes."""
         # The commonest call of all, with as few steps as can be.
-        if not profiler._is_profiler_enabled and self._sum_now(tensors, opts):
+        if not torch.autograd.profiler._is_profiler_enabled and self._sum_now(tensors, opts):
             return DONE
         if type(opts) is not AllreduceOptions:
             tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
@@ -118,7 +124,7 @@ class Collectives:
         if isinstance(tensor, Tensor) and tensor.layout is torch.sparse_coo:
             all_reduce_sparse(self, tensor, op, self._size, _gather_options(opts))
             return DoneWork([tensor])
-        code, factor = (0, None) if op == _SUM else reduction_code("all_reduce", op, tensor.dtype)
+        code, factor = (0, None) if op == _SUM else reduction_code("all_reduce", op, tensor)
         if factor is None:
             work = self._short(codes.ALL_REDUCE, code, 0, tensor, None, opts)
             if work is not None:
@@ -134,22 +140,24 @@ class Collectives:
         """Reduces one tensor to the root, in place; the others' tensors stay as they are."""
         (tensor,) = _one("reduce", "tensor", tensors)
         op = opts.reduceOp
-        code, factor = reduction_code("reduce", op, tensor.dtype)
+        code, factor = reduction_code("reduce", op, tensor)
+        root = self._root("reduce", opts)
         if factor is None:
-            work = self._short(codes.REDUCE, code, opts.rootRank, tensor, None, opts)
+            work = self._short(codes.REDUCE, code, root, tensor, None, opts)
             if work is not None:
                 return work
-        return self._reduce_in_place("reduce", codes.REDUCE, tensors, op, opts.rootRank, opts)
+        return self._reduce_in_place("reduce", codes.REDUCE, tensors, op, root, opts)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
         """Copies the root's tensor to all ranks. Any dtype. Binomial tree over nodes, then inside them."""
         (tensor,) = _one("broadcast", "tensor", tensors)
-        work = self._short(codes.BROADCAST, 0, opts.rootRank, tensor, None, opts)
+        root = self._root("broadcast", opts)
+        work = self._short(codes.BROADCAST, 0, root, tensor, None, opts)
         if work is not None:
             return work
         span = output_span("broadcast", "tensor", tensor, also_read=True)
         code, each = mover(tensor)
-        return self._issue(codes.BROADCAST, code, 0, opts.rootRank, span.numel * each, span, span, tensors, opts)
+        return self._issue(codes.BROADCAST, code, 0, root, span.numel * each, span, span, tensors, opts)
 
     def _reduce_in_place(
         self, name: str, collective: int, tensors: list[Tensor], op: Any, root: int, opts: Any
@@ -218,6 +226,8 @@ class Collectives:
         if len(inputs) == 1:
             return self.all_gather_single(outputs[0], inputs[0], opts or AllgatherOptions())
         for i, (output, input) in enumerate(zip(outputs, inputs, strict=True)):
+            check(name, f"inputs[{i}]", input)
+            refuse_overlap(name, f"outputs[{i}]", check(name, f"outputs[{i}]", output))
             _same_types(name, f"outputs[{i}]", output, input)
             _count(name, f"outputs[{i}]", output.numel(), input.numel() * self._size, "size() times the input's")
         # As bytes, because nothing is computed and dtypes may differ.
@@ -236,7 +246,7 @@ class Collectives:
         """Reduces `input`, of size() times the output's elements, and leaves each rank its part."""
         name = "reduce_scatter_single"
         op = opts.reduceOp
-        code, factor = reduction_code(name, op, input.dtype)
+        code, factor = reduction_code(name, op, input)
         if factor is None:
             work = self._short(codes.REDUCE_SCATTER, code, 0, output, input, opts)
             if work is not None:
@@ -267,7 +277,11 @@ class Collectives:
         _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
         if len(inputs) == 1:
             return self.reduce_scatter_single(outputs[0], inputs[0], opts)
+        if not inputs:
+            raise ArgumentError.of(name, "inputs", "at least one tensor", "none", "Pass one input per output")
         for i, (output, input) in enumerate(zip(outputs, inputs, strict=True)):
+            check(name, f"outputs[{i}]", output)
+            check(name, f"inputs[{i}]", input)
             _same_types(name, f"inputs[{i}]", input, output)
             _count(name, f"inputs[{i}]", input.numel(), output.numel() * self._size, "size() times the output's")
         rows = torch.cat([t.detach().reshape(self._size, -1) for t in inputs], dim=1)
@@ -289,7 +303,7 @@ class Collectives:
     ) -> Work:
         dtype, each, code, factor = reducer(name, inputs[0], op)
         if factor is not None:
-            source = input_span(name, "input", torch.cat([t.detach().reshape(-1) for t in inputs]) * factor)
+            source = input_span(name, "input", _scaled(inputs, factor))
         count = 0 if counts is not None else target.numel * each
         counts = counts and [n * each for n in counts]
         return self._issue(codes.REDUCE_SCATTER, dtype, code, 0, count, source, target, outputs, opts, counts)
@@ -299,8 +313,9 @@ class Collectives:
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Work:
         """Collects the ranks' tensors, all of one count, in the root's `outputs[0]`; others pass no outputs."""
         (input,) = _one("gather", "tensor", inputs)
+        root = self._root("gather", opts)
         source, target, into = input_span("gather", "tensor", input), NOTHING, []
-        if opts.rootRank == self._rank:
+        if root == self._rank:
             (into,) = _one("gather", "gather_list", outputs)
             self._per_rank("gather", "gather_list", into)
             for i, part in enumerate(into):
@@ -308,18 +323,19 @@ class Collectives:
                 _count("gather", f"gather_list[{i}]", part.numel(), source.numel, "as many as the input's")
             target = output_list("gather", "gather_list", into)
         code, each = mover(input)
-        return self._issue(codes.GATHER, code, 0, opts.rootRank, source.numel * each, source, target, into, opts)
+        return self._issue(codes.GATHER, code, 0, root, source.numel * each, source, target, into, opts)
 
     def gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
         """Concatenates the ranks' tensors in the root's `output`."""
+        root = self._root("gather_single", opts)
         source, target = input_span("gather_single", "input", input), NOTHING
-        if opts.rootRank == self._rank:
+        if root == self._rank:
             target = output_span("gather_single", "output", output)
             _same_types("gather_single", "output", output, input)
             expected = source.numel * self._size
             _count("gather_single", "output", target.numel, expected, "size() times the input's")
         code, each = mover(input)
-        return self._issue(codes.GATHER, code, 0, opts.rootRank, source.numel * each, source, target, [output], opts)
+        return self._issue(codes.GATHER, code, 0, root, source.numel * each, source, target, [output], opts)
 
     gather_into_tensor = gather_single
 
@@ -335,7 +351,9 @@ class Collectives:
                 _count("scatter", f"scatter_list[{i}]", part.numel(), target.numel, "as many as the output's")
             source = input_list("scatter", "scatter_list", parts)
         code, each = mover(output)
-        return self._issue(codes.SCATTER, code, 0, opts.rootRank, target.numel * each, source, target, outputs, opts)
+        return self._issue(
+            codes.SCATTER, code, 0, self._root("scatter", opts), target.numel * each, source, target, outputs, opts
+        )
 
     # ---- all_to_all
 
@@ -345,7 +363,7 @@ class Collectives:
         """Rank r gets the r-th part of every rank's `input`. Splits are sizes along dimension 0; none: equal parts."""
         name = "all_to_all_single"
         opts = opts or AllToAllOptions()
-        if not output_splits and not input_splits:
+        if not output_splits and not input_splits and self._whole_rows(input) and self._whole_rows(output):
             work = self._short(codes.ALL_TO_ALL, 0, 0, output, input, opts)
             if work is not None:
                 return work
@@ -357,6 +375,7 @@ class Collectives:
         if not output_splits and not input_splits:
             _count(name, "output", target.numel, source.numel, "as many as the input's")
             return self._issue(codes.ALL_TO_ALL, code, 0, 0, send[0] * each, source, target, [output], opts)
+        self._own_part(name, send, receive)
         splits = ([n * each for n in send], [n * each for n in receive])
         return self._issue(codes.ALL_TO_ALL, code, 0, 0, 0, source, target, [output], opts, None, splits)
 
@@ -371,9 +390,19 @@ class Collectives:
         target = output_list(name, "output_tensor_list", outputs)
         _same_types(name, "output_tensor_list[0]", outputs[0], inputs[0])
         code, each = mover(inputs[0])
+        send, receive = [t.numel() for t in inputs], [t.numel() for t in outputs]
+        self._own_part(name, send, receive)
         # Always with splits: whether sizes differ is known to no rank for the others.
-        splits = ([t.numel() * each for t in inputs], [t.numel() * each for t in outputs])
+        splits = ([n * each for n in send], [n * each for n in receive])
         return self._issue(codes.ALL_TO_ALL, code, 0, 0, 0, source, target, outputs, opts, None, splits)
+
+    def _whole_rows(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.size(0) % self._size == 0
+
+    def _own_part(self, name: str, send: Sequence[int], receive: Sequence[int]) -> None:
+        """What a rank sends to itself is what it receives from itself."""
+        meaning = f"what rank {self._rank} sends to itself"
+        _count(name, "output", receive[self._rank], send[self._rank], meaning)
 
     def _split(self, name: str, argument: str, tensor: Tensor, splits: Sequence[int]) -> list[int]:
         """Elements for each rank."""
@@ -407,7 +436,7 @@ class Collectives:
         """A barrier whose error names the ranks that did not come: the first of them, or all with `wait_all_ranks`."""
         # Torch's group passes a time, its C++ half passes options.
         limit = timeout if isinstance(timeout, timedelta) or timeout is None else timeout.timeout
-        seconds = self._comm.timeout if limit is None or limit.days < 0 else limit.total_seconds()
+        seconds = self._comm.timeout if limit is None or limit == _NO_LIMIT else limit.total_seconds()
         monitored_barrier(self._comm, seconds, wait_all_ranks)
 
     # ---- point to point
@@ -417,7 +446,7 @@ class Collectives:
         (tensor,) = _one("send", "tensor", tensors)
         span = input_span("send", "tensor", tensor)
         code, _ = mover(tensor)
-        to, tag = _rank("send", "dst", dst), _tag("send", tag)
+        to, tag = self._group_rank("send", "dst", dst), _tag("send", tag)
         return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
@@ -425,7 +454,7 @@ class Collectives:
         (tensor,) = _one("recv", "tensor", tensors)
         span = output_span("recv", "tensor", tensor)
         code, _ = mover(tensor)
-        of, tag = _rank("recv", "src", src), _tag("recv", tag)
+        of, tag = self._group_rank("recv", "src", src), _tag("recv", tag)
         return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
@@ -440,7 +469,7 @@ class Collectives:
     recvAnysource = recv_anysource
 
     def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
-        if profiler._is_profiler_enabled:
+        if torch.autograd.profiler._is_profiler_enabled:
             return _recorded(name, span, span, tensors, start)
         return SmddpWork(start(), tensors, span.finish)
 
@@ -489,12 +518,14 @@ class Collectives:
         self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, opts: Any
     ) -> Work | None:
         """The short way; None: these tensors, or a profiler, need the long one."""
-        if profiler._is_profiler_enabled:
+        if torch.autograd.profiler._is_profiler_enabled:
             return None
         if _is_async(opts):
-            handle = self._comm.start_tensors(collective, code, root, output, input, _limit(opts))
+            handle = self._comm.start_tensors(
+                collective, code, root, output, input, _limit(codes.NAMES[collective], opts)
+            )
             return None if handle is None else SmddpWork(handle, [output])
-        if self._comm.run_tensors(collective, code, root, output, input, _limit(opts)):
+        if self._comm.run_tensors(collective, code, root, output, input, _limit(codes.NAMES[collective], opts)):
             return DONE
         return None
 
@@ -513,9 +544,9 @@ class Collectives:
         splits: tuple[list[int], list[int]] | None = None,
     ) -> Work:
         """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
-        limit = None if opts is None else _limit(opts)
+        limit = None if opts is None else _limit(codes.NAMES[collective], opts)
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
-        if profiler._is_profiler_enabled:
+        if torch.autograd.profiler._is_profiler_enabled:
             work = _recorded(
                 codes.NAMES[collective], source, target, results, lambda: self._comm.start(*call, (source, target))
             )
@@ -528,6 +559,15 @@ class Collectives:
         if target.finish is not None:
             target.finish()
         return DONE
+
+    def _group_rank(self, name: str, argument: str, rank: int) -> int:
+        if rank < 0:
+            expected = f"a rank of the group, 0 to {self._size - 1}"
+            raise ArgumentError.of(name, argument, expected, rank, "Ranks are counted from 0")
+        return rank
+
+    def _root(self, name: str, opts: Any) -> int:
+        return self._group_rank(name, "root", opts.rootRank)
 
     def _per_rank(self, name: str, argument: str, tensors: Sequence[Tensor]) -> None:
         _count(name, argument, len(tensors), self._size, "one per rank", "tensors")
@@ -597,12 +637,6 @@ def _equal(numbers: Sequence[int]) -> bool:
     return all(n == numbers[0] for n in numbers)
 
 
-def _rank(name: str, argument: str, rank: int) -> int:
-    if rank < 0:
-        raise ArgumentError.of(name, argument, "a rank of the group", rank, "Ranks are counted from 0")
-    return rank
-
-
 def _tag(name: str, tag: int) -> int:
     if tag < 0:
         raise ArgumentError.of(name, "tag", "a whole number from 0", tag, "Both sides use the same tag")
@@ -610,13 +644,15 @@ def _tag(name: str, tag: int) -> int:
 
 
 def _as_bytes(name: str, argument: str, tensor: Tensor) -> Tensor:
-    return input_span(name, argument, tensor).keep.reshape(-1).view(torch.uint8)  # type: ignore[attr-defined]
+    flat = input_span(name, argument, tensor).keep.reshape(-1)  # type: ignore[attr-defined]
+    # One element counts as dense whatever its stride is, but cannot be seen as bytes then.
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
 def _multiplied(span: Span, tensors: list[Tensor], factor: Any, written: bool) -> Span:
     """An in-place span whose contents are multiplied first, in a temporary, so that a failed call changes nothing.
     `written`: the result is wanted back."""
-    inside = torch.cat([t.detach().reshape(-1) for t in tensors]) * factor
+    inside = _scaled(tensors, factor)
 
     def hand_out() -> None:
         with torch.no_grad():
@@ -624,6 +660,11 @@ def _multiplied(span: Span, tensors: list[Tensor], factor: Any, written: bool) -
                 tensor.copy_(part.view(tensor.shape))
 
     return Span((inside.data_ptr(), inside.nbytes), span.numel, inside, Once(hand_out) if written else None)
+
+
+def _scaled(tensors: list[Tensor], factor: Any) -> Tensor:
+    """All elements times `factor`, in their own dtype."""
+    return (torch.cat([t.detach().reshape(-1) for t in tensors]) * factor).to(tensors[0].dtype)
 
 
 class _HandOut:

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
+from ._compat import HAS_BACKENDS
 from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
 from .work import DoneWork, SmddpWork
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store, Work
 
     from ._core import Communicator
-
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-HAS_BACKENDS = TORCH >= (2, 14)
-"""Whether a Backend can be written in Python. Before, a group of ours carries everything."""
 
 _TorchBackend: Any = torch._C._distributed_c10d.Backend if HAS_BACKENDS else object
 
@@ -39,12 +35,6 @@ _STORE_ENDS = 0.03
 
 _latest = threading.local()
 """`work`: what a backend's method returned last on this thread."""
-
-_OLD_NAMES = {
-    "_allgather_base", "allgather_into_tensor_coalesced", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced",
-    "alltoall_base", "gather_into_tensor", "recvAnysource",
-}  # fmt: skip
-"""Second names of methods. Torch looks for an override under either, so only one may lead back to torch."""
 
 
 @dataclass
@@ -101,15 +91,17 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         self._seat = seat
         self._devices = frozenset(devices)
         self._others = others
+        self._registered: list[tuple[str, Any, Any]] = []
         self._group_name = self._group_desc = ""
         if HAS_BACKENDS:
             self._backend = SmddpBackend(seat)
             self._set_default_backend(ProcessGroup.BackendType.CUSTOM)
             ours = wrap(self._backend)
-            for device in devices:
-                self._register_backend(torch.device(device), ProcessGroup.BackendType.CUSTOM, ours)
+            self._registered += [(device, ProcessGroup.BackendType.CUSTOM, ours) for device in devices]
         for device, backend in others.items():
             kind = getattr(ProcessGroup.BackendType, backend.name().upper(), ProcessGroup.BackendType.CUSTOM)
+            self._registered.append((device, kind, backend))
+        for device, kind, backend in self._registered:
             self._register_backend(torch.device(device), kind, backend)
 
     if not HAS_BACKENDS:
@@ -125,6 +117,10 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
 
         def getGroupDesc(self) -> str:
             return self._group_desc
+
+        # Torch before 2.5 does not look for those.
+        _set_group_name, _set_group_desc = setGroupName, setGroupDesc
+        group_name, group_desc = property(getGroupName), property(getGroupDesc)
 
     def set_timeout(self, timeout: timedelta) -> None:
         Collectives.set_timeout(self, timeout)
@@ -166,27 +162,45 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
 
 
 class MixedProcessGroup(SmddpProcessGroup):
-    """A group in which others serve other devices: calls with their tensors go torch's own way to them."""
+    """A group in which others serve other devices: calls with their tensors go to a group of torch's own."""
+
+    def __init__(self, *args: Any) -> None:
+        SmddpProcessGroup.__init__(self, *args)
+        self._plain = _plain_group(self)
 
 
 class HookedProcessGroup(SmddpProcessGroup):
-    """A group whose calls all go through torch's C++ half to the backends, so that torch's hooks see them.
+    """A group whose calls all go through a group of torch's own to the backends, so that torch's hooks see them.
 
-    What comes back from there is a wrapper that can only be waited for; callers get the `Work` it wraps."""
+    What comes back from there is a wrapper that can only be waited for; callers get the `Work` it wraps. (Methods of
+    the base class are no way into torch: they keep the interpreter locked while C++ blocks.)"""
+
+    def __init__(self, *args: Any) -> None:
+        SmddpProcessGroup.__init__(self, *args)
+        self._plain = _plain_group(self)
+        if os.environ.get("TORCH_DIST_NAN_CHECK", "0") == "1":
+            distributed_c10d.NanCheckHook.attach(self._plain)
+        if records_flights() and hasattr(distributed_c10d, "FlightRecorderHook"):
+            ranks = self._seat.members or list(range(self._size))
+            self._recorder = distributed_c10d.FlightRecorderHook.attach(self._plain, ranks)
 
 
-def _renamed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its code under another name: pybind finds by it that a call of the base class's method comes from
-    the very method that overrides it."""
-    code = function.__code__.replace(co_name=name)
-    made = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    made.__doc__ = getattr(Collectives, name).__doc__
-    return made
+def records_flights() -> bool:
+    """Whether somebody asked for torch's flight recorder. (By default it is on, where it costs nothing extra.)"""
+    size = os.environ.get("TORCH_FR_BUFFER_SIZE") or os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") or "0"
+    return size != "0"
 
 
-def _torch_method(name: str) -> Any:
-    """The method of torch's group, if it has it; this one is looked up under a name that cannot be called."""
-    return ProcessGroup.__dict__.get("recv_anysource" if name == "recvAnysource" else name)
+def _plain_group(group: SmddpProcessGroup) -> ProcessGroup:
+    """A group of torch's own with the backends of `group`."""
+    seat = group._seat
+    plain = ProcessGroup(seat.store, seat.communicator.rank, seat.communicator.size)
+    plain._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+    for device, kind, backend in group._registered:
+        plain._register_backend(torch.device(device), kind, backend)
+    plain._set_group_name(seat.communicator.name)
+    plain._set_group_desc("")
+    return plain
 
 
 def _told(name: str) -> Callable[..., Any]:
@@ -197,29 +211,39 @@ def _told(name: str) -> Callable[..., Any]:
         _latest.work = method(self, *args, **options)
         return _latest.work
 
-    return _renamed(name, call)
+    return _as(name, call)
 
 
 def _by_device(name: str) -> Callable[..., Any]:
-    ours, theirs = getattr(SmddpProcessGroup, name), _torch_method(name)
+    ours = getattr(SmddpProcessGroup, name)
 
     def call(self: MixedProcessGroup, *args: Any, **options: Any) -> Work:
         device = _device(args)
-        return (ours if device is None or device in self._devices else theirs)(self, *args, **options)
+        if device is None or device in self._devices:
+            return ours(self, *args, **options)
+        return getattr(self._plain, _callable(name))(*args, **options)
 
-    return _renamed(name, call)
+    return _as(name, call)
 
 
 def _through_torch(name: str) -> Callable[..., Any]:
-    torch_method = _torch_method(name)
-
     def call(self: HookedProcessGroup, *args: Any, **options: Any) -> Work:
         _latest.work = None
-        wrapped = torch_method(self, *args, **options)
+        wrapped = getattr(self._plain, _callable(name))(*args, **options)
         ours, _latest.work = _latest.work, None
         return wrapped if ours is None else ours
 
-    return _renamed(name, call)
+    return _as(name, call)
+
+
+def _as(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    call.__name__, call.__doc__ = name, getattr(Collectives, name).__doc__
+    return call
+
+
+def _callable(name: str) -> str:
+    """The name torch's own group has a method under; C++ looks one of them up under another."""
+    return "recv_anysource" if name == "recvAnysource" else name
 
 
 def _device(args: Any) -> str | None:
@@ -233,7 +257,8 @@ def _device(args: Any) -> str | None:
 
 for _name in METHODS:
     setattr(SmddpBackend, _name, _told(_name))
-    if _torch_method(_name) is not None:
+    if hasattr(ProcessGroup, _callable(_name)):
         setattr(MixedProcessGroup, _name, _by_device(_name))
-        setattr(HookedProcessGroup, _name, _torch_method(_name) if _name in _OLD_NAMES else _through_torch(_name))
+        setattr(HookedProcessGroup, _name, _through_torch(_name))
+
 not_compiled(Collectives, SmddpBackend, SmddpProcessGroup, MixedProcessGroup, HookedProcessGroup, SmddpWork, DoneWork)

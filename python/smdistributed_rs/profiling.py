@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 
 if TYPE_CHECKING:
     from ._core import Handle
 
 _ender: ThreadPoolExecutor | None = None
-
-
-def is_on() -> bool:
-    """Whether somebody profiles."""
-    return bool(profiler._is_profiler_enabled)
 
 
 class Range:

@@ -13,14 +13,15 @@ from .errors import ArgumentError, UnsupportedError
 if TYPE_CHECKING:
     from .collectives import Collectives
 
-_GIVE_UP = "Only a sum is defined for sparse tensors; convert with .to_dense() for others"
+_GIVE_UP = "sparse tensors can be summed only; convert them with .to_dense() for other reductions"
 
 
 def all_reduce_sparse(group: Collectives, tensor: Tensor, op: object, size: int, opts: object) -> None:
     """Sums `tensor` over all ranks, in place; the result is coalesced. Entries and their places may differ by rank;
     shapes and numbers of sparse dimensions may not. Blocks: the sizes have to be known before entries can move."""
     if op != ReduceOp.SUM:
-        raise UnsupportedError.of("all_reduce", str(op).rpartition(".")[2], "a sparse tensor", _GIVE_UP)
+        name = str(getattr(op, "op", op)).rpartition(".")[2]
+        raise UnsupportedError.of("all_reduce", name, tensor.dtype, _GIVE_UP)
     mine = tensor.detach().coalesce()
     indices, values = mine.indices(), mine.values()
     # Shape and number of entries of every rank, in one exchange.

@@ -67,6 +67,9 @@ def check(op: str, argument: str, tensor: object) -> Tensor:
     if tensor.device.type != "cpu":
         hint = "This backend moves CPU tensors only, so far: use 'cpu:smddp,cuda:nccl', or move the tensor to the CPU"
         raise ArgumentError.of(op, argument, "a tensor on the CPU", f"one on {tensor.device}", hint)
+    if tensor.data_ptr() == 0 and tensor.numel():
+        hint = "Its storage was resized to nothing (FSDP does so with what it can gather again)"
+        raise ArgumentError.of(op, argument, f"a tensor in {tensor.nbytes} bytes of memory", "one in 0 bytes", hint)
     return tensor
 
 
@@ -142,7 +145,9 @@ def mover(tensor: Tensor) -> tuple[int, int]:
 def reducer(op: str, tensor: Tensor, reduction: ReduceOp) -> tuple[int, int, int, float | Tensor | None]:
     """(element type code, such elements per element, reduction code, factor to apply first) of a reduction."""
     dtype = tensor.dtype
-    code, factor = reduction_code(op, reduction, dtype)
+    code, factor = reduction_code(op, reduction, tensor)
+    if factor is not None and not (dtype.is_floating_point or dtype.is_complex):
+        raise UnsupportedError.of(op, "PREMUL_SUM", dtype, "a factor is for floating-point and complex numbers")
     native = _NATIVE.get(dtype)
     if native is not None:
         return native, 1, code, factor
@@ -170,7 +175,7 @@ _REDUCTIONS = {
 _REDUCTION_NAMES = {code: str(op).rpartition(".")[2] for op, code in _REDUCTIONS.items()}
 
 
-def reduction_code(op: str, reduction: ReduceOp, dtype: object) -> tuple[int, float | Tensor | None]:
+def reduction_code(op: str, reduction: ReduceOp, tensor: object) -> tuple[int, float | Tensor | None]:
     """(reduction code, factor to multiply inputs with first)."""
     if reduction == _SUM:
         return 0, None
@@ -182,6 +187,7 @@ def reduction_code(op: str, reduction: ReduceOp, dtype: object) -> tuple[int, fl
         return 0, reduction.__getstate__()[1]
     name = str(kind).rpartition(".")[2]
     supported = ", ".join([*_REDUCTION_NAMES.values(), "PREMUL_SUM"])
+    dtype = getattr(tensor, "dtype", "unknown")
     raise UnsupportedError.of(op, name, dtype, f"there is no such reduction here; there are: {supported}")
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
+from ._compat import survives_halving
+
 if TYPE_CHECKING:
     from ._core import Handle
     from .tensors import Once
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 _NO_LIMIT = timedelta(0)
 
 
+@survives_halving
 class SmddpWork(Work):
     """An operation under way.
 
@@ -35,6 +38,8 @@ class SmddpWork(Work):
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
         """Waits until the operation is over and raises its error. `timeout`: TimeoutError after so long; 0: the
         group's time limit decides."""
+        if not isinstance(timeout, timedelta):
+            raise TypeError(f"wait: argument 'timeout': expected a datetime.timedelta, given {timeout!r}")
         self._handle.wait(timeout.total_seconds() if timeout else None)
         if self._finish is not None:
             self._finish()
@@ -118,6 +123,7 @@ class _Outcome:
         return self._results
 
 
+@survives_halving
 class DoneWork(Work):
     """A call that was over when it returned."""
 

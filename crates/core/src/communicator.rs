@@ -445,6 +445,18 @@ impl<T: Transports> Communicator<T> {
         if request.collective.rooted() {
             self.inner.shape.check_rank(name, "root", request.root)?;
         }
+        if let Some((send, receive)) = &request.splits {
+            let own = |splits: &Blocks| splits.get(self.inner.rank).copied();
+            if own(send) != own(receive) {
+                return Err(argument(
+                    name,
+                    "splits",
+                    "as much from this rank to itself on both sides",
+                    format!("{:?} sent, {:?} received", own(send), own(receive)),
+                    "Ranks are counted from 0",
+                ));
+            }
+        }
         let (input, output) = self.lengths(request)?;
         let size = request.dtype.size();
         for (argument_name, want, given) in

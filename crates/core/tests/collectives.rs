@@ -306,6 +306,8 @@ fn wrong_arguments_are_refused_before_anything_moves() {
     assert!(text.contains("bxor") && text.contains("float32"), "{text}");
     let text = g.broadcast(&mut [1f32], 1).unwrap_err().to_string();
     assert!(text.contains("'root'"), "{text}");
+    let text = g.all_to_all_uneven(&[1f32, 2.0], &[1, 1], &mut [0f32; 3], &[2, 1]).unwrap_err().to_string();
+    assert!(text.contains("to itself"), "{text}");
     let text = g.send(&[1f32], 0, 0).unwrap_err().to_string();
     assert!(text.contains("another rank"), "{text}");
     g.barrier().unwrap();

@@ -1,0 +1,241 @@
+"""Groups made in every way torch knows, and what torch itself looks at in them."""
+
+from __future__ import annotations
+
+import pytest
+
+import conftest
+
+SHAPES = {"1 node x 4": [0, 0, 0, 0], "2 nodes x 2": [0, 0, 1, 1]}
+
+
+def start(backend: str = "smddp", **options: object) -> None:
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs  # noqa: F401
+
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, **options)
+
+
+def total(group: object) -> float:
+    """The sum over a group of 1 + global rank."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.full((1000,), 1.0 + dist.get_rank())
+    dist.all_reduce(tensor, group=group)
+    assert bool((tensor == tensor[0]).all())
+    return tensor[0].item()
+
+
+# ---- splitting
+
+
+def split() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    # Torch takes the device of a group that is to be split from here.
+    start(device_id=torch.device("cpu:0"))
+    found: dict[str, object] = {}
+    halves = dist.split_group(split_ranks=[[0, 2], [3, 1]], group_desc="halves")
+    found["halves"] = total(halves)
+    found["ranks"] = dist.get_process_group_ranks(halves)
+    found["name"] = halves.group_desc
+    found["again"] = total(dist.split_group(halves, [[0], [1]]))
+    most = dist.split_group(split_ranks=[[1, 2, 3]])
+    found["most"] = None if most is None or most is dist.GroupMember.NON_GROUP_MEMBER else total(most)
+    found["world"] = total(None)
+    dist.destroy_process_group(halves)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.replace(" ", ""))
+def test_a_group_can_be_split(shape: str) -> None:
+    reports = conftest.run(split, 4, nodes=SHAPES[shape]).check().reports
+    for rank, report in enumerate(reports):
+        assert report["halves"] == (4.0 if rank in (0, 2) else 6.0)
+        assert report["ranks"] == ([0, 2] if rank in (0, 2) else [3, 1])
+        assert report["name"] == "halves"
+        assert report["again"] == rank + 1.0
+        assert report["most"] == (9.0 if rank else None)
+        assert report["world"] == 10.0
+
+
+# ---- meshes and other ways of making many groups
+
+
+def meshes() -> dict[str, object]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    start()
+    line = init_device_mesh("cpu", (4,), mesh_dim_names=("all",))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("row", "column"))
+    found = {
+        "line": total(line.get_group()),
+        "row": total(square["row"].get_group()),
+        "column": total(square.get_group("column")),
+        "flat": total(square._flatten().get_group()) if hasattr(square, "_flatten") else 10.0,
+    }
+    mine, _ = dist.new_subgroups_by_enumeration([[0, 3], [1, 2]])
+    found["enumerated"] = total(mine)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.replace(" ", ""))
+def test_meshes(shape: str) -> None:
+    for rank, report in enumerate(conftest.run(meshes, 4, nodes=SHAPES[shape]).check().reports):
+        assert report["line"] == report["flat"] == 10.0
+        assert report["column"] == (3.0 if rank < 2 else 7.0)
+        assert report["row"] == (4.0 if rank % 2 == 0 else 6.0)
+        assert report["enumerated"] == 5.0
+
+
+# ---- several backends in one group
+
+
+def mixed(backend: str) -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    start(backend)
+    world = dist.group.WORLD
+    found = {"total": total(None), "kind": type(world).__name__}
+    found["backends"] = {d.type: world._get_backend(d).name() for d in world._device_types}
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    work.wait()
+    found["completed"] = work.is_completed()
+    every: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, dist.get_rank())
+    found["objects"] = every
+    found["sub"] = total(dist.new_group([0, 1]))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "backends"),
+    [
+        ("cpu:smddp,cuda:gloo", {"cpu": "smddp", "cuda": "gloo"}),
+        ("cpu:gloo,cuda:smddp", {"cpu": "gloo", "cuda": "smddp"}),
+        ("cpu:smddp,cuda:smddp", {"cpu": "smddp", "cuda": "smddp"}),
+    ],
+)
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+def test_others_may_serve_other_devices(backend: str, backends: dict[str, str], carrier: str) -> None:
+    ranks = conftest.run(mixed, 2, env={"SMDDP_TORCH_GROUP": carrier}, backend=backend).check()
+    for report in ranks.reports:
+        assert report["total"] == report["sub"] == 3.0
+        assert report["backends"] == backends
+        assert report["completed"]
+        assert report["objects"] == [0, 1]
+        hooked = carrier == "backend"
+        several = len(set(backends.values())) > 1
+        expected = "HookedProcessGroup" if hooked else "MixedProcessGroup" if several else "SmddpProcessGroup"
+        assert report["kind"] == expected
+
+
+# ---- what torch looks at
+
+
+def looked_at() -> dict[str, object]:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    start(timeout=timedelta(seconds=40))
+    world = dist.group.WORLD
+    found: dict[str, object] = {"backend": dist.get_backend(), "name": world.name(), "size": world.size()}
+    found["timeout"] = world._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    distributed_c10d._set_pg_timeout(timedelta(seconds=50), world)
+    found["changed"] = world._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    before = world._get_sequence_number_for_group()
+    for _ in range(3):
+        dist.all_reduce(torch.ones(1))
+    found["calls"] = world._get_sequence_number_for_group() - before
+    dist.barrier(device_ids=[0])
+    dist.destroy_process_group()
+    return found
+
+
+def test_names_limits_and_numbers() -> None:
+    for report in conftest.run(looked_at, 2).check().reports:
+        assert report == {
+            "backend": "smddp", "name": "smddp", "size": 2, "timeout": 40.0, "changed": 50.0, "calls": 3,
+        }  # fmt: skip
+
+
+def profiled() -> list[dict[str, object]]:
+    import torch
+    import torch.distributed as dist
+
+    start()
+    rank = dist.get_rank()
+    small, strided = torch.ones(6), torch.ones(4, 4).t()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        dist.all_reduce(small)
+        dist.all_reduce(strided)
+        dist.all_gather_into_tensor(torch.empty(12), small)
+        dist.broadcast(small, src=0)
+        work = dist.all_reduce(small, dist.ReduceOp.MAX, async_op=True)
+        work.wait()
+        dist.send(small, 1) if rank == 0 else dist.recv(small, 0)
+        dist.barrier()
+    dist.all_reduce(small)
+    dist.destroy_process_group()
+    events = [e for e in profile.events() if e.name.startswith("smddp:")]
+    return [{"name": e.name, "shapes": [list(s) for s in e.input_shapes], "async": e.is_async} for e in events]
+
+
+def test_a_profile_shows_every_call() -> None:
+    for rank, events in enumerate(conftest.run(profiled, 2).check().reports):
+        message = "smddp:send" if rank == 0 else "smddp:recv"
+        assert sorted((e["name"], e["shapes"]) for e in events) == sorted(
+            [
+                ("smddp:all_reduce", [[6]]),
+                ("smddp:all_reduce", [[4, 4]]),
+                ("smddp:all_gather", [[6]]),
+                ("smddp:broadcast", [[6]]),
+                ("smddp:all_reduce", [[6]]),
+                (message, [[6]]),
+                ("smddp:barrier", []),
+            ]
+        )
+        assert all(e["async"] for e in events)
+
+
+def recorded() -> list[dict[str, object]]:
+    import json
+
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import _dump_fr_trace_json
+
+    start()
+    dist.all_reduce(torch.ones(5))
+    dist.broadcast(torch.ones(3), src=0)
+    entries = json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False, backend="smddp"))["entries"]
+    dist.destroy_process_group()
+    return [{"name": e["profiling_name"], "sizes": e["input_sizes"]} for e in entries]
+
+
+def test_the_flight_recorder_sees_calls_when_asked_for() -> None:
+    pytest.importorskip("torch")
+    import torch._C._distributed_c10d as c10d
+
+    if not hasattr(c10d, "FlightRecorderHook"):
+        pytest.skip("this torch has no recorder for backends written in Python")
+    for entries in conftest.run(recorded, 2, env={"TORCH_FR_BUFFER_SIZE": "100"}).check().reports:
+        sizes = [e["sizes"] for e in entries]
+        assert [[5]] in sizes, entries
+        assert [[3]] in sizes, entries
