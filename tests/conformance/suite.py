@@ -8,7 +8,7 @@ gated on the names of torch's own backends; three modes open the gates:
   native   the suite is told the backend's own name, and that it can do what gloo can; checks its profiler labels
   mpi      as alias; opens the all_to_all tests the suite keeps for MPI
 
-Ranks are forked from a process that has imported torch, and import the backend's package themselves.
+Ranks are forked from a process that has imported torch and the backend's package.
 
   suite.py --backend gloo --world-size 2 --json gloo.json
   suite.py --backend smddp --mode alias --world-size 4 --ranks-per-node 2 --baseline gloo.json
@@ -69,7 +69,7 @@ class Config:
 
 
 def attach_backend() -> None:
-    """Imports the backend's package, and binds the name of gloo to it unless its own name is used. In each rank."""
+    """Imports the backend's package, and binds the name of gloo to it unless its own name is used."""
     import torch.distributed as dist
 
     backend = Config.given.backend
@@ -98,7 +98,6 @@ def enter_rank(rank: int) -> None:
     torch.set_num_threads(1)
     if Config.given.ranks_per_node:
         os.environ["SMDDP_NODE_ID"] = f"node{rank // Config.given.ranks_per_node}"
-    attach_backend()
 
 
 def patch_framework() -> None:
@@ -294,6 +293,7 @@ def main() -> int:
         import torch
 
         start = time.time()
+        attach_backend()
         rows = run(make_suite())
     counts = {status: sum(row["status"] == status for row in rows) for status in ("pass", "fail", "skip")}
     bad = [row["test"] for row in rows if row["status"] == "fail"]
