@@ -104,6 +104,8 @@ class Collectives:
     def __init__(self, communicator: Communicator) -> None:
         self._comm = communicator
         self._sum_now = communicator.sum_now
+        # Not imported above: this module is loaded in the midst of torch's own import.
+        self._profiler = torch.autograd.profiler
         self._size = communicator.size
         self._rank = communicator.rank
 
@@ -115,7 +117,7 @@ class Collectives:
         Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
         exchange of balanced shards between nodes."""
         # The commonest call of all, with as few steps as can be.
-        if not torch.autograd.profiler._is_profiler_enabled and self._sum_now(tensors, opts):
+        if not self._profiler._is_profiler_enabled and self._sum_now(tensors, opts):
             return DONE
         if type(opts) is not AllreduceOptions:
             tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
@@ -469,7 +471,7 @@ class Collectives:
     recvAnysource = recv_anysource
 
     def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
-        if torch.autograd.profiler._is_profiler_enabled:
+        if self._profiler._is_profiler_enabled:
             return _recorded(name, span, span, tensors, start)
         return SmddpWork(start(), tensors, span.finish)
 
@@ -518,7 +520,7 @@ class Collectives:
         self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, opts: Any
     ) -> Work | None:
         """The short way; None: these tensors, or a profiler, need the long one."""
-        if torch.autograd.profiler._is_profiler_enabled:
+        if self._profiler._is_profiler_enabled:
             return None
         if _is_async(opts):
             handle = self._comm.start_tensors(
@@ -546,7 +548,7 @@ class Collectives:
         """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
         limit = None if opts is None else _limit(codes.NAMES[collective], opts)
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
-        if torch.autograd.profiler._is_profiler_enabled:
+        if self._profiler._is_profiler_enabled:
             work = _recorded(
                 codes.NAMES[collective], source, target, results, lambda: self._comm.start(*call, (source, target))
             )

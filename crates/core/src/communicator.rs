@@ -295,7 +295,8 @@ impl<T: Transports> Communicator<T> {
     pub fn is_trivial(&self, request: &Request) -> Result<bool> {
         let one = self.size() == 1 && !request.collective.rooted();
         let in_place = request.input.as_ptr() == request.output.as_ptr();
-        let usable = !self.inner.closed.load(Ordering::Acquire) && !self.inner.aborted.load(Ordering::Acquire);
+        let usable =
+            !self.inner.closed.load(Ordering::Acquire) && !self.inner.aborted.load(Ordering::Acquire);
         if !(one && in_place && usable) {
             return Ok(false);
         }
@@ -669,7 +670,6 @@ fn argument(
         hint: hint.into(),
     }
 }
-
 
 fn poisoned() -> Error {
     Error::Internal("a thread panicked while it held a group's table".to_owned())

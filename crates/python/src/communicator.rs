@@ -108,8 +108,13 @@ impl Communicator {
 
     /// A synchronous sum of one dense CPU tensor, as torch passes it, from start to end. False: this is another call,
     /// and nothing was done.
-    fn sum_now(&self, py: Python<'_>, tensors: &Bound<'_, PyAny>, options: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let Some(request) = torch::plain_sum(py, self.inner.size(), tensors, options)? else { return Ok(false) };
+    fn sum_now(
+        &self,
+        py: Python<'_>,
+        tensors: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let Some(request) = torch::plain_sum(py, tensors, options)? else { return Ok(false) };
         // A call that is soon over need not ask for its time limit.
         self.finish(py, request, FIRST_SLICE, |handle| {
             if let Some(limit) = torch::limit(py, options)? {

@@ -155,7 +155,7 @@ pub fn use_tensor_type(cls: &Bound<'_, PyType>) -> PyResult<bool> {
 }
 
 /// Dtype, address and count of `object`, when it is a dense CPU tensor of exactly the known class.
-fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<(DType, usize, usize)> {
+pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<(DType, usize, usize)> {
     let tensor = TENSOR.get()?;
     if !object.get_type().is(tensor.class.bind(py)) {
         return None;

@@ -8,6 +8,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyDelta, PyDeltaAccess, PyList, PyType};
 use smddp::{Collective, Request};
 
+use crate::arguments::region;
 use crate::dlpack;
 
 /// Torch's own functions behind two attributes and a comparison: called directly, they cost a third less.
@@ -55,7 +56,6 @@ pub fn use_torch(
 /// The request of a synchronous sum of one dense CPU tensor; None for every other call.
 pub fn plain_sum(
     py: Python<'_>,
-    size: usize,
     tensors: &Bound<'_, PyAny>,
     options: &Bound<'_, PyAny>,
 ) -> PyResult<Option<Request>> {
@@ -71,7 +71,9 @@ pub fn plain_sum(
     if !is_true(&names.equal.bind(py).call1((reduction, names.sum.bind(py)))?) {
         return Ok(None);
     }
-    dlpack::request(py, size, Collective::AllReduce as u8, 0, 0, &tensors.get_item(0)?, None)
+    let Some((dtype, address, count)) = dlpack::describe(py, &tensors.get_item(0)?) else { return Ok(None) };
+    let whole = region((address, count * dtype.size()));
+    Ok(Some(Request::new(Collective::AllReduce, dtype, count, whole, whole)))
 }
 
 fn is_true(object: &Bound<'_, PyAny>) -> bool {
