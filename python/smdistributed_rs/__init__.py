@@ -15,7 +15,10 @@ whatever else has the buffer protocol or DLPack::
 Importing needs neither torch nor MPI, libfabric or CUDA. Errors are those of `smdistributed_rs.errors`.
 """
 
+import atexit as _atexit
+
 from ._core import Handle, __version__
+from ._core import stop_callbacks as _stop_callbacks
 from ._launch import export_launcher_variables
 from ._torch_hook import register_with_torch
 from .communicator import Communicator, World, init
@@ -56,5 +59,6 @@ __all__ = [
     "init",
 ]
 
+_atexit.register(_stop_callbacks)
 export_launcher_variables()
 register_with_torch()

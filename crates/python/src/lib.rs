@@ -23,6 +23,8 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use super::callback::stop_callbacks;
+    #[pymodule_export]
     use super::communicator::Communicator;
     #[pymodule_export]
     use super::dlpack::{DlpackView, view_capsule};
