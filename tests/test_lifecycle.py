@@ -40,6 +40,7 @@ def footprint() -> dict[str, float]:
         "files": len(os.listdir("/proc/self/fd")),
         "threads": int(status["Threads"]),
         "mib": int(status["VmRSS"].split()[0]) / 1024,
+        "mapped": int(status["VmSize"].split()[0]) / 1024,
     }
 
 
@@ -65,8 +66,9 @@ def test_init_after_destroy_in_one_process(nodes: list[int]) -> None:
     ports = [conftest.free_port() for _ in range(10)]
     for report in conftest.run(init_and_destroy, 2, nodes=nodes, ports=ports).check().reports:
         assert report["sums"] == [2.0] * 10
-        # The second round costs some 33 MiB once; after five rounds or twenty-five it is the same.
-        for what, allowed in [("files", 2), ("threads", 1), ("mib", 45)]:
+        # libfabric leaves some 17 MiB in the heap once, in the second round; after five rounds or twenty-five it is the
+        # same. Staging that stayed would map 16 MiB a round, resident or not; an arena of malloc may map 64 MiB.
+        for what, allowed in [("files", 2), ("threads", 1), ("mib", 28), ("mapped", 100)]:
             assert report["after"][what] <= report["before"][what] + allowed, (what, report)
 
 
@@ -91,7 +93,7 @@ def groups_without_growth(count: int) -> dict:
 @pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
 def test_many_groups_without_growth(nodes: list[int]) -> None:
     for report in conftest.run(groups_without_growth, 2, nodes=nodes, count=100, limit=120).check().reports:
-        for what, allowed in [("files", 2), ("threads", 1), ("mib", 12)]:
+        for what, allowed in [("files", 2), ("threads", 1), ("mib", 12), ("mapped", 100)]:
             assert report["after"][what] <= report["before"][what] + allowed, (what, report)
 
 

@@ -1,43 +1,44 @@
-//! Registered staging memory, lent to operations for their scratch. Bounded: what does not fit comes from the heap
+//! Registered staging memory, lent to operations for their scratch. Bounded: what does not fit is mapped
 //! for the time of one operation, so that an operation never waits for another's memory.
 
-use std::alloc::Layout;
+use std::ptr;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::error::{Error, Result};
 use crate::memory::Region;
 
 const ALIGN: usize = 4096;
 
-/// Page-aligned zeroed memory of its own.
+/// Page-aligned zeroed memory of its own: a mapping, so that pages nobody touched cost nothing, and all of it goes back
+/// to the system at the end, where the allocator would keep it.
 struct Block {
     region: Region,
-    layout: Layout,
 }
 
 impl Block {
     fn new(bytes: usize) -> Result<Block> {
-        let fail = |reason: String| Error::Resource {
+        let len = bytes.max(1).next_multiple_of(ALIGN);
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let mapped = unsafe {
+            mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        };
+        let start = mapped.map_err(|e| Error::Resource {
             what: "staging for a collective".to_owned(),
             resource: "memory",
-            reason,
+            reason: format!("{bytes} bytes could not be mapped: {e}"),
             hint: "Lower SMDDP_STAGING or SMDDP_CHUNK".to_owned(),
-        };
-        let layout =
-            Layout::from_size_align(bytes.max(1), ALIGN).map_err(|e| fail(format!("{bytes} bytes: {e}")))?;
-        // SAFETY: the layout's size is at least 1.
-        let ptr = unsafe { std::alloc::alloc_zeroed(layout) };
-        if ptr.is_null() {
-            return Err(fail(format!("{bytes} bytes could not be allocated")));
-        }
-        // SAFETY: freshly allocated, freed only in drop; Staging hands out disjoint pieces (R1, R3).
-        Ok(Block { region: unsafe { Region::new(ptr, layout.size()) }, layout })
+        })?;
+        // SAFETY: freshly mapped, unmapped only in drop; Staging hands out disjoint pieces (R1, R3).
+        Ok(Block { region: unsafe { Region::new(start.cast(), len) } })
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; no operation that uses it is left (Staging's owner withdrew them).
-        unsafe { std::alloc::dealloc(self.region.as_ptr(), self.layout) }
+        // SAFETY: mapped in `new` with this length; no operation that uses it is left (Staging's owner withdrew them).
+        // It fails only for arguments that are no mapping.
+        let _ = unsafe { munmap(self.region.as_ptr().cast(), self.region.len()) };
     }
 }
 
