@@ -180,20 +180,42 @@ impl<T: Transports> Engine<T> {
 
     /// Starts an operation and helps until it is done or `limit` has passed.
     pub fn run(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
-        self.shared.put(Arc::clone(op));
-        self.wait(op, limit)
+        match self.shared.driver.try_lock() {
+            // The seat is free: no detour by the inbox, but what lies there was submitted before.
+            Ok(mut driver) => {
+                self.shared.take_inbox(&mut driver);
+                driver.start(Arc::clone(op));
+                self.wait_seated(Some(driver), op, limit)
+            }
+            Err(_) => {
+                self.shared.put(Arc::clone(op));
+                self.wait_seated(None, op, limit)
+            }
+        }
     }
 
     /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.
     pub fn wait(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
+        self.wait_seated(None, op, limit)
+    }
+
+    /// As [`wait`](Self::wait), by a caller who may hold the seat already.
+    fn wait_seated(
+        &self,
+        mut seat: Option<MutexGuard<'_, Driver<T>>>,
+        op: &Arc<OpState>,
+        limit: Option<Duration>,
+    ) -> Result<()> {
         let until = limit.map(|l| Instant::now() + l);
         let late = || until.is_some_and(|u| Instant::now() >= u);
         let mut enough = |_: &mut Driver<T>| op.is_done() || late();
         loop {
-            if let Some(result) = op.result() {
+            if seat.is_none()
+                && let Some(result) = op.result()
+            {
                 return result.clone();
             }
-            match self.shared.driver.try_lock() {
+            match seat.take().map_or_else(|| self.shared.driver.try_lock(), Ok) {
                 Ok(mut driver) => {
                     self.shared.drive(&mut driver, &mut enough, false);
                     self.finish_help(driver);
