@@ -75,6 +75,14 @@ impl Request {
     }
 }
 
+/// The plans made so far.
+#[derive(Default)]
+struct Plans {
+    made: HashMap<CallShape, Arc<Ready>>,
+    /// The one used last: most calls repeat the one before, or a few in turn.
+    last: Option<(CallShape, Arc<Ready>)>,
+}
+
 struct Inner<T: Transports> {
     engine: Arc<Engine<T>>,
     index: usize,
@@ -84,10 +92,9 @@ struct Inner<T: Transports> {
     shape: Arc<GroupShape>,
     tuning: Tuning,
     timeout_nanos: AtomicU64,
-    plans: Mutex<HashMap<CallShape, Arc<Ready>>>,
+    plans: Mutex<Plans>,
     /// Number of the next message by (peer, tag, sending).
     message_numbers: Arc<MessageNumbers>,
-    last_algorithm: Mutex<&'static str>,
     /// Collectives called.
     calls: AtomicU64,
     aborted: AtomicBool,
@@ -185,9 +192,8 @@ impl<T: Transports> Communicator<T> {
             shape,
             tuning,
             timeout_nanos: AtomicU64::new(nanos(timeout)),
-            plans: Mutex::new(HashMap::new()),
+            plans: Mutex::default(),
             message_numbers: Arc::default(),
-            last_algorithm: Mutex::new("none"),
             calls: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -231,7 +237,8 @@ impl<T: Transports> Communicator<T> {
 
     /// The algorithm of the last collective started here, as the selection table names it.
     pub fn last_algorithm(&self) -> String {
-        self.inner.last_algorithm.lock().map_or_else(|_| String::new(), |name| (*name).to_owned())
+        let Ok(plans) = self.inner.plans.lock() else { return String::new() };
+        plans.last.as_ref().map_or("none", |(_, ready)| ready.schedule.algorithm).to_owned()
     }
 
     /// One line for people: shape and fabric.
@@ -417,23 +424,23 @@ impl<T: Transports> Communicator<T> {
             splits: request.splits.clone(),
         };
         let mut plans = self.inner.plans.lock().map_err(|_| poisoned())?;
-        let ready = match plans.get(&key) {
+        if let Some((_, ready)) = plans.last.as_ref().filter(|(last, _)| *last == key) {
+            return Ok(Arc::clone(ready));
+        }
+        let ready = match plans.made.get(&key) {
             Some(ready) => Arc::clone(ready),
             None => {
                 let schedule =
                     select::schedule(&self.inner.shape, self.inner.rank, &key, &self.inner.tuning)?;
-                if plans.len() >= PLANS_KEPT {
-                    plans.clear();
+                if plans.made.len() >= PLANS_KEPT {
+                    plans.made.clear();
                 }
                 let ready = Arc::new(Ready::new(schedule));
-                plans.insert(key, Arc::clone(&ready));
+                plans.made.insert(key.clone(), Arc::clone(&ready));
                 ready
             }
         };
-        drop(plans);
-        if let Ok(mut last) = self.inner.last_algorithm.lock() {
-            *last = ready.schedule.algorithm;
-        }
+        plans.last = Some((key, Arc::clone(&ready)));
         Ok(ready)
     }
 

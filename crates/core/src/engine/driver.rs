@@ -20,6 +20,8 @@ pub struct Driver<T: Transports> {
     pub fabric: Option<T::Fabric>,
     pub staging: Staging,
     done: Vec<Ctx>,
+    /// Since the last turn a group has failed, which may have left `busy` behind.
+    has_failed: bool,
     /// Operations whose callbacks are to be run once the driver's lock is free.
     pub finished: Vec<Arc<OpState>>,
     looked: Instant,
@@ -40,6 +42,7 @@ impl<T: Transports> Driver<T> {
             fabric: None,
             staging: Staging::new(staging),
             done: Vec::new(),
+            has_failed: false,
             finished: Vec::new(),
             looked: Instant::now(),
         }
@@ -95,6 +98,7 @@ impl<T: Transports> Driver<T> {
 
     pub fn fail(&mut self, index: usize, error: &Error) {
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
+            self.has_failed = true;
             group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
         }
     }
@@ -118,9 +122,9 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    /// Polls everything once and starts what can start. True when anything moved.
+    /// Starts what can start, polls everything once, and goes on with what that completed. True when anything moved.
     pub fn turn(&mut self) -> bool {
-        let mut moved = false;
+        let mut moved = self.advance();
         let mut spans_nodes = false;
         for at in 0..self.busy.len() {
             let index = self.busy[at];
@@ -132,15 +136,28 @@ impl<T: Transports> Driver<T> {
         if spans_nodes {
             moved |= self.poll_fabric();
         }
+        moved |= self.advance();
+        if moved || self.has_failed {
+            self.has_failed = false;
+            self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
+        }
+        moved
+    }
+
+    /// Goes on with every group that can.
+    fn advance(&mut self) -> bool {
+        let mut moved = false;
         for at in 0..self.busy.len() {
             let index = self.busy[at];
             let Some(group) = self.groups[index].as_mut() else { continue };
+            if !group.can_advance() {
+                continue;
+            }
             match group.advance(self.fabric.as_mut(), &mut self.staging, &mut self.finished) {
                 Ok(m) => moved |= m,
                 Err(error) => self.fail(index, &error),
             }
         }
-        self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
         moved
     }
 

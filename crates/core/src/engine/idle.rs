@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-/// Fruitless polls before each stage.
+/// Fruitless polls in each stage.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     pub spins: u32,
@@ -56,11 +56,6 @@ impl Idle {
         } else {
             Step::Sleep
         }
-    }
-
-    /// Whether this is one of the polls at which the clock should be read.
-    pub fn look_at_clock(&self) -> bool {
-        self.count % 64 == 63
     }
 }
 
