@@ -11,13 +11,10 @@ left is ours. Prints both and their ratio; with --at-most fails when the ratio i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 import torch
 import torch.distributed as dist
@@ -82,7 +79,7 @@ def main() -> int:
     options = parser.parse_args()
 
     dist.Backend.register_backend("idle", lambda _, __: IdleGroup(0, 1), extended_api=True, devices=["cpu"])
-    dist.init_process_group("smddp")
+    dist.init_process_group("smddp", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     groups = {"idle": dist.new_group(backend="idle"), "smddp": world}
     tensor = torch.ones(1)
