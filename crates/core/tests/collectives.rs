@@ -266,6 +266,37 @@ fn a_call_that_differs_is_an_error_on_every_rank() {
 }
 
 #[test]
+fn calls_without_elements_need_no_order() {
+    for shape in [GroupShape::even(1, 2), GroupShape::even(2, 2), GroupShape::uneven(&[2, 1])] {
+        let groups = groups(&shape, 10, &Tuning::default());
+        on_all(&groups, |g| {
+            g.set_timeout(Duration::from_secs(5));
+            let mut full = [1f32; 4];
+            for turn in 0..6 {
+                // Each rank at another place.
+                if g.rank() == turn % g.size() {
+                    g.all_reduce::<f32>(&mut [], ReduceOp::Sum).unwrap();
+                }
+                g.all_reduce(&mut full, ReduceOp::Sum).unwrap();
+            }
+            assert_eq!(full, [(g.size() as f32).powi(6); 4]);
+        });
+    }
+}
+
+#[test]
+fn a_call_without_elements_where_others_have_some_is_told_at_the_next_call() {
+    let groups = groups(&GroupShape::even(2, 1), 11, &Tuning::default());
+    let results = on_all(&groups, |g| {
+        g.set_timeout(Duration::from_secs(20));
+        let mut a = vec![1f32; if g.rank() == 1 { 0 } else { 5 }];
+        g.all_reduce(&mut a, ReduceOp::Sum).and_then(|()| g.all_reduce(&mut [1f32; 3], ReduceOp::Sum))
+    });
+    assert!(results.iter().all(Result::is_err), "{results:?}");
+    assert!(results.iter().any(|r| matches!(r, Err(Error::Mismatch { .. }))), "{results:?}");
+}
+
+#[test]
 fn a_rank_that_stays_away_is_named_by_the_timeout() {
     for shape in [GroupShape::even(1, 3), GroupShape::even(3, 1)] {
         let groups = groups(&shape, 8, &Tuning::default());

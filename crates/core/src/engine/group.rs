@@ -1,7 +1,8 @@
 //! One process group inside the engine: its transport, its queue, the call it runs now, its messages under way.
 //!
 //! Invariants
-//! - **G1** collectives run one after the other, in the order started; messages run beside them.
+//! - **G1** collectives run one after the other, in the order started; messages run beside them. Those that move data
+//!   are numbered; peers tell their messages apart by these numbers.
 //! - **G2** receives from any rank take what has come, in the order they were started; a message that a receive names
 //!   the sender of is never taken.
 //! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
@@ -110,9 +111,9 @@ impl<L: NodeLocal> Group<L> {
             return Ok(());
         }
         match op.work {
-            Work::Collective { .. } => {
+            Work::Collective { ref ready, .. } => {
                 op.seq.store(self.next_seq, Ordering::Relaxed);
-                self.next_seq += 1;
+                self.next_seq += u64::from(!ready.schedule.is_nothing());
                 self.queue.push_back(op);
                 self.stirred = true;
                 Ok(())

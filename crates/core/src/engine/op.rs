@@ -132,11 +132,11 @@ impl OpState {
         if self.result.set(result).is_err() {
             return false;
         }
-        if self.state.swap(DONE, Ordering::AcqRel) == SLEPT_ON {
+        if self.state.swap(DONE, Ordering::SeqCst) == SLEPT_ON {
             // A failed wake-up only delays the sleeper to its next time limit.
             let _ = futex::wake(&self.state, futex::Flags::PRIVATE, u32::MAX);
         }
-        self.has_callbacks.load(Ordering::Acquire)
+        self.has_callbacks.load(Ordering::SeqCst)
     }
 
     /// Runs what `on_done` left. Called with no lock held.
@@ -155,10 +155,11 @@ impl OpState {
     pub fn on_done(&self, callback: Callback) {
         if let Ok(mut list) = self.callbacks.lock() {
             list.push(callback);
-            self.has_callbacks.store(true, Ordering::Release);
+            self.has_callbacks.store(true, Ordering::SeqCst);
         }
-        // Either the finisher sees the flag, or we see that it has finished: both orders run the callback once.
-        if self.is_done() {
+        // Either the finisher sees the flag, or we see that it has finished (all four accesses are in one order, SeqCst);
+        // whoever empties the list runs what was in it, so each callback runs once.
+        if self.state.load(Ordering::SeqCst) == DONE {
             self.run_callbacks();
         }
     }

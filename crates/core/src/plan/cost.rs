@@ -81,7 +81,7 @@ pub fn price(
     model: &Model,
 ) -> Result<f64> {
     let cx = Context { shape, rank: 0, call, tuning };
-    if call.count == 0 && call.counts.is_none() && call.collective != Collective::Barrier {
+    if call.moves_nothing() {
         return Ok(0.0);
     }
     let rounds = match call.collective {

@@ -176,9 +176,22 @@ pub struct Schedule {
     pub link_bytes: usize,
 }
 
+/// The algorithm of calls without elements.
+const NOTHING: &str = "nothing";
+
 impl Schedule {
     pub fn rounds(&self) -> usize {
         self.full_rounds + usize::from(self.tail.is_some())
+    }
+
+    /// What a call without elements does, on every rank: it meets nobody, so it may come before another call on one rank
+    /// and after it on the next.
+    pub fn nothing() -> Schedule {
+        Schedule::single(NOTHING, Plan::default(), 0)
+    }
+
+    pub fn is_nothing(&self) -> bool {
+        self.algorithm == NOTHING
     }
 
     /// The plan of round `round`.

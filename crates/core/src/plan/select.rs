@@ -48,6 +48,12 @@ impl CallShape {
         CallShape { root, ..CallShape::new(collective, elem, count) }
     }
 
+    /// Whether no rank has an element to move. (An uneven all_to_all never knows that.)
+    pub fn moves_nothing(&self) -> bool {
+        let counted = self.counts.as_ref().map_or(self.count, |counts| counts.iter().sum());
+        self.collective != Collective::Barrier && self.splits.is_none() && counted == 0
+    }
+
     /// Bytes of all blocks together: what the selection table goes by. For an uneven all_to_all, whose sizes no rank
     /// knows alone, 0.
     pub fn bytes(&self, size: usize) -> usize {
@@ -293,9 +299,8 @@ pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&
 pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuning) -> Result<Schedule> {
     check(shape, rank, call)?;
     let cx = Context { shape, rank, call, tuning };
-    let nothing = call.count == 0 && call.counts.is_none() && call.splits.is_none();
-    if call.collective != Collective::Barrier && nothing {
-        return Ok(Schedule::single("nothing", Plan::default(), 0));
+    if call.moves_nothing() {
+        return Ok(Schedule::nothing());
     }
     if shape.size() == 1 {
         return Ok(alone(&cx));
