@@ -156,29 +156,6 @@ impl<T: Transports> DeviceGroup<T> {
         started
     }
 
-    /// Whether messages between ranks go over the device (else they are the host's).
-    pub fn has_messages(&self) -> bool {
-        self.path == Path::Nccl
-    }
-
-    /// Enqueues a message to or from group rank `peer` on `stream`.
-    ///
-    /// # Safety
-    /// As [`start`](Self::start).
-    pub unsafe fn message(&self, send: bool, peer: usize, memory: Memory, stream: u64) -> Result<()> {
-        let stream = stream as sys::Stream;
-        let mut parts = self.enter(if send { "send" } else { "recv" }, stream)?;
-        with(&mut parts.nccl)?.message(send, peer, (memory.address, memory.bytes), stream)
-    }
-
-    /// Opens, or closes, a group of messages: those between go as one, whatever their order on the two sides.
-    pub fn batch(&self, open: bool) -> Result<()> {
-        match &self.lock()?.nccl {
-            Some(nccl) => nccl.group(open),
-            None => Ok(()),
-        }
-    }
-
     /// Why the group failed, if it did.
     pub fn failure(&self) -> Option<Error> {
         if let Some(error) = self.host.failure().or_else(|| self.rail.as_ref()?.failure()) {

@@ -266,33 +266,6 @@ impl NcclComm {
         }
     }
 
-    /// Enqueues a message to or from `peer`.
-    pub(crate) fn message(
-        &self,
-        send: bool,
-        peer: usize,
-        (address, bytes): (u64, usize),
-        stream: Stream,
-    ) -> Result<()> {
-        let (n, other, kind) = (&self.nccl, peer as c_int, sys::dtype::UINT8);
-        // SAFETY: vouched for by the caller of the group's `message`.
-        let status = unsafe {
-            if send {
-                (n.send)(address as *const c_void, bytes, kind, other, self.raw.0, stream)
-            } else {
-                (n.recv)(address as *mut c_void, bytes, kind, other, self.raw.0, stream)
-            }
-        };
-        check(n, if send { "send" } else { "recv" }, status)
-    }
-
-    /// Opens, or closes, a group: calls between become one.
-    pub(crate) fn group(&self, open: bool) -> Result<()> {
-        // SAFETY: opened and closed in pairs, by one thread.
-        let status = unsafe { if open { (self.nccl.group_start)() } else { (self.nccl.group_end)() } };
-        check(&self.nccl, if open { "opening a group" } else { "closing a group" }, status)
-    }
-
     /// Ends the communicator; `failed`: without waiting for peers.
     pub(crate) fn end(self, failed: bool) {
         let (tell, told) = mpsc::channel::<()>();
