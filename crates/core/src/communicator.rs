@@ -14,6 +14,7 @@ use crate::engine::group::Seat;
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
+use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::select::{self, CallShape, Tuning};
 use crate::topology::GroupShape;
@@ -45,6 +46,8 @@ pub struct Request {
     pub splits: Option<(Blocks, Blocks)>,
     /// The group's when `None`.
     pub timeout: Option<Duration>,
+    /// Begin only when it opens. The group's later collectives wait behind this one.
+    pub gate: Option<Gate>,
 }
 
 impl Request {
@@ -60,6 +63,7 @@ impl Request {
             counts: None,
             splits: None,
             timeout: None,
+            gate: None,
         }
     }
 
@@ -75,6 +79,14 @@ impl Request {
     }
 }
 
+/// The plans made so far.
+#[derive(Default)]
+struct Plans {
+    made: HashMap<CallShape, Arc<Ready>>,
+    /// The one used last: most calls repeat the one before, or a few in turn.
+    last: Option<(CallShape, Arc<Ready>)>,
+}
+
 struct Inner<T: Transports> {
     engine: Arc<Engine<T>>,
     index: usize,
@@ -84,10 +96,9 @@ struct Inner<T: Transports> {
     shape: Arc<GroupShape>,
     tuning: Tuning,
     timeout_nanos: AtomicU64,
-    plans: Mutex<HashMap<CallShape, Arc<Ready>>>,
+    plans: Mutex<Plans>,
     /// Number of the next message by (peer, tag, sending).
     message_numbers: Arc<MessageNumbers>,
-    last_algorithm: Mutex<&'static str>,
     /// Collectives called.
     calls: AtomicU64,
     aborted: AtomicBool,
@@ -185,9 +196,8 @@ impl<T: Transports> Communicator<T> {
             shape,
             tuning,
             timeout_nanos: AtomicU64::new(nanos(timeout)),
-            plans: Mutex::new(HashMap::new()),
+            plans: Mutex::default(),
             message_numbers: Arc::default(),
-            last_algorithm: Mutex::new("none"),
             calls: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -231,7 +241,8 @@ impl<T: Transports> Communicator<T> {
 
     /// The algorithm of the last collective started here, as the selection table names it.
     pub fn last_algorithm(&self) -> String {
-        self.inner.last_algorithm.lock().map_or_else(|_| String::new(), |name| (*name).to_owned())
+        let Ok(plans) = self.inner.plans.lock() else { return String::new() };
+        plans.last.as_ref().map_or("none", |(_, ready)| ready.schedule.algorithm).to_owned()
     }
 
     /// One line for people: shape and fabric.
@@ -293,7 +304,7 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call was over as soon as it was made: one rank's data is already where it is to be. Never waits.
     pub fn is_trivial(&self, request: &Request) -> Result<bool> {
-        let one = self.size() == 1 && !request.collective.rooted();
+        let one = self.size() == 1 && !request.collective.rooted() && request.gate.is_none();
         let in_place = request.input.as_ptr() == request.output.as_ptr();
         let usable =
             !self.inner.closed.load(Ordering::Acquire) && !self.inner.aborted.load(Ordering::Acquire);
@@ -404,7 +415,9 @@ impl<T: Transports> Communicator<T> {
         let ready = self.plan(request)?;
         self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let work = Work::Collective { ready, input: request.input, output: request.output };
-        Ok(Arc::new(self.op(request.call(), work, request.timeout)))
+        let mut op = self.op(request.call(), work, request.timeout);
+        op.gate.clone_from(&request.gate);
+        Ok(Arc::new(op))
     }
 
     fn plan(&self, request: &Request) -> Result<Arc<Ready>> {
@@ -417,23 +430,23 @@ impl<T: Transports> Communicator<T> {
             splits: request.splits.clone(),
         };
         let mut plans = self.inner.plans.lock().map_err(|_| poisoned())?;
-        let ready = match plans.get(&key) {
+        if let Some((_, ready)) = plans.last.as_ref().filter(|(last, _)| *last == key) {
+            return Ok(Arc::clone(ready));
+        }
+        let ready = match plans.made.get(&key) {
             Some(ready) => Arc::clone(ready),
             None => {
                 let schedule =
                     select::schedule(&self.inner.shape, self.inner.rank, &key, &self.inner.tuning)?;
-                if plans.len() >= PLANS_KEPT {
-                    plans.clear();
+                if plans.made.len() >= PLANS_KEPT {
+                    plans.made.clear();
                 }
                 let ready = Arc::new(Ready::new(schedule));
-                plans.insert(key, Arc::clone(&ready));
+                plans.made.insert(key.clone(), Arc::clone(&ready));
                 ready
             }
         };
-        drop(plans);
-        if let Ok(mut last) = self.inner.last_algorithm.lock() {
-            *last = ready.schedule.algorithm;
-        }
+        plans.last = Some((key, Arc::clone(&ready)));
         Ok(ready)
     }
 

@@ -27,7 +27,8 @@ impl Mask {
 
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.0 == [0; WORDS]
+        // Folded: comparing arrays calls memcmp.
+        self.0.iter().fold(0, |any, word| any | word) == 0
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = usize> {

@@ -28,6 +28,8 @@ pub struct ShmNode {
     phases: Phases,
     messages: Messages,
     sleeper: Sleeper,
+    /// The peer without whose next exchange the last poll could do nothing at all; work that comes in ends that.
+    stuck_on: Option<usize>,
     peers: Peers,
     bell: Arc<dyn Bell>,
     /// The last call, by its number, if it was one in which some rank reads nothing of the others.
@@ -50,6 +52,7 @@ impl ShmNode {
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
             segment,
             sleeper: Sleeper::default(),
+            stuck_on: None,
             peers,
             unread: None,
             failed: None,
@@ -102,6 +105,11 @@ impl ShmNode {
             }
             let (stepped, blockers) = self.poll_phases(done)?;
             moved |= stepped;
+            if let [Step::Blocked(peer), Step::Idle] = blockers
+                && self.messages.is_idle()
+            {
+                self.stuck_on = Some(peer);
+            }
             if moved || !self.sleeper.is_armed() {
                 return Ok(moved);
             }
@@ -136,6 +144,18 @@ impl ShmNode {
             self.notify();
         }
         step
+    }
+
+    /// Whether nothing has changed since a poll that could do nothing. The price of most polls of a waiting rank.
+    #[inline]
+    fn is_stuck(&mut self) -> bool {
+        match self.stuck_on {
+            Some(peer) if !self.sleeper.is_armed() && !self.ring.has_published(&*self.segment, peer) => true,
+            _ => {
+                self.stuck_on = None;
+                false
+            }
+        }
     }
 
     /// The only peer whose doings can move this rank, if there is such a one.
@@ -173,6 +193,7 @@ impl ShmNode {
 impl NodeLocal for ShmNode {
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
         self.check()?;
+        self.stuck_on = None;
         let call = run.call;
         let number = self.phases.submit(run)?;
         if self.ranks.len() > 1 {
@@ -188,15 +209,18 @@ impl NodeLocal for ShmNode {
 
     fn send(&mut self, message: Message) -> Result<()> {
         self.check()?;
+        self.stuck_on = None;
         self.messages.send(message)
     }
 
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        self.stuck_on = None;
         self.messages.has_come(peer, key)
     }
 
     fn recv(&mut self, message: Message) -> Result<()> {
         self.check()?;
+        self.stuck_on = None;
         self.messages.recv(message)
     }
 
@@ -205,6 +229,9 @@ impl NodeLocal for ShmNode {
         if abort::is_raised(&*self.segment) {
             let error = self.heard_of_abort();
             return Err(self.fail(error));
+        }
+        if self.is_stuck() {
+            return Ok(false);
         }
         match self.try_poll(done) {
             Ok(moved) => Ok(moved),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::group::{Group, Seat, group_of};
-use crate::engine::idle::{LIVENESS, LONGEST_SLEEP};
+use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ pub struct Driver<T: Transports> {
     pub fabric: Option<T::Fabric>,
     pub staging: Staging,
     done: Vec<Ctx>,
+    /// Since the last turn a group has failed, which may have left `busy` behind.
+    has_failed: bool,
     /// Operations whose callbacks are to be run once the driver's lock is free.
     pub finished: Vec<Arc<OpState>>,
     looked: Instant,
@@ -28,6 +30,8 @@ pub struct Driver<T: Transports> {
 /// Where to sleep, and for how long at most.
 pub enum Bed {
     Bell(Arc<dyn Bell>, Duration),
+    /// A device's word rings no bell.
+    Nap(Duration),
     Fabric(Duration),
 }
 
@@ -40,6 +44,7 @@ impl<T: Transports> Driver<T> {
             fabric: None,
             staging: Staging::new(staging),
             done: Vec::new(),
+            has_failed: false,
             finished: Vec::new(),
             looked: Instant::now(),
         }
@@ -95,6 +100,7 @@ impl<T: Transports> Driver<T> {
 
     pub fn fail(&mut self, index: usize, error: &Error) {
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
+            self.has_failed = true;
             group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
         }
     }
@@ -118,9 +124,9 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    /// Polls everything once and starts what can start. True when anything moved.
+    /// Starts what can start, polls everything once, and goes on with what that completed. True when anything moved.
     pub fn turn(&mut self) -> bool {
-        let mut moved = false;
+        let mut moved = self.advance();
         let mut spans_nodes = false;
         for at in 0..self.busy.len() {
             let index = self.busy[at];
@@ -132,15 +138,28 @@ impl<T: Transports> Driver<T> {
         if spans_nodes {
             moved |= self.poll_fabric();
         }
+        moved |= self.advance();
+        if moved || self.has_failed {
+            self.has_failed = false;
+            self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
+        }
+        moved
+    }
+
+    /// Goes on with every group that can.
+    fn advance(&mut self) -> bool {
+        let mut moved = false;
         for at in 0..self.busy.len() {
             let index = self.busy[at];
             let Some(group) = self.groups[index].as_mut() else { continue };
+            if !group.can_advance() {
+                continue;
+            }
             match group.advance(self.fabric.as_mut(), &mut self.staging, &mut self.finished) {
                 Ok(m) => moved |= m,
                 Err(error) => self.fail(index, &error),
             }
         }
-        self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
         moved
     }
 
@@ -218,15 +237,17 @@ impl<T: Transports> Driver<T> {
     /// `nap` is the limit where a bell alone does not bring all news.
     pub fn lie_down(&mut self, nap: Duration) -> Option<Bed> {
         let many = self.busy.len() > 1;
-        let mut on_fabric = false;
+        let (mut on_fabric, mut gated) = (false, false);
         let mut bell = None;
         for at in 0..self.busy.len() {
             let Some(group) = self.groups[self.busy[at]].as_mut() else { continue };
+            gated |= group.is_gated();
             on_fabric |= group.waits_for_fabric() && group.seat.shape.node_count() > 1;
             group.seat.local.arm();
             bell.get_or_insert_with(|| group.seat.local.bell());
         }
         match bell {
+            Some(_) if gated => Some(Bed::Nap(GATE_NAP)),
             Some(_) if on_fabric && self.fabric.is_some() => Some(Bed::Fabric(nap)),
             Some(bell) => Some(Bed::Bell(bell, if many { nap } else { LONGEST_SLEEP })),
             None => None,

@@ -6,6 +6,8 @@
 //!   the sender of is never taken.
 //! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
 //!   work (so its memory is free), and every later operation fails at once.
+//! - **G4** `advance` goes on until only a start, a completion, a gate that opens, or a message for an open receive can
+//!   move it again: after the first two the group is `stirred`, and polls that bring nothing need not call it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -58,6 +60,8 @@ pub struct Group<L> {
     messages_left: usize,
     /// Messages, by index, that wait for any rank to send (G2).
     open: Vec<usize>,
+    /// G4.
+    stirred: bool,
     next_seq: u64,
     spare: Workspace,
     failed: Option<Error>,
@@ -73,6 +77,7 @@ impl<L: NodeLocal> Group<L> {
             messages: Vec::new(),
             messages_left: 0,
             open: Vec::new(),
+            stirred: false,
             next_seq: 0,
             spare: Workspace::default(),
             failed: None,
@@ -109,6 +114,7 @@ impl<L: NodeLocal> Group<L> {
                 op.seq.store(self.next_seq, Ordering::Relaxed);
                 self.next_seq += 1;
                 self.queue.push_back(op);
+                self.stirred = true;
                 Ok(())
             }
             Work::Message { peer, key, region, send } => match self.keep_message(op, finished) {
@@ -212,6 +218,7 @@ impl<L: NodeLocal> Group<L> {
 
     /// A transport has done what was marked `ctx`.
     pub fn complete(&mut self, ctx: Ctx, finished: &mut Vec<Arc<OpState>>) -> Result<()> {
+        self.stirred = true;
         if ctx.0 & MESSAGE == 0 {
             return match &mut self.active {
                 Some(active) => active.execution.complete(ctx.0 as u32),
@@ -229,6 +236,19 @@ impl<L: NodeLocal> Group<L> {
         }
     }
 
+    /// Whether `advance` may find anything to do (G4).
+    #[inline]
+    pub fn can_advance(&self) -> bool {
+        self.stirred
+            || !self.open.is_empty()
+            || (self.active.is_none() && self.queue.front().is_some_and(|op| op.may_begin()))
+    }
+
+    /// Whether the next call waits for its gate, which rings no bell when it opens.
+    pub fn is_gated(&self) -> bool {
+        self.active.is_none() && self.queue.front().is_some_and(|op| !op.may_begin())
+    }
+
     /// Drives the running call, and begins the next one. True when anything moved.
     pub fn advance<F: Fabric>(
         &mut self,
@@ -237,9 +257,10 @@ impl<L: NodeLocal> Group<L> {
         finished: &mut Vec<Arc<OpState>>,
     ) -> Result<bool> {
         let mut moved = !self.open.is_empty() && self.match_open(fabric.as_deref_mut())?;
+        self.stirred = false;
         loop {
             if self.active.is_none() {
-                match self.queue.pop_front() {
+                match self.queue.pop_front_if(|op| op.may_begin()) {
                     Some(op) => self.active = Some(self.begin(op, staging)?),
                     None => return Ok(moved),
                 }

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-/// Fruitless polls before each stage.
+/// Fruitless polls in each stage.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     pub spins: u32,
@@ -57,17 +57,14 @@ impl Idle {
             Step::Sleep
         }
     }
-
-    /// Whether this is one of the polls at which the clock should be read.
-    pub fn look_at_clock(&self) -> bool {
-        self.count % 64 == 63
-    }
 }
 
 /// Longest sleep on a bell: also how late an abort written by a rank that could not ring is seen.
 pub const LONGEST_SLEEP: Duration = Duration::from_millis(50);
 /// First sleep while several bells, or a bell and the fabric, may bring news.
 pub const SHORT_SLEEP: Duration = Duration::from_micros(200);
+/// Sleep while a device computes what an operation waits for: what that may add to the operation's time.
+pub const GATE_NAP: Duration = Duration::from_micros(50);
 /// How often a fruitless waiter asks whether its peers still live.
 pub const LIVENESS: Duration = Duration::from_millis(100);
 

@@ -34,11 +34,12 @@ use group::Seat;
 use idle::{Idle, Pace, Step};
 use op::OpState;
 
-/// Yields before a waiting caller sleeps; each costs about a microsecond where nobody else wants the core.
-const YIELDS: u32 = 500;
+/// A yield costs about a microsecond where nobody else wants the core.
+const CALLER: Pace = Pace { spins: u32::MAX, yields: 500 };
 /// The progress thread shares its core with the user's compute: it hardly spins.
-const THREAD_SPINS: u32 = 20;
-const THREAD_YIELDS: u32 = 50;
+const THREAD: Pace = Pace { spins: 20, yields: 50 };
+/// A clock read costs as much as a poll; a turn copies at most about a slot.
+const TURNS_PER_LOOK: u32 = 64;
 
 struct Shared<T: Transports> {
     inbox: Mutex<Vec<Arc<OpState>>>,
@@ -144,7 +145,7 @@ impl<T: Transports> Engine<T> {
                 let mut ended = |d: &mut Driver<T>| {
                     !d.group(group).is_some_and(|g| g.is_busy()) || Instant::now() > until
                 };
-                self.shared.drive(driver, &mut ended, false);
+                self.shared.drive(driver, &mut ended, Some(until), CALLER);
                 if ended(driver) {
                     driver.remove(group);
                     return true;
@@ -180,29 +181,51 @@ impl<T: Transports> Engine<T> {
 
     /// Starts an operation and helps until it is done or `limit` has passed.
     pub fn run(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
-        self.shared.put(Arc::clone(op));
-        self.wait(op, limit)
+        match self.shared.driver.try_lock() {
+            // The seat is free: no detour by the inbox, but what lies there was submitted before.
+            Ok(mut driver) => {
+                self.shared.take_inbox(&mut driver);
+                driver.start(Arc::clone(op));
+                self.wait_seated(Some(driver), op, limit)
+            }
+            Err(_) => {
+                self.shared.put(Arc::clone(op));
+                self.wait_seated(None, op, limit)
+            }
+        }
     }
 
     /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.
     pub fn wait(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
+        self.wait_seated(None, op, limit)
+    }
+
+    /// As [`wait`](Self::wait), by a caller who may hold the seat already.
+    fn wait_seated(
+        &self,
+        mut seat: Option<MutexGuard<'_, Driver<T>>>,
+        op: &Arc<OpState>,
+        limit: Option<Duration>,
+    ) -> Result<()> {
         let until = limit.map(|l| Instant::now() + l);
         let late = || until.is_some_and(|u| Instant::now() >= u);
-        let mut enough = |_: &mut Driver<T>| op.is_done() || late();
+        let mut enough = |_: &mut Driver<T>| op.is_done();
         loop {
-            if let Some(result) = op.result() {
+            if seat.is_none()
+                && let Some(result) = op.result()
+            {
                 return result.clone();
             }
-            match self.shared.driver.try_lock() {
+            match seat.take().map_or_else(|| self.shared.driver.try_lock(), Ok) {
                 Ok(mut driver) => {
-                    self.shared.drive(&mut driver, &mut enough, false);
+                    self.shared.drive(&mut driver, &mut enough, until, CALLER);
                     self.finish_help(driver);
                     while self.shared.wanted.load(Ordering::SeqCst) > 0 && !op.is_done() {
                         std::thread::yield_now();
                     }
                 }
                 Err(TryLockError::WouldBlock) if self.shared.thread_drives.load(Ordering::Acquire) => {
-                    self.with_seat(|driver| self.shared.drive(driver, &mut enough, false))?;
+                    self.with_seat(|driver| self.shared.drive(driver, &mut enough, until, CALLER))?;
                 }
                 Err(TryLockError::WouldBlock) => op.sleep(idle::LONGEST_SLEEP),
                 Err(TryLockError::Poisoned(_)) => return Err(poisoned()),
@@ -312,35 +335,42 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    /// Polls until `enough`, or until callbacks wait to be run or another thread wants the seat.
-    fn drive(&self, driver: &mut Driver<T>, enough: &mut dyn FnMut(&mut Driver<T>) -> bool, thread: bool) {
+    /// Polls until `enough` or `until`, or until callbacks wait to be run or another thread wants the seat.
+    fn drive(
+        &self,
+        driver: &mut Driver<T>,
+        enough: &mut dyn FnMut(&mut Driver<T>) -> bool,
+        until: Option<Instant>,
+        pace: Pace,
+    ) {
         let spins = self.spins.load(Ordering::Relaxed);
-        let pace = if thread {
-            Pace { spins: spins.min(THREAD_SPINS), yields: THREAD_YIELDS }
-        } else {
-            Pace { spins, yields: YIELDS }
-        };
-        let mut idle = Idle::new(pace);
+        let mut idle = Idle::new(Pace { spins: spins.min(pace.spins), ..pace });
+        let mut turns: u32 = 0;
         loop {
             self.take_inbox(driver);
             let moved = driver.turn();
             if enough(driver) || !driver.finished.is_empty() || self.wanted.load(Ordering::Relaxed) > 0 {
                 return;
             }
+            turns = turns.wrapping_add(1);
+            let mut look_at_clock = turns.is_multiple_of(TURNS_PER_LOOK);
             if moved {
                 idle.reset();
-                continue;
-            }
-            match idle.fruitless() {
-                Step::Spin => std::hint::spin_loop(),
-                Step::Yield => std::thread::yield_now(),
-                Step::Sleep => {
-                    self.sleep(driver, idle.nap());
-                    driver.look_around();
+            } else {
+                match idle.fruitless() {
+                    Step::Spin => std::hint::spin_loop(),
+                    Step::Yield => std::thread::yield_now(),
+                    Step::Sleep => {
+                        self.sleep(driver, idle.nap());
+                        look_at_clock = true;
+                    }
                 }
             }
-            if idle.look_at_clock() {
+            if look_at_clock {
                 driver.look_around();
+                if until.is_some_and(|u| Instant::now() >= u) {
+                    return;
+                }
             }
         }
     }
@@ -352,6 +382,7 @@ impl<T: Transports> Shared<T> {
             return;
         };
         match bed {
+            Bed::Nap(limit) => std::thread::sleep(limit),
             Bed::Fabric(limit) => {
                 if let Some(fabric) = driver.fabric.as_mut() {
                     fabric.doze(limit);
@@ -385,7 +416,7 @@ fn progress<T: Transports>(shared: &Shared<T>) {
         }
         let Ok(mut driver) = shared.driver.lock() else { return };
         shared.thread_drives.store(true, Ordering::Release);
-        shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), true);
+        shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
         if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
             shared.work_left.store(true, Ordering::Release);
         }
