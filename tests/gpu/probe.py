@@ -1,7 +1,8 @@
 """What a GPU machine does that the CUDA path relies on: facts, one JSON object a line, with no code of this package.
 
-    python tests/gpu/probe.py            every step, each in a process of its own with a time limit, 150 s in all
-    python tests/gpu/probe.py overlap    one step, in this process
+    python tests/gpu/probe.py                every step, each in a process of its own with a time limit, 150 s in all
+    python tests/gpu/probe.py --seconds 60   the same in a minute: what comes last may be left out
+    python tests/gpu/probe.py overlap        one step, in this process
 
 It needs torch with CUDA and libcuda.so.1; the NCCL is the one torch has loaded. A step that fails or hangs is a fact
 too, and the rest goes on.
@@ -619,22 +620,23 @@ def parks() -> None:
 
 
 STEPS: dict[str, tuple[Callable[[], None], float, dict[str, str]]] = {
-    "memops": (memops, 25, {}),
+    "memops": (memops, 40, {}),
     "nccl_config": (nccl_config, 25, {}),
     "overlap": (overlap, 20, {}),
     "overlap, 1 connection": (overlap, 20, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-    "overlap, 32 connections": (overlap, 20, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
     "blockers": (blockers, 25, {}),
-    "aborting": (aborting, 20, {}),
     "neighbour": (neighbour, 20, {}),
+    "aborting": (aborting, 20, {}),
     "costs": (costs, 20, {}),
     "rates": (rates, 25, {}),
     "two_on_one_gpu": (two_on_one_gpu, 25, {}),
+    "overlap, 32 connections": (overlap, 20, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
 }
+"""name: (what, seconds at most, variables); what decides most comes first"""
 
 
-def run_all() -> None:
-    end = time.monotonic() + TOTAL
+def run_all(seconds: float) -> None:
+    end = time.monotonic() + seconds
     for name, (step, limit, env) in STEPS.items():
         left = min(limit, end - time.monotonic())
         if left < 3:
@@ -659,8 +661,8 @@ def run_all() -> None:
 
 def main() -> None:
     global _step
-    if len(sys.argv) < 2:
-        run_all()
+    if len(sys.argv) < 2 or sys.argv[1] == "--seconds":
+        run_all(float(sys.argv[2]) if len(sys.argv) > 2 else TOTAL)
         return
     _step = sys.argv[1]
     if _step == "one_of_two":
