@@ -582,8 +582,10 @@ class Collectives:
             )
         device = max(source.device, target.device)
         is_async = opts is None or _is_async(opts)
-        with self._profiler.record_function(f"smddp:{name}"):
-            return self._cuda.issue(name, device, call, source, target, results, is_async)
+        if self._profiler._is_profiler_enabled:
+            with self._profiler.record_function(f"smddp:{name}"):
+                return self._cuda.issue(name, device, call, source, target, results, is_async)
+        return self._cuda.issue(name, device, call, source, target, results, is_async)
 
     def _group_rank(self, name: str, argument: str, rank: int) -> int:
         if rank < 0:

@@ -138,7 +138,7 @@ def received_span(tensor: Tensor) -> Span:
     if not target.is_cuda:
         return output_span("recv", "tensor", target)
     refuse_overlap("recv", "tensor", target)
-    inside = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
+    inside = torch.empty(target.shape, dtype=target.dtype, device="cpu", pin_memory=True)
     return _of(inside, Once(lambda: _copy(target, inside)))
 
 

@@ -64,9 +64,12 @@ pub enum Path {
 }
 
 /// What is made at the first use.
-struct Parts {
+struct Parts<T: Transports> {
     stager: Option<Stager>,
     nccl: Option<NcclComm>,
+    /// The host's part of the last call. The host waits for no call, so that one failed is known when it is asked, at
+    /// the latest by the next call.
+    last: Option<Handle<T>>,
 }
 
 /// The CUDA side of a process group. Calls are made by all members in the same order.
@@ -77,7 +80,7 @@ pub struct DeviceGroup<T: Transports> {
     path: Path,
     settings: Settings,
     /// Held while a call is enqueued, so that calls of several threads do not mingle.
-    parts: Mutex<Parts>,
+    parts: Mutex<Parts<T>>,
 }
 
 impl<T: Transports> DeviceGroup<T> {
@@ -100,8 +103,14 @@ impl<T: Transports> DeviceGroup<T> {
             Path::Nccl | Path::Alone => None,
         };
         let stager = agreed(&host, stager.transpose(), "making its staging")?;
-        let group =
-            DeviceGroup { host, rail, device, path, settings, parts: Mutex::new(Parts { stager, nccl }) };
+        let group = DeviceGroup {
+            host,
+            rail,
+            device,
+            path,
+            settings,
+            parts: Mutex::new(Parts { stager, nccl, last: None }),
+        };
         tracing::info!(group = group.host.name(), "{}", group.describe());
         Ok(group)
     }
@@ -143,6 +152,9 @@ impl<T: Transports> DeviceGroup<T> {
     pub unsafe fn start(&self, call: &DeviceCall, stream: u64) -> Result<Option<Handle<T>>> {
         let stream = stream as sys::Stream;
         let mut parts = self.enter(call.collective.name(), stream)?;
+        if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
+            return Err(error);
+        }
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => with(&mut parts.nccl)?.enqueue(call, stream).map(|()| None),
@@ -152,6 +164,9 @@ impl<T: Transports> DeviceGroup<T> {
         if let Err(error @ Error::Transport { .. }) = &started {
             // Part of the call may be enqueued; the others must not wait for the rest.
             self.host.abort(&error.to_string());
+        }
+        if let Ok(Some(handle)) = &started {
+            parts.last = Some(handle.clone());
         }
         started
     }
@@ -190,14 +205,14 @@ impl<T: Transports> DeviceGroup<T> {
         }
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, Parts>> {
+    fn lock(&self) -> Result<MutexGuard<'_, Parts<T>>> {
         self.parts
             .lock()
             .map_err(|_| Error::Internal("a thread panicked while it enqueued a call".to_owned()))
     }
 
     /// What every call begins with.
-    fn enter(&self, op: &str, stream: sys::Stream) -> Result<MutexGuard<'_, Parts>> {
+    fn enter(&self, op: &str, stream: sys::Stream) -> Result<MutexGuard<'_, Parts<T>>> {
         let parts = self.lock()?;
         self.device.enter()?;
         if self.path != Path::Nccl && self.device.is_capturing(stream)? {
@@ -223,7 +238,7 @@ impl<T: Transports> DeviceGroup<T> {
     /// Other calls pass through the host's group.
     fn hierarchical(
         &self,
-        parts: &mut Parts,
+        parts: &mut Parts<T>,
         call: &DeviceCall,
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {

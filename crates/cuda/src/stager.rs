@@ -163,7 +163,7 @@ impl Stager {
     ) -> Result<Option<Handle<T>>> {
         let rows = Rows::of(call, host.rank(), host.size());
         let size = call.dtype.size();
-        let most = rows.input.max(rows.output).max(1);
+        let most = call.most_rows(host.size());
         let columns = (self.half / (most * size) / ALIGN * ALIGN).max(1);
         if columns * most * size > self.half {
             return Err(Error::Argument {
@@ -319,6 +319,19 @@ fn queues_are_many() -> bool {
 }
 
 impl DeviceCall {
+    /// Rows on the rank that has most of them: all ranks cut alike, whatever they hold themselves.
+    fn most_rows(&self, size: usize) -> usize {
+        match self.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => 1,
+            Collective::AllGather
+            | Collective::ReduceScatter
+            | Collective::AllToAll
+            | Collective::Gather
+            | Collective::Scatter => size,
+            Collective::Barrier | Collective::SendRecv => 1,
+        }
+    }
+
     /// The same call on `count` elements of host memory.
     fn request(&self, count: usize, input: Region, output: Region) -> Request {
         Request {
