@@ -150,7 +150,7 @@ pub const TABLE: &[Row] = &[
 ];
 
 /// Variables that begin with our prefix but are no settings: AWS's library's, and those of our tests.
-const FOREIGN: &[&str] = &["SMDDP_AG_", "SMDDP_TEST_"];
+const FOREIGN: &[&str] = &["SMDDP_AG_", "SMDDP_STANDIN_", "SMDDP_TEST_"];
 
 /// The settings in force. Read once, at start; pass it on rather than reading again.
 #[derive(Clone, Debug)]

@@ -12,19 +12,32 @@ static DRIVER: Mutex<Option<Arc<Driver>>> = Mutex::new(None);
 
 /// The machine's driver, started.
 fn driver() -> Result<Arc<Driver>> {
-    let mut place =
+    let place =
         DRIVER.lock().map_err(|_| Error::Internal("loading the CUDA driver panicked before".to_owned()))?;
     if let Some(driver) = place.as_ref() {
         return Ok(Arc::clone(driver));
     }
-    let driver = Arc::new(Driver::load().map_err(|e| library(e.to_string()))?);
+    drop(place);
+    start(Driver::load().map_err(|e| library(e.to_string()))?)
+}
+
+fn start(driver: Driver) -> Result<Arc<Driver>> {
     // SAFETY: may be called at any time, by any thread, more than once.
     let status = unsafe { (driver.init)(0) };
     if status != sys::SUCCESS {
         return Err(library(driver.explain(status)));
     }
-    *place = Some(Arc::clone(&driver));
+    let driver = Arc::new(driver);
+    if let Ok(mut place) = DRIVER.lock() {
+        *place = Some(Arc::clone(&driver));
+    }
     Ok(driver)
+}
+
+/// Takes the driver from a file of this name, whatever the machine has. For tests, before the first use.
+#[doc(hidden)]
+pub fn use_driver(file: &std::ffi::OsStr) -> Result<()> {
+    start(Driver::load_file(file).map_err(|e| library(e.to_string()))?).map(|_| ())
 }
 
 fn library(reason: String) -> Error {

@@ -20,4 +20,6 @@ mod pinned;
 mod stager;
 
 pub use device::Device;
+#[doc(hidden)]
+pub use device::use_driver;
 pub use group::{DeviceCall, DeviceGroup, DeviceOptions, Memory, Path};
