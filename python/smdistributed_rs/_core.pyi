@@ -110,6 +110,33 @@ class Communicator:
     def traffic(self) -> list[tuple[int, int, int]]: ...
 
 @final
+class DeviceGroup:
+    """The CUDA side of a process group. Every member makes it at the same point."""
+
+    def __init__(
+        self, host: Communicator, rail: Communicator | None, device: int, library_dirs: Sequence[str]
+    ) -> None: ...
+    def start(
+        self,
+        stream: int,
+        collective: int,
+        dtype: int,
+        op: int,
+        root: int,
+        count: int,
+        input: _Memory,
+        output: _Memory,
+        timeout: float | None = None,
+        counts: Sequence[int] | None = None,
+        splits: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> Handle | None: ...
+    def is_staged(self) -> bool: ...
+    def failure(self) -> BaseException | None: ...
+    def describe(self) -> str: ...
+    def abort(self, reason: str) -> None: ...
+    def shutdown(self) -> None: ...
+
+@final
 class World:
     """All ranks of the job, found through MPI, launcher variables, or alone."""
 

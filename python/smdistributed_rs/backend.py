@@ -26,6 +26,7 @@ from ._compat import HAS_BACKENDS, check_memory_layout
 from ._libraries import library_dirs
 from ._meeting import meet
 from ._new_group import NewGroup, backends_of_others, group_being_made
+from .cuda import CudaSide
 from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
 
 NAME = "smddp"
@@ -64,11 +65,29 @@ def split(seat: Seat, ranks: list[int], limit: timedelta, name: str, text: str) 
 
 
 def _connect(store: Store, rank: int, size: int, limit: timedelta, name: str, members: list[int]) -> Seat:
+    communicator = _meet(store, rank, size, limit, name)
+    cuda = CudaSide(communicator, lambda: _rail(store, communicator, name))
+    return Seat(store, communicator, limit, members, cuda)
+
+
+def _meet(store: Store, rank: int, size: int, limit: timedelta, name: str) -> _core.Communicator:
     seconds = limit.total_seconds()
     scope, left = meet(store, rank, size, seconds, name)
     communicator = _core.Communicator.connect(store, rank, size, name, scope, left, library_dirs())
     communicator.set_timeout(seconds)
-    return Seat(store, communicator, limit, members)
+    return communicator
+
+
+def _rail(store: Store, group: _core.Communicator, name: str) -> _core.Communicator | None:
+    """The ranks with this one's local rank, one a node; None where nodes have different numbers of ranks, or one."""
+    nodes = group.nodes
+    by_node = [[rank for rank, node in enumerate(nodes) if node == n] for n in range(max(nodes) + 1)]
+    local = by_node[nodes[group.rank]].index(group.rank)
+    if len(by_node) == 1 or len({len(ranks) for ranks in by_node}) > 1 or len(by_node[0]) == 1:
+        return None
+    rail = f"{name}/rail{local}"
+    limit = timedelta(seconds=group.timeout)
+    return _meet(PrefixStore(f"{rail}/", store), nodes[group.rank], len(by_node), limit, rail)
 
 
 def _seated(seat: Seat, new: NewGroup, others: dict[str, Any], name: str) -> SmddpProcessGroup:

@@ -42,14 +42,17 @@ from .tensors import (
     mover,
     output_list,
     output_span,
+    received_span,
     reducer,
     reduction_code,
     refuse_overlap,
+    sent_span,
 )
 from .work import DONE, DoneWork, SmddpWork
 
 if TYPE_CHECKING:
     from ._core import Communicator, Handle
+    from .cuda import CudaSide
 
 _SUM = ReduceOp.SUM
 
@@ -101,8 +104,9 @@ class Collectives:
     supports_time_estimate = False
     _supports_time_estimate = False
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, cuda: CudaSide) -> None:
         self._comm = communicator
+        self._cuda = cuda
         self._sum_now = communicator.sum_now
         # Not imported above: this module is loaded in the midst of torch's own import.
         self._profiler = torch.autograd.profiler
@@ -234,7 +238,7 @@ class Collectives:
             _count(name, f"outputs[{i}]", output.numel(), input.numel() * self._size, "size() times the input's")
         # As bytes, because nothing is computed and dtypes may differ.
         source = input_list(name, "inputs", [_as_bytes(name, f"inputs[{i}]", t) for i, t in enumerate(inputs)])
-        inside = torch.empty(self._size, source.numel, dtype=torch.uint8)
+        inside = torch.empty(self._size, source.numel, dtype=torch.uint8, device=inputs[0].device)
         target = output_span(name, "outputs", inside)
         finish = _HandOut(outputs, inside, self._size).once()
         target = target._replace(finish=finish)
@@ -426,12 +430,13 @@ class Collectives:
     # ---- barrier
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Work:
-        """Returns when all ranks have come."""
+        """Returns when all ranks have come, and their devices have done what their current streams were given."""
         if opts is None or isinstance(opts, timedelta):
             timeout = opts or timeout
             opts = BarrierOptions()
             if timeout is not None:
                 opts.timeout = timeout
+        self._cuda.synchronize()
         return self._issue(codes.BARRIER, codes.DTYPES["uint8"], 0, 0, 0, NOTHING, NOTHING, [], opts)
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
@@ -446,7 +451,7 @@ class Collectives:
     def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> Work:
         """Sends one tensor of any dtype to rank `dst`; messages match by tag, in order."""
         (tensor,) = _one("send", "tensor", tensors)
-        span = input_span("send", "tensor", tensor)
+        span = sent_span(tensor)
         code, _ = mover(tensor)
         to, tag = self._group_rank("send", "dst", dst), _tag("send", tag)
         return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
@@ -454,7 +459,7 @@ class Collectives:
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
         """Receives one tensor of any dtype from rank `src`."""
         (tensor,) = _one("recv", "tensor", tensors)
-        span = output_span("recv", "tensor", tensor)
+        span = received_span(tensor)
         code, _ = mover(tensor)
         of, tag = self._group_rank("recv", "src", src), _tag("recv", tag)
         return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
@@ -462,7 +467,7 @@ class Collectives:
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
         """Receives one tensor of any dtype from whichever rank's message of `tag` comes first."""
         (tensor,) = _one("recv", "tensor", tensors)
-        span = output_span("recv", "tensor", tensor)
+        span = received_span(tensor)
         code, _ = mover(tensor)
         tag = _tag("recv", tag)
         start = lambda: self._comm.start_recv_any(tag, code, span.memory, span)  # noqa: E731
@@ -492,10 +497,12 @@ class Collectives:
     def shutdown(self) -> None:
         """Ends the group; waits a little for what is under way."""
         self._comm.shutdown()
+        self._cuda.shutdown()
 
     def abort(self) -> None:
         """Ends the group now: whoever waits, on any rank, gets AbortedError."""
         self._comm.abort("abort() was called")
+        self._cuda.abort("abort() was called")
         self._comm.shutdown()
 
     def eager_connect_single_device(self, device: object) -> None:
@@ -512,7 +519,7 @@ class Collectives:
 
     def describe(self) -> str:
         """Transports, provider and shape of this group, for people."""
-        return self._comm.describe()
+        return "; ".join(filter(None, (self._comm.describe(), self._cuda.describe())))
 
     # ---- below all of them
 
@@ -548,6 +555,8 @@ class Collectives:
         """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
         limit = None if opts is None else _limit(codes.NAMES[collective], opts)
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
+        if source.device >= 0 or target.device >= 0:
+            return self._issue_on_device(call, source, target, results, opts)
         if self._profiler._is_profiler_enabled:
             work = _recorded(
                 codes.NAMES[collective], source, target, results, lambda: self._comm.start(*call, (source, target))
@@ -561,6 +570,22 @@ class Collectives:
         if target.finish is not None:
             target.finish()
         return DONE
+
+    def _issue_on_device(
+        self, call: tuple[Any, ...], source: Span, target: Span, results: list[Tensor], opts: Any
+    ) -> Work:
+        name = codes.NAMES[call[0]]
+        if source.device != target.device and NOTHING not in (source, target):
+            given = [f"cuda:{span.device}" if span.device >= 0 else "the CPU" for span in (source, target)]
+            raise ArgumentError.of(
+                name, "tensors", "input and output on one device", f"{given[0]} and {given[1]}", "Move one of them"
+            )
+        device = max(source.device, target.device)
+        is_async = opts is None or _is_async(opts)
+        if self._profiler._is_profiler_enabled:
+            with self._profiler.record_function(f"smddp:{name}"):
+                return self._cuda.issue(name, device, call, source, target, results, is_async)
+        return self._cuda.issue(name, device, call, source, target, results, is_async)
 
     def _group_rank(self, name: str, argument: str, rank: int) -> int:
         if rank < 0:
@@ -661,7 +686,8 @@ def _multiplied(span: Span, tensors: list[Tensor], factor: Any, written: bool) -
             for tensor, part in zip(tensors, inside.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    return Span((inside.data_ptr(), inside.nbytes), span.numel, inside, Once(hand_out) if written else None)
+    finish = Once(hand_out) if written else None
+    return span._replace(memory=(inside.data_ptr(), inside.nbytes), keep=inside, finish=finish)
 
 
 def _scaled(tensors: list[Tensor], factor: Any) -> Tensor:

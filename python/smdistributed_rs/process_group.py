@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store, Work
 
     from ._core import Communicator
+    from .cuda import CudaSide
 
 _TorchBackend: Any = torch._C._distributed_c10d.Backend if HAS_BACKENDS else object
 
@@ -46,6 +47,7 @@ class Seat:
     timeout: timedelta
     members: list[int]
     """global ranks; none: the group is that of all ranks"""
+    cuda: CudaSide
 
 
 class SmddpBackend(Collectives, _TorchBackend):
@@ -53,7 +55,7 @@ class SmddpBackend(Collectives, _TorchBackend):
 
     def __init__(self, seat: Seat) -> None:
         _TorchBackend.__init__(self, seat.communicator.rank, seat.communicator.size)
-        Collectives.__init__(self, seat.communicator)
+        Collectives.__init__(self, seat.communicator, seat.cuda)
         self._options = _TorchBackend.Options("smddp", seat.timeout)
         self._options.global_ranks_in_group = seat.members
         _alive[id(self)] = self
@@ -87,7 +89,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
             ProcessGroup.__init__(self, seat.store, *size)
         else:
             ProcessGroup.__init__(self, *size)
-        Collectives.__init__(self, seat.communicator)
+        Collectives.__init__(self, seat.communicator, seat.cuda)
         self._seat = seat
         self._devices = frozenset(devices)
         self._others = others

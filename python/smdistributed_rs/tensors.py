@@ -1,4 +1,4 @@
-"""Torch tensors as the native half wants them: dense memory on the CPU, an element type it knows, and a count.
+"""Torch tensors as the native half wants them: dense memory on one device, an element type it knows, and a count.
 
 A tensor that is not dense in C order is copied to a temporary one, and back when the call is over. What cannot be done
 so is refused, naming the argument.
@@ -36,6 +36,8 @@ class Span(NamedTuple):
     """what must stay alive as long as the call uses the memory"""
     finish: Once | None = None
     """what to do when the call has ended well"""
+    device: int = -1
+    """number of the CUDA device the memory is on; -1: the CPU"""
 
 
 NOTHING = Span((0, 0), 0, None)
@@ -64,9 +66,9 @@ def check(op: str, argument: str, tensor: object) -> Tensor:
         raise ArgumentError.of(op, argument, "a torch.Tensor", f"a {type(tensor).__name__}", hint)
     if tensor.layout is not torch.strided:
         raise ArgumentError.of(op, argument, "a dense tensor", f"layout {tensor.layout}", "Convert it with .to_dense()")
-    if tensor.device.type != "cpu":
-        hint = "This backend moves CPU tensors only, so far: use 'cpu:smddp,cuda:nccl', or move the tensor to the CPU"
-        raise ArgumentError.of(op, argument, "a tensor on the CPU", f"one on {tensor.device}", hint)
+    if tensor.device.type not in ("cpu", "cuda"):
+        hint = "Move it to one of them"
+        raise ArgumentError.of(op, argument, "a tensor on the CPU or a CUDA device", f"one on {tensor.device}", hint)
     if tensor.data_ptr() == 0 and tensor.numel():
         hint = "Its storage was resized to nothing (FSDP does so with what it can gather again)"
         raise ArgumentError.of(op, argument, f"a tensor in {tensor.nbytes} bytes of memory", "one in 0 bytes", hint)
@@ -87,7 +89,7 @@ def output_span(op: str, argument: str, tensor: Tensor, *, also_read: bool = Fal
     if _dense(target):
         return _of(target)
     refuse_overlap(op, argument, target)
-    inside = torch.empty(target.shape, dtype=target.dtype)
+    inside = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if also_read:
         inside.copy_(target)
     return _of(inside, Once(lambda: _copy(target, inside)))
@@ -112,7 +114,9 @@ def output_list(op: str, argument: str, tensors: Sequence[Tensor], *, also_read:
         refuse_overlap(op, f"{argument}[{i}]", target)
     counts = [t.numel() for t in targets]
     inside = (
-        torch.cat([t.reshape(-1) for t in targets]) if also_read else torch.empty(sum(counts), dtype=targets[0].dtype)
+        torch.cat([t.reshape(-1) for t in targets])
+        if also_read
+        else torch.empty(sum(counts), dtype=targets[0].dtype, device=targets[0].device)
     )
 
     def hand_out() -> None:
@@ -120,6 +124,22 @@ def output_list(op: str, argument: str, tensors: Sequence[Tensor], *, also_read:
             _copy(target, part.view(target.shape))
 
     return _of(inside, Once(hand_out))
+
+
+def sent_span(tensor: Tensor) -> Span:
+    """A tensor that is a message. Messages between devices pass through the host."""
+    source = check("send", "tensor", tensor)
+    return input_span("send", "tensor", source.detach().cpu() if source.is_cuda else source)
+
+
+def received_span(tensor: Tensor) -> Span:
+    """A tensor that a message is written to."""
+    target = check("recv", "tensor", tensor).detach()
+    if not target.is_cuda:
+        return output_span("recv", "tensor", target)
+    refuse_overlap("recv", "tensor", target)
+    inside = torch.empty(target.shape, dtype=target.dtype, device="cpu", pin_memory=True)
+    return _of(inside, Once(lambda: _copy(target, inside)))
 
 
 def refuse_overlap(op: str, argument: str, target: Tensor) -> None:
@@ -196,7 +216,11 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _of(tensor: Tensor, finish: Once | None = None) -> Span:
-    return Span((tensor.data_ptr(), tensor.nbytes), tensor.numel(), tensor, finish)
+    return Span((tensor.data_ptr(), tensor.nbytes), tensor.numel(), tensor, finish, _device(tensor))
+
+
+def _device(tensor: Tensor) -> int:
+    return tensor.get_device() if tensor.is_cuda else -1
 
 
 def _adjacent(tensors: Sequence[Tensor]) -> bool:
@@ -211,7 +235,8 @@ def _adjacent(tensors: Sequence[Tensor]) -> bool:
 
 def _of_adjacent(tensors: Sequence[Tensor]) -> Span:
     nbytes = sum(t.nbytes for t in tensors)
-    return Span((tensors[0].data_ptr(), nbytes), sum(t.numel() for t in tensors), tensors)
+    device = _device(tensors[0])
+    return Span((tensors[0].data_ptr(), nbytes), sum(t.numel() for t in tensors), tensors, None, device)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -227,3 +252,7 @@ def _same_dtype(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
             expected = f"tensors of one dtype, {tensors[0].dtype} as the first"
             hint = "Convert them, or make one call per dtype"
             raise ArgumentError.of(op, f"{argument}[{i}]", expected, f"dtype {tensor.dtype}", hint)
+        if tensor.device != tensors[0].device:
+            expected = f"tensors on one device, {tensors[0].device} as the first"
+            hint = "Move them to one"
+            raise ArgumentError.of(op, f"{argument}[{i}]", expected, f"one on {tensor.device}", hint)

@@ -14,6 +14,7 @@ use crate::engine::group::Seat;
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
+use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::select::{self, CallShape, Tuning};
 use crate::topology::GroupShape;
@@ -45,6 +46,8 @@ pub struct Request {
     pub splits: Option<(Blocks, Blocks)>,
     /// The group's when `None`.
     pub timeout: Option<Duration>,
+    /// Begin only when it opens. The group's later collectives wait behind this one.
+    pub gate: Option<Gate>,
 }
 
 impl Request {
@@ -60,6 +63,7 @@ impl Request {
             counts: None,
             splits: None,
             timeout: None,
+            gate: None,
         }
     }
 
@@ -300,7 +304,7 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call was over as soon as it was made: one rank's data is already where it is to be. Never waits.
     pub fn is_trivial(&self, request: &Request) -> Result<bool> {
-        let one = self.size() == 1 && !request.collective.rooted();
+        let one = self.size() == 1 && !request.collective.rooted() && request.gate.is_none();
         let in_place = request.input.as_ptr() == request.output.as_ptr();
         let usable =
             !self.inner.closed.load(Ordering::Acquire) && !self.inner.aborted.load(Ordering::Acquire);
@@ -411,7 +415,9 @@ impl<T: Transports> Communicator<T> {
         let ready = self.plan(request)?;
         self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let work = Work::Collective { ready, input: request.input, output: request.output };
-        Ok(Arc::new(self.op(request.call(), work, request.timeout)))
+        let mut op = self.op(request.call(), work, request.timeout);
+        op.gate.clone_from(&request.gate);
+        Ok(Arc::new(op))
     }
 
     fn plan(&self, request: &Request) -> Result<Arc<Ready>> {

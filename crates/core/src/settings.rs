@@ -117,6 +117,30 @@ pub const TABLE: &[Row] = &[
         "reduction kernels: the fastest the CPU has, or the portable ones (same bits)",
     ),
     row(
+        "SMDDP_CUDA",
+        Kind::Choice(&["auto", "nccl", "staged"]),
+        "auto",
+        "how tensors in CUDA memory go: by NCCL inside a node and staged between nodes; by NCCL even for one rank; all staged through the host, which lets ranks share a device",
+    ),
+    row(
+        "SMDDP_NCCL",
+        Kind::Text,
+        "",
+        "path of the NCCL library to load (default: the copy PyTorch has loaded)",
+    ),
+    row(
+        "SMDDP_CUDA_SLOT",
+        Kind::Bytes(64 << 10, 1 << 30),
+        "4M",
+        "bytes of one slot of pinned memory for CUDA tensors",
+    ),
+    row(
+        "SMDDP_CUDA_SLOTS",
+        Kind::Count(1, 32),
+        "8",
+        "slots of pinned memory a rank has in each group for CUDA tensors",
+    ),
+    row(
         "SMDDP_TORCH_GROUP",
         Kind::Choice(&["auto", "group", "backend"]),
         "auto",
@@ -126,7 +150,7 @@ pub const TABLE: &[Row] = &[
 ];
 
 /// Variables that begin with our prefix but are no settings: AWS's library's, and those of our tests.
-const FOREIGN: &[&str] = &["SMDDP_AG_", "SMDDP_TEST_"];
+const FOREIGN: &[&str] = &["SMDDP_AG_", "SMDDP_STANDIN_", "SMDDP_TEST_"];
 
 /// The settings in force. Read once, at start; pass it on rather than reading again.
 #[derive(Clone, Debug)]

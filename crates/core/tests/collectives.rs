@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use smddp_core::communicator::{Communicator, Request};
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
+use smddp_core::gate::{Gate, Words};
 use smddp_core::plan::select::Tuning;
 use smddp_core::settings::Settings;
 use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
@@ -369,4 +371,74 @@ fn a_callback_may_wait_for_a_later_operation() {
     for g in &groups {
         g.shutdown();
     }
+}
+
+/// The request of an in-place sum of `data` that waits for `gate`.
+fn gated(data: &mut [i64], gate: &Gate) -> Request {
+    // SAFETY: the tests below keep `data` until the operation is over.
+    let region = unsafe { Region::of(data) };
+    Request {
+        gate: Some(gate.clone()),
+        ..Request::new(Collective::AllReduce, DType::I64, data.len(), region, region)
+    }
+}
+
+#[test]
+fn a_gated_call_begins_when_its_word_is_written_and_says_when_it_is_over() {
+    for shape in shapes() {
+        let groups = groups(&shape, 3, &small_rounds());
+        let sum = (1..=shape.size() as i64).sum::<i64>();
+        on_all(&groups, |g| {
+            let words = Arc::new(Words::default());
+            let mut data: Vec<Vec<i64>> = (0..3).map(|_| vec![0; 100]).collect();
+            let gates: Vec<Gate> =
+                (0..3).map(|slot| Gate { words: Arc::clone(&words), slot, value: 1 }).collect();
+            let handles: Vec<_> = data
+                .iter_mut()
+                .zip(&gates)
+                // SAFETY: `data` outlives the waits below.
+                .map(|(d, gate)| unsafe { g.start(&gated(d, gate)) }.unwrap())
+                .collect();
+            let mut behind = vec![g.rank() as i64 + 1; 10];
+            for at in 0..3 {
+                std::thread::sleep(Duration::from_millis(3));
+                assert!(!handles[at].is_done(), "it did not wait for its gate");
+                assert_eq!(words.done(at).load(Ordering::Acquire), 0);
+                data[at].fill(g.rank() as i64 + 1);
+                words.ready(at).store(1, Ordering::Release);
+                handles[at].wait(None).unwrap();
+                assert_eq!(words.done(at).load(Ordering::Acquire), 1);
+                assert_eq!(data[at], vec![sum; 100]);
+            }
+            g.all_reduce(&mut behind, ReduceOp::Sum).unwrap();
+            assert_eq!(behind, vec![sum; 10]);
+        });
+    }
+}
+
+#[test]
+fn a_failed_group_releases_whoever_waits_for_its_gated_calls() {
+    let shape = GroupShape::even(2, 2);
+    let groups = groups(&shape, 5, &small_rounds());
+    on_all(&groups, |g| {
+        let words = Arc::new(Words::default());
+        let mut data: Vec<Vec<i64>> = (0..2).map(|_| vec![1; 100]).collect();
+        let gates: Vec<Gate> =
+            (0..2).map(|slot| Gate { words: Arc::clone(&words), slot, value: 7 }).collect();
+        let handles: Vec<_> = data
+            .iter_mut()
+            .zip(&gates)
+            // SAFETY: `data` outlives the waits below.
+            .map(|(d, gate)| unsafe { g.start(&gated(d, gate)) }.unwrap())
+            .collect();
+        if g.rank() == 2 {
+            g.abort("a test");
+        }
+        // The device of rank 0 never comes to its second call; all are released nevertheless.
+        words.ready(0).store(7, Ordering::Release);
+        for (at, handle) in handles.iter().enumerate() {
+            assert!(matches!(handle.wait(None), Err(Error::Aborted { .. })));
+            assert_eq!(words.done(at).load(Ordering::Acquire), 7);
+        }
+    });
 }

@@ -24,7 +24,7 @@ const FIRST_SLICE: Duration = Duration::from_millis(20);
 /// gather, scatter, all_to_all). `timeout` is in seconds; None takes the group's.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct Communicator {
-    inner: smddp::Communicator,
+    pub(crate) inner: smddp::Communicator,
 }
 
 impl Communicator {
@@ -327,7 +327,7 @@ impl Communicator {
     }
 }
 
-fn extend(
+pub(crate) fn extend(
     py: Python<'_>,
     request: &mut Request,
     timeout: Option<f64>,

@@ -10,6 +10,7 @@
 mod arguments;
 mod callback;
 mod communicator;
+mod cuda;
 mod dlpack;
 mod errors;
 mod handle;
@@ -26,6 +27,8 @@ mod _core {
     use super::callback::stop_callbacks;
     #[pymodule_export]
     use super::communicator::Communicator;
+    #[pymodule_export]
+    use super::cuda::DeviceGroup;
     #[pymodule_export]
     use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]

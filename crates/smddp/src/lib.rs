@@ -39,5 +39,9 @@ pub type Communicator = smddp_core::communicator::Communicator<HostTransports>;
 /// An operation under way.
 pub type Handle = smddp_core::communicator::Handle<HostTransports>;
 
+/// The CUDA side of a process group.
+pub type DeviceGroup = smddp_cuda::DeviceGroup<HostTransports>;
+
 pub use smddp_bootstrap as bootstrap;
+pub use smddp_cuda as cuda;
 pub use smddp_fabric as fabric;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::group::{Group, Seat, group_of};
-use crate::engine::idle::{LIVENESS, LONGEST_SLEEP};
+use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
 use crate::error::{Error, Result};
@@ -30,6 +30,8 @@ pub struct Driver<T: Transports> {
 /// Where to sleep, and for how long at most.
 pub enum Bed {
     Bell(Arc<dyn Bell>, Duration),
+    /// A device's word rings no bell.
+    Nap(Duration),
     Fabric(Duration),
 }
 
@@ -235,15 +237,17 @@ impl<T: Transports> Driver<T> {
     /// `nap` is the limit where a bell alone does not bring all news.
     pub fn lie_down(&mut self, nap: Duration) -> Option<Bed> {
         let many = self.busy.len() > 1;
-        let mut on_fabric = false;
+        let (mut on_fabric, mut gated) = (false, false);
         let mut bell = None;
         for at in 0..self.busy.len() {
             let Some(group) = self.groups[self.busy[at]].as_mut() else { continue };
+            gated |= group.is_gated();
             on_fabric |= group.waits_for_fabric() && group.seat.shape.node_count() > 1;
             group.seat.local.arm();
             bell.get_or_insert_with(|| group.seat.local.bell());
         }
         match bell {
+            Some(_) if gated => Some(Bed::Nap(GATE_NAP)),
             Some(_) if on_fabric && self.fabric.is_some() => Some(Bed::Fabric(nap)),
             Some(bell) => Some(Bed::Bell(bell, if many { nap } else { LONGEST_SLEEP })),
             None => None,

@@ -7,8 +7,8 @@
 //!   the sender of is never taken.
 //! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
 //!   work (so its memory is free), and every later operation fails at once.
-//! - **G4** `advance` goes on until only a start, a completion, or a message for an open receive can move it again: after
-//!   the first two the group is `stirred`, and polls that bring nothing need not call it.
+//! - **G4** `advance` goes on until only a start, a completion, a gate that opens, or a message for an open receive can
+//!   move it again: after the first two the group is `stirred`, and polls that bring nothing need not call it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -240,7 +240,14 @@ impl<L: NodeLocal> Group<L> {
     /// Whether `advance` may find anything to do (G4).
     #[inline]
     pub fn can_advance(&self) -> bool {
-        self.stirred || !self.open.is_empty()
+        self.stirred
+            || !self.open.is_empty()
+            || (self.active.is_none() && self.queue.front().is_some_and(|op| op.may_begin()))
+    }
+
+    /// Whether the next call waits for its gate, which rings no bell when it opens.
+    pub fn is_gated(&self) -> bool {
+        self.active.is_none() && self.queue.front().is_some_and(|op| !op.may_begin())
     }
 
     /// Drives the running call, and begins the next one. True when anything moved.
@@ -254,7 +261,7 @@ impl<L: NodeLocal> Group<L> {
         self.stirred = false;
         loop {
             if self.active.is_none() {
-                match self.queue.pop_front() {
+                match self.queue.pop_front_if(|op| op.may_begin()) {
                     Some(op) => self.active = Some(self.begin(op, staging)?),
                     None => return Ok(moved),
                 }

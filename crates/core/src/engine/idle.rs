@@ -63,6 +63,8 @@ impl Idle {
 pub const LONGEST_SLEEP: Duration = Duration::from_millis(50);
 /// First sleep while several bells, or a bell and the fabric, may bring news.
 pub const SHORT_SLEEP: Duration = Duration::from_micros(200);
+/// Sleep while a device computes what an operation waits for: what that may add to the operation's time.
+pub const GATE_NAP: Duration = Duration::from_micros(50);
 /// How often a fruitless waiter asks whether its peers still live.
 pub const LIVENESS: Duration = Duration::from_millis(100);
 

@@ -382,6 +382,7 @@ impl<T: Transports> Shared<T> {
             return;
         };
         match bed {
+            Bed::Nap(limit) => std::thread::sleep(limit),
             Bed::Fabric(limit) => {
                 if let Some(fabric) = driver.fabric.as_mut() {
                     fabric.doze(limit);

@@ -12,6 +12,7 @@ use crate::call::Call;
 use crate::engine::graph::Ready;
 use crate::engine::numbers::MessageNumbers;
 use crate::error::{Error, Result, Site};
+use crate::gate::Gate;
 use crate::memory::Region;
 use crate::transport::MsgKey;
 
@@ -56,6 +57,8 @@ pub struct OpState {
     pub group: usize,
     pub group_name: Arc<str>,
     pub rank: usize,
+    /// What the operation waits for before it begins, and tells when it is over.
+    pub gate: Option<Gate>,
     /// Nanoseconds.
     timeout: AtomicU64,
     pub started: Instant,
@@ -87,6 +90,7 @@ impl OpState {
             group,
             group_name,
             rank,
+            gate: None,
             timeout: AtomicU64::new(nanos(timeout)),
             started: Instant::now(),
             seq: AtomicU64::new(0),
@@ -95,6 +99,12 @@ impl OpState {
             has_callbacks: AtomicBool::new(false),
             callbacks: Mutex::new(Vec::new()),
         }
+    }
+
+    /// Whether the operation may begin.
+    #[inline]
+    pub fn may_begin(&self) -> bool {
+        self.gate.as_ref().is_none_or(Gate::is_open)
     }
 
     #[inline]
@@ -131,6 +141,9 @@ impl OpState {
     pub fn finish(&self, result: Result<()>) -> bool {
         if self.result.set(result).is_err() {
             return false;
+        }
+        if let Some(gate) = &self.gate {
+            gate.leave();
         }
         if self.state.swap(DONE, Ordering::SeqCst) == SLEPT_ON {
             // A failed wake-up only delays the sleeper to its next time limit.

@@ -1,0 +1,252 @@
+//! One CUDA device: its primary context, streams and events. Errors are core's.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Arc, Mutex};
+
+use smddp_core::{Error, Result};
+use smddp_cuda_sys as sys;
+use sys::{Driver, Status};
+
+/// Loaded at first use and kept. Nothing is remembered of a failure: the next try may find a driver.
+static DRIVER: Mutex<Option<Arc<Driver>>> = Mutex::new(None);
+
+/// The machine's driver, started.
+fn driver() -> Result<Arc<Driver>> {
+    let place =
+        DRIVER.lock().map_err(|_| Error::Internal("loading the CUDA driver panicked before".to_owned()))?;
+    if let Some(driver) = place.as_ref() {
+        return Ok(Arc::clone(driver));
+    }
+    drop(place);
+    start(Driver::load().map_err(|e| library(e.to_string()))?)
+}
+
+fn start(driver: Driver) -> Result<Arc<Driver>> {
+    // SAFETY: may be called at any time, by any thread, more than once.
+    let status = unsafe { (driver.init)(0) };
+    if status != sys::SUCCESS {
+        return Err(library(driver.explain(status)));
+    }
+    let driver = Arc::new(driver);
+    if let Ok(mut place) = DRIVER.lock() {
+        *place = Some(Arc::clone(&driver));
+    }
+    Ok(driver)
+}
+
+/// Takes the driver from a file of this name, whatever the machine has. For tests, before the first use.
+#[doc(hidden)]
+pub fn use_driver(file: &std::ffi::OsStr) -> Result<()> {
+    start(Driver::load_file(file).map_err(|e| library(e.to_string()))?).map(|_| ())
+}
+
+fn library(reason: String) -> Error {
+    Error::Library {
+        library: "the CUDA driver",
+        reason,
+        hint: "Tensors on the CPU need none of it".to_owned(),
+    }
+}
+
+/// A device with its primary context held.
+pub struct Device {
+    pub(crate) driver: Arc<Driver>,
+    pub(crate) ordinal: i32,
+    handle: sys::Device,
+    context: sys::Context,
+}
+
+// SAFETY: the context is the process's own and may be made current on any thread.
+unsafe impl Send for Device {}
+// SAFETY: as above; the driver's functions are thread-safe.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// The device of this number, as CUDA_VISIBLE_DEVICES lets this process count them.
+    pub fn open(ordinal: i32) -> Result<Arc<Device>> {
+        let driver = driver()?;
+        let (mut handle, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: a place for the device's handle.
+        check(&driver, "finding the device", unsafe { (driver.device_get)(&raw mut handle, ordinal) })?;
+        // SAFETY: a place for the context, released in drop.
+        check(&driver, "opening the device", unsafe { (driver.primary_retain)(&raw mut context, handle) })?;
+        Ok(Arc::new(Device { driver, ordinal, handle, context }))
+    }
+
+    /// Makes the device's context this thread's, as all calls below need.
+    pub(crate) fn enter(&self) -> Result<()> {
+        // SAFETY: the context is held as long as this object lives.
+        self.check("entering the device's context", unsafe { (self.driver.ctx_set)(self.context) })
+    }
+
+    pub(crate) fn check(&self, what: &str, status: Status) -> Result<()> {
+        check(&self.driver, what, status)
+    }
+
+    /// Where the device sits, e.g. "0000:17:00.0": equal for two ranks that share it.
+    pub fn bus_id(&self) -> Result<String> {
+        let mut text = [0 as c_char; 32];
+        // SAFETY: room for 32 bytes, terminated by the driver.
+        let status = unsafe { (self.driver.device_bus_id)(text.as_mut_ptr(), 32, self.handle) };
+        self.check("asking where the device sits", status)?;
+        // SAFETY: terminated, as above.
+        Ok(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
+    }
+
+    pub(crate) fn is_capturing(&self, stream: sys::Stream) -> Result<bool> {
+        let mut state = 0;
+        // SAFETY: a stream of this device (the caller's contract) and a place for the answer.
+        let status = unsafe { (self.driver.stream_is_capturing)(stream, &raw mut state) };
+        self.check("asking whether a graph is being captured", status)?;
+        Ok(state != 0)
+    }
+
+    pub(crate) fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: sys::Stream) -> Result<()> {
+        if to == from || bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller of the group's `start` vouches for both ranges until the stream is past this.
+        let status = unsafe { (self.driver.copy_on_device)(to, from, bytes, stream) };
+        self.check("copying on the device", status)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `open`. A process that is ending may have no driver any more: nothing to do then.
+        let _ = unsafe { (self.driver.primary_release)(self.handle) };
+    }
+}
+
+fn check(driver: &Driver, what: &str, status: Status) -> Result<()> {
+    if status == sys::SUCCESS {
+        return Ok(());
+    }
+    Err(Error::Transport { transport: "CUDA", reason: format!("{what}: {}", driver.explain(status)) })
+}
+
+/// A stream of our own, which the default stream does not wait for.
+pub(crate) struct Stream {
+    device: Arc<Device>,
+    pub(crate) raw: sys::Stream,
+}
+
+// SAFETY: streams may be used from any thread.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// The device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Stream> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a place for the stream, destroyed in drop. Lower numbers go first: ahead of the user's kernels.
+        let status = unsafe { (device.driver.stream_create)(&raw mut raw, sys::STREAM_NON_BLOCKING, -1) };
+        device.check("making a stream", status)?;
+        Ok(Stream { device: Arc::clone(device), raw })
+    }
+
+    pub(crate) fn wait(&self, event: &Event) -> Result<()> {
+        wait(&self.device, self.raw, event)
+    }
+
+    pub(crate) fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: `to` is a piece of a slot that stays until this stream is past the copy (C4); the device range is
+        // vouched for by the caller of the group's `start`.
+        let status = unsafe { (self.device.driver.copy_to_host)(to.cast::<c_void>(), from, bytes, self.raw) };
+        self.device.check("copying to the host", status)
+    }
+
+    pub(crate) fn copy_to_device(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
+        // SAFETY: as in `copy_to_host`.
+        let status =
+            unsafe { (self.device.driver.copy_to_device)(to, from.cast::<c_void>(), bytes, self.raw) };
+        self.device.check("copying to the device", status)
+    }
+
+    pub(crate) fn write_word(&self, at: u64, value: u32) -> Result<()> {
+        // SAFETY: `at` is the device's address of a registered word that outlives the stream's work.
+        let status =
+            unsafe { (self.device.driver.stream_write_value)(self.raw, at, value, sys::WRITE_VALUE_DEFAULT) };
+        self.device.check("writing a word from a stream", status)
+    }
+
+    pub(crate) fn wait_word(&self, at: u64, value: u32) -> Result<()> {
+        // SAFETY: as in `write_word`.
+        let status =
+            unsafe { (self.device.driver.stream_wait_value)(self.raw, at, value, sys::WAIT_VALUE_GEQ) };
+        self.device.check("waiting for a word in a stream", status)
+    }
+
+    /// Whether everything enqueued so far is done.
+    pub(crate) fn is_idle(&self) -> Result<bool> {
+        // SAFETY: our own stream.
+        match unsafe { (self.device.driver.stream_query)(self.raw) } {
+            sys::NOT_READY => Ok(false),
+            status => self.device.check("asking a stream", status).map(|()| true),
+        }
+    }
+
+    /// Blocks the host; only where words cannot be used.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        // SAFETY: our own stream.
+        self.device
+            .check("waiting for a stream", unsafe { (self.device.driver.stream_synchronize)(self.raw) })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`; the driver finishes what is enqueued.
+        let _ = unsafe { (self.device.driver.stream_destroy)(self.raw) };
+    }
+}
+
+/// Orders streams among each other.
+pub(crate) struct Event {
+    device: Arc<Device>,
+    raw: sys::Event,
+}
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// The device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Event> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a place for the event, destroyed in drop.
+        let status = unsafe { (device.driver.event_create)(&raw mut raw, sys::EVENT_DISABLE_TIMING) };
+        device.check("making an event", status)?;
+        Ok(Event { device: Arc::clone(device), raw })
+    }
+
+    pub(crate) fn record(&self, stream: sys::Stream) -> Result<()> {
+        // SAFETY: our event, on a stream of its device.
+        self.device
+            .check("recording an event", unsafe { (self.device.driver.event_record)(self.raw, stream) })
+    }
+
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        // SAFETY: our event. One never recorded is done.
+        match unsafe { (self.device.driver.event_query)(self.raw) } {
+            sys::NOT_READY => Ok(false),
+            status => self.device.check("asking an event", status).map(|()| true),
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`; the driver keeps what is still needed of it.
+        let _ = unsafe { (self.device.driver.event_destroy)(self.raw) };
+    }
+}
+
+/// Makes a stream wait for an event.
+pub(crate) fn wait(device: &Device, stream: sys::Stream, event: &Event) -> Result<()> {
+    // SAFETY: our event, and a stream of its device (for the caller's stream: its contract).
+    device.check("ordering streams", unsafe { (device.driver.stream_wait_event)(stream, event.raw, 0) })
+}

@@ -1,0 +1,393 @@
+//! A process group's calls on CUDA memory, and which way each goes.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use smddp_core::communicator::{Blocks, Communicator, Handle};
+use smddp_core::settings::Settings;
+use smddp_core::transport::Transports;
+use smddp_core::{Collective, DType, Error, ReduceOp, Result};
+use smddp_cuda_sys as sys;
+
+use crate::device::Device;
+use crate::nccl::{self, NcclComm};
+use crate::stager::Stager;
+
+/// A range of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    pub address: u64,
+    pub bytes: usize,
+}
+
+/// A collective call on device memory; fields as in [`smddp_core::communicator::Request`].
+#[derive(Clone, Debug)]
+pub struct DeviceCall {
+    pub collective: Collective,
+    pub dtype: DType,
+    pub op: ReduceOp,
+    pub root: usize,
+    pub count: usize,
+    pub input: Memory,
+    pub output: Memory,
+    pub counts: Option<Blocks>,
+    pub splits: Option<(Blocks, Blocks)>,
+    pub timeout: Option<Duration>,
+}
+
+/// What a group's CUDA side is made of.
+pub struct DeviceOptions<T: Transports> {
+    /// The group on the host.
+    pub host: Communicator<T>,
+    /// Of the ranks with this one's local rank on all nodes, in node order; where every node has as many ranks, more
+    /// than one, and there are several nodes.
+    pub rail: Option<Communicator<T>>,
+    /// The device's number.
+    pub device: i32,
+    pub settings: Settings,
+    /// Folders in which NCCL may lie, beside the usual ones.
+    pub library_dirs: Vec<PathBuf>,
+}
+
+/// How a group's calls go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// All ranks are on one node: NCCL does everything.
+    Nccl,
+    /// NCCL inside the node, pinned memory and the rail between nodes.
+    Hierarchical,
+    /// Through pinned memory and the host's group.
+    Staged,
+    /// This rank is alone.
+    Alone,
+}
+
+/// What is made at the first use.
+struct Parts<T: Transports> {
+    stager: Option<Stager>,
+    nccl: Option<NcclComm>,
+    /// The host's part of the last call. The host waits for no call, so that one failed is known when it is asked, at
+    /// the latest by the next call.
+    last: Option<Handle<T>>,
+}
+
+/// The CUDA side of a process group. Calls are made by all members in the same order.
+pub struct DeviceGroup<T: Transports> {
+    host: Communicator<T>,
+    rail: Option<Communicator<T>>,
+    device: Arc<Device>,
+    path: Path,
+    settings: Settings,
+    /// Held while a call is enqueued, so that calls of several threads do not mingle.
+    parts: Mutex<Parts<T>>,
+}
+
+impl<T: Transports> DeviceGroup<T> {
+    /// Every member calls it at the same point.
+    pub fn new(options: DeviceOptions<T>) -> Result<DeviceGroup<T>> {
+        let DeviceOptions { host, rail, device, settings, library_dirs } = options;
+        let opened = Device::open(device).and_then(|d| Ok((d.bus_id()?, d)));
+        let (bus_id, device) = agreed(&host, opened, "opening its CUDA device")?;
+        let path = choose(&host, rail.is_some(), settings.text("SMDDP_CUDA"));
+        if matches!(path, Path::Nccl | Path::Hierarchical) {
+            refuse_shared_device(&host, &bus_id)?;
+        }
+        device.enter()?;
+        let nccl = match path {
+            Path::Nccl | Path::Hierarchical => Some(meet(&host, &device, &settings, &library_dirs)?),
+            Path::Staged | Path::Alone => None,
+        };
+        let stager = match path {
+            Path::Staged | Path::Hierarchical => Some(make_stager(&device, &settings)),
+            Path::Nccl | Path::Alone => None,
+        };
+        let stager = agreed(&host, stager.transpose(), "making its staging")?;
+        let group = DeviceGroup {
+            host,
+            rail,
+            device,
+            path,
+            settings,
+            parts: Mutex::new(Parts { stager, nccl, last: None }),
+        };
+        tracing::info!(group = group.host.name(), "{}", group.describe());
+        Ok(group)
+    }
+
+    pub fn path(&self) -> Path {
+        self.path
+    }
+
+    /// One line for people.
+    pub fn describe(&self) -> String {
+        let parts = self.parts.lock().ok();
+        let parts = parts.as_deref();
+        let nccl = parts.and_then(|p| p.nccl.as_ref()).map(|n| format!("NCCL {}", n.version()));
+        let words =
+            parts.and_then(|p| p.stager.as_ref()).map(|s| if s.is_by_words() { "" } else { " (host waits)" });
+        let staged = words.map(|w| {
+            format!(
+                "{} slots of {} bytes{w}",
+                self.settings.text("SMDDP_CUDA_SLOTS"),
+                self.settings.text("SMDDP_CUDA_SLOT")
+            )
+        });
+        let how = match self.path {
+            Path::Nccl => "one node",
+            Path::Hierarchical => "NCCL in a node, staged between nodes",
+            Path::Staged => "staged through the host",
+            Path::Alone => "one rank",
+        };
+        let more: Vec<String> = nccl.into_iter().chain(staged).collect();
+        format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
+    }
+
+    /// Enqueues a call behind `stream`'s work; `stream` is past it only when it is over. The handle says how the part on
+    /// the host went; none: it has none.
+    ///
+    /// # Safety
+    /// The ranges are memory of the group's device, not used otherwise until `stream` is past the call; `stream` is a
+    /// stream of that device.
+    pub unsafe fn start(&self, call: &DeviceCall, stream: u64) -> Result<Option<Handle<T>>> {
+        let stream = stream as sys::Stream;
+        let mut parts = self.enter(call.collective.name(), stream)?;
+        if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
+            return Err(error);
+        }
+        let started = match self.path {
+            Path::Alone => self.alone(call, stream).map(|()| None),
+            Path::Nccl => with(&mut parts.nccl)?.enqueue(call, stream).map(|()| None),
+            Path::Staged => with(&mut parts.stager)?.enqueue(&self.host, call, stream),
+            Path::Hierarchical => self.hierarchical(&mut parts, call, stream),
+        };
+        if let Err(error @ Error::Transport { .. }) = &started {
+            // Part of the call may be enqueued; the others must not wait for the rest.
+            self.host.abort(&error.to_string());
+        }
+        if let Ok(Some(handle)) = &started {
+            parts.last = Some(handle.clone());
+        }
+        started
+    }
+
+    /// Why the group failed, if it did.
+    pub fn failure(&self) -> Option<Error> {
+        if let Some(error) = self.host.failure().or_else(|| self.rail.as_ref()?.failure()) {
+            return Some(error);
+        }
+        self.parts.lock().ok()?.nccl.as_ref()?.health().err()
+    }
+
+    /// Fails the group on every rank.
+    pub fn abort(&self, reason: &str) {
+        // First what releases streams that wait for words, then NCCL, which waits for its streams.
+        self.host.abort(reason);
+        if let Some(rail) = &self.rail {
+            rail.abort(reason);
+        }
+        self.end(true);
+    }
+
+    /// Frees everything; what is enqueued is waited for, within limits.
+    pub fn shutdown(&self) {
+        if let Some(rail) = &self.rail {
+            rail.shutdown();
+        }
+        self.end(self.failure().is_some());
+    }
+
+    fn end(&self, failed: bool) {
+        let Ok(mut parts) = self.parts.lock() else { return };
+        parts.stager = None;
+        if let Some(nccl) = parts.nccl.take() {
+            nccl.end(failed);
+        }
+    }
+
+    fn lock(&self) -> Result<MutexGuard<'_, Parts<T>>> {
+        self.parts
+            .lock()
+            .map_err(|_| Error::Internal("a thread panicked while it enqueued a call".to_owned()))
+    }
+
+    /// What every call begins with.
+    fn enter(&self, op: &str, stream: sys::Stream) -> Result<MutexGuard<'_, Parts<T>>> {
+        let parts = self.lock()?;
+        self.device.enter()?;
+        if self.path != Path::Nccl && self.device.is_capturing(stream)? {
+            return Err(Error::Argument {
+                op: op.to_owned(),
+                argument: "stream",
+                expected: "one that captures no graph".to_owned(),
+                given: "one that does".to_owned(),
+                hint: "A replayed graph would not wait for other nodes: call it outside of the graph"
+                    .to_owned(),
+            });
+        }
+        Ok(parts)
+    }
+
+    fn alone(&self, call: &DeviceCall, stream: sys::Stream) -> Result<()> {
+        let bytes = call.input.bytes.min(call.output.bytes);
+        self.device.copy_on_device(call.output.address, call.input.address, bytes, stream)
+    }
+
+    /// All-reduce: reduce-scatter in the node, exchange of shards on the rail, all-gather in the node. The elements that
+    /// do not divide by the node's ranks are reduced on all of them and exchanged on every rail, with equal results.
+    /// Other calls pass through the host's group.
+    fn hierarchical(
+        &self,
+        parts: &mut Parts<T>,
+        call: &DeviceCall,
+        stream: sys::Stream,
+    ) -> Result<Option<Handle<T>>> {
+        let (Some(rail), Some(stager)) = (&self.rail, &mut parts.stager) else { return Err(missing()) };
+        let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
+        let by_nccl = !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
+            && call.dtype != DType::I16
+            && !averages_integers;
+        if call.collective != Collective::AllReduce || !by_nccl {
+            return stager.enqueue(&self.host, call, stream);
+        }
+        let Some(nccl) = &parts.nccl else { return Err(missing()) };
+        let shape = self.host.shape();
+        let (me, local) = (shape.local_of(self.host.rank()), shape.local_size(self.host.rank()));
+        let size = call.dtype.size();
+        let (shard, tail) = (call.count / local, call.count % local);
+        let piece = |first: usize, count: usize| Memory {
+            address: call.output.address + (first * size) as u64,
+            bytes: count * size,
+        };
+        self.device.copy_on_device(call.output.address, call.input.address, call.input.bytes, stream)?;
+        let on = |collective, count, input, output| DeviceCall {
+            collective,
+            count,
+            input,
+            output,
+            counts: None,
+            splits: None,
+            ..call.clone()
+        };
+        let (whole, mine, rest) =
+            (piece(0, shard * local), piece(me * shard, shard), piece(shard * local, tail));
+        if shard > 0 {
+            nccl.enqueue(&on(Collective::ReduceScatter, shard, whole, mine), stream)?;
+        }
+        if tail > 0 {
+            nccl.enqueue(&on(Collective::AllReduce, tail, rest, rest), stream)?;
+        }
+        let mut last = None;
+        for part in [mine, rest].into_iter().filter(|p| p.bytes > 0) {
+            last = stager.enqueue(rail, &on(Collective::AllReduce, part.bytes / size, part, part), stream)?;
+        }
+        if shard > 0 {
+            nccl.enqueue(&on(Collective::AllGather, shard, mine, whole), stream)?;
+        }
+        Ok(last)
+    }
+}
+
+impl<T: Transports> Drop for DeviceGroup<T> {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+fn missing() -> Error {
+    Error::Aborted {
+        site: smddp_core::error::Site::unknown(),
+        reason: "the group's CUDA side was shut down".to_owned(),
+    }
+}
+
+fn with<P>(part: &mut Option<P>) -> Result<&mut P> {
+    part.as_mut().ok_or_else(missing)
+}
+
+fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {
+    let nodes = host.shape().node_count();
+    match (wanted, nodes) {
+        ("staged", _) => Path::Staged,
+        ("nccl", 1) => Path::Nccl,
+        (_, 1) if host.size() == 1 => Path::Alone,
+        (_, 1) => Path::Nccl,
+        _ if has_rail => Path::Hierarchical,
+        _ => Path::Staged,
+    }
+}
+
+/// `mine`, when it went well on all ranks; else every rank fails, those it did not happen to by naming one of the others.
+fn agreed<T: Transports, R>(host: &Communicator<T>, mine: Result<R>, what: &str) -> Result<R> {
+    let mut failed = vec![0u8; host.size()];
+    host.all_gather(&[u8::from(mine.is_err())], &mut failed)?;
+    let mine = mine?;
+    match failed.iter().position(|&f| f != 0) {
+        None => Ok(mine),
+        Some(rank) => Err(Error::Bootstrap {
+            what: format!("rank {rank} of group '{}' failed in {what}", host.name()),
+            hint: "Its own error says why".to_owned(),
+        }),
+    }
+}
+
+/// NCCL takes one rank a device.
+fn refuse_shared_device<T: Transports>(host: &Communicator<T>, bus_id: &str) -> Result<()> {
+    const ROOM: usize = 32;
+    let mut mine = [0u8; ROOM];
+    let len = bus_id.len().min(ROOM);
+    mine[..len].copy_from_slice(&bus_id.as_bytes()[..len]);
+    let mut all = vec![0u8; ROOM * host.size()];
+    host.all_gather(&mine, &mut all)?;
+    let (shape, me) = (host.shape(), host.rank());
+    if std::env::var_os("NCCL_HOSTID").is_some() || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some() {
+        return Ok(());
+    }
+    // Every rank looks at all pairs, so that all fail alike.
+    for a in 0..host.size() {
+        for b in a + 1..host.size() {
+            if shape.same_node(a, b) && all[a * ROOM..(a + 1) * ROOM] == all[b * ROOM..(b + 1) * ROOM] {
+                let theirs =
+                    String::from_utf8_lossy(&all[a * ROOM..(a + 1) * ROOM]).trim_end_matches('\0').to_owned();
+                return Err(Error::Argument {
+                    op: format!("rank {me} of group '{}', using CUDA", host.name()),
+                    argument: "device",
+                    expected: "a device for each rank of a node".to_owned(),
+                    given: format!("device {theirs} for ranks {a} and {b}"),
+                    hint: "Call torch.cuda.set_device(local_rank) before the first collective; to let ranks share \
+                           a device on purpose, set SMDDP_CUDA=staged"
+                        .to_owned(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The communicator of this node's ranks.
+fn meet<T: Transports>(
+    host: &Communicator<T>,
+    device: &Arc<Device>,
+    settings: &Settings,
+    dirs: &[PathBuf],
+) -> Result<NcclComm> {
+    let shape = host.shape();
+    let (me, node) = (host.rank(), shape.ranks_on(shape.node_of(host.rank())));
+    let loaded = nccl::library(settings.text("SMDDP_NCCL"), dirs).and_then(|library| {
+        let id = if shape.local_of(me) == 0 { nccl::unique_id(&library)?.0 } else { [0; 128] };
+        Ok((library, id))
+    });
+    let (library, id) = agreed(host, loaded, "loading NCCL")?;
+    let mut ids = vec![0u8; id.len() * host.size()];
+    host.all_gather(&id, &mut ids)?;
+    let mut theirs = [0u8; 128];
+    let first = node[0] as usize;
+    theirs.copy_from_slice(&ids[first * id.len()..(first + 1) * id.len()]);
+    let place = (shape.local_of(me), node.len());
+    let met = NcclComm::connect(&library, device, smddp_nccl_sys::UniqueId(theirs), place, host.timeout());
+    agreed(host, met, "meeting for NCCL")
+}
+
+fn make_stager(device: &Arc<Device>, settings: &Settings) -> Result<Stager> {
+    Stager::new(device, settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"))
+}

@@ -1,0 +1,25 @@
+//! Collectives on tensors in CUDA memory.
+//!
+//! Inside a node NCCL moves the data. Between nodes it goes through pinned memory and the engine's own plans: device
+//! copies a piece into a slot, and a word beside it says so (`cuStreamWriteValue32`); the progress thread runs the
+//! exchange as an ordinary operation with a gate ([`smddp_core::gate`]); a wait on a second word, enqueued ahead, releases
+//! the copy back.
+//!
+//! Invariants
+//! - **C1** everything is enqueued by the caller's thread, in call order; the host never waits for the device.
+//! - **C2** between "input is there" and "output is there" nobody calls CUDA or NCCL, or takes an interpreter's lock: the
+//!   progress thread reads a word and stores a word. So nothing that holds a lock of the driver can stop it.
+//! - **C3** a wait is enqueued only behind the copy and the word that lead to its release, so no order of enqueuing stops
+//!   the device for ever; a failed operation releases its wait too (W2), and its group refuses later calls.
+//! - **C4** a slot is written again only behind the event after its last copy out.
+
+mod device;
+mod group;
+mod nccl;
+mod pinned;
+mod stager;
+
+pub use device::Device;
+#[doc(hidden)]
+pub use device::use_driver;
+pub use group::{DeviceCall, DeviceGroup, DeviceOptions, Memory, Path};

@@ -1,0 +1,322 @@
+//! One NCCL communicator.
+
+use std::ffi::{c_int, c_void};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use smddp_core::{Collective, DType, Error, ReduceOp, Result};
+use smddp_cuda_sys::Stream;
+use smddp_nccl_sys as sys;
+use sys::{Config, Nccl, UniqueId};
+
+use crate::device::Device;
+use crate::group::DeviceCall;
+
+/// How long the end of a communicator may take before it is left behind.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+static LIBRARY: Mutex<Option<Arc<Nccl>>> = Mutex::new(None);
+
+/// NCCL, loaded at first use.
+pub(crate) fn library(named: &str, dirs: &[std::path::PathBuf]) -> Result<Arc<Nccl>> {
+    let mut place = LIBRARY.lock().map_err(|_| Error::Internal("loading NCCL panicked before".to_owned()))?;
+    if let Some(nccl) = place.as_ref() {
+        return Ok(Arc::clone(nccl));
+    }
+    let nccl = Nccl::load(named, dirs).map_err(|e| Error::Library {
+        library: "NCCL",
+        reason: e.to_string(),
+        hint: "SMDDP_CUDA=staged does without it".to_owned(),
+    })?;
+    tracing::info!(path = nccl.path, version = sys::shown(nccl.version), "NCCL");
+    let nccl = Arc::new(nccl);
+    *place = Some(Arc::clone(&nccl));
+    Ok(nccl)
+}
+
+/// A new communicator's identity, made by one rank for all.
+pub(crate) fn unique_id(nccl: &Nccl) -> Result<UniqueId> {
+    let mut id = UniqueId([0; 128]);
+    // SAFETY: a place for the identity.
+    check(nccl, "making an identity", unsafe { (nccl.unique_id)(&raw mut id) })?;
+    Ok(id)
+}
+
+fn check(nccl: &Nccl, what: &str, status: sys::Status) -> Result<()> {
+    if status == sys::SUCCESS {
+        return Ok(());
+    }
+    Err(Error::Transport {
+        transport: "NCCL",
+        reason: format!("{what}: {}. NCCL_DEBUG=WARN makes it say more", nccl.explain(status)),
+    })
+}
+
+/// A communicator's pointer on its way between threads.
+struct Raw(sys::Comm);
+
+// SAFETY: communicators may be used from any thread, one at a time; the group's lock sees to that.
+unsafe impl Send for Raw {}
+
+pub(crate) struct NcclComm {
+    nccl: Arc<Nccl>,
+    device: Arc<Device>,
+    raw: Raw,
+    rank: usize,
+    size: usize,
+}
+
+// SAFETY: as for `Raw`; shared references only ask for errors, which NCCL allows beside other calls.
+unsafe impl Sync for NcclComm {}
+
+impl NcclComm {
+    /// Meets the other ranks; gives up after `limit` and leaves the thread that waits behind.
+    pub(crate) fn connect(
+        nccl: &Arc<Nccl>,
+        device: &Arc<Device>,
+        id: UniqueId,
+        (rank, size): (usize, usize),
+        limit: Duration,
+    ) -> Result<NcclComm> {
+        let (tell, told) = mpsc::channel();
+        let (library, place) = (Arc::clone(nccl), Arc::clone(device));
+        let meet = move || {
+            let mut config = Config::blocking(None);
+            let mut comm = Raw(std::ptr::null_mut());
+            let made = place.enter().and_then(|()| {
+                // SAFETY: places for the communicator and its configuration; the device's context is this thread's.
+                let status = unsafe {
+                    (library.comm_init)(&raw mut comm.0, size as c_int, id, rank as c_int, &raw mut config)
+                };
+                check(&library, "meeting the other ranks", status)
+            });
+            // Nobody listens any more: the communicator is left behind with the ranks that never came.
+            let _ = tell.send(made.map(|()| comm));
+        };
+        std::thread::Builder::new().name("smddp-nccl-init".to_owned()).spawn(meet).map_err(|e| {
+            Error::Resource {
+                what: "meeting for NCCL".to_owned(),
+                resource: "threads",
+                reason: e.to_string(),
+                hint: "Raise the process limit (ulimit -u)".to_owned(),
+            }
+        })?;
+        let raw = told.recv_timeout(limit).map_err(|_| Error::Transport {
+            transport: "NCCL",
+            reason: format!(
+                "not all of {size} ranks met within {:.0} s; this is rank {rank} of them",
+                limit.as_secs_f64()
+            ),
+        })??;
+        Ok(NcclComm { nccl: Arc::clone(nccl), device: Arc::clone(device), raw, rank, size })
+    }
+
+    pub(crate) fn version(&self) -> String {
+        sys::shown(self.nccl.version)
+    }
+
+    /// An error NCCL found beside the calls, such as a lost peer.
+    pub(crate) fn health(&self) -> Result<()> {
+        let mut found = sys::SUCCESS;
+        // SAFETY: our communicator, and a place for the answer.
+        let status = unsafe { (self.nccl.comm_error)(self.raw.0, &raw mut found) };
+        check(&self.nccl, "asking for errors", status)?;
+        if found == sys::IN_PROGRESS { Ok(()) } else { check(&self.nccl, "meanwhile", found) }
+    }
+
+    /// Enqueues a call on `stream`.
+    pub(crate) fn enqueue(&self, call: &DeviceCall, stream: Stream) -> Result<()> {
+        let name = call.collective.name();
+        // SAFETY: the ranges are vouched for by the caller of the group's `start`, and checked for length there.
+        let status = unsafe { self.issue(call, stream)? };
+        check(&self.nccl, name, status)
+    }
+
+    /// # Safety
+    /// The call's memory is the device's, of the lengths its collective wants, until the stream is past it.
+    unsafe fn issue(&self, call: &DeviceCall, stream: Stream) -> Result<sys::Status> {
+        let n = &self.nccl;
+        let (from, to) = (call.input.address as *const c_void, call.output.address as *mut c_void);
+        let (count, root, comm) = (call.count, call.root as c_int, self.raw.0);
+        let bytes = count * call.dtype.size();
+        if call.counts.is_some() || call.splits.is_some() {
+            // SAFETY: passed on.
+            return unsafe { self.uneven(call, stream) };
+        }
+        // SAFETY: passed on.
+        Ok(unsafe {
+            match call.collective {
+                Collective::AllReduce => {
+                    let (dtype, op) = reduction(call)?;
+                    (n.all_reduce)(from, to, count, dtype, op, comm, stream)
+                }
+                Collective::Reduce => {
+                    let (dtype, op) = reduction(call)?;
+                    (n.reduce)(from, to, count, dtype, op, root, comm, stream)
+                }
+                Collective::ReduceScatter => {
+                    let (dtype, op) = reduction(call)?;
+                    (n.reduce_scatter)(from, to, count, dtype, op, comm, stream)
+                }
+                Collective::AllGather => (n.all_gather)(from, to, bytes, sys::dtype::UINT8, comm, stream),
+                Collective::Broadcast => {
+                    (n.broadcast)(from, to, bytes, sys::dtype::UINT8, root, comm, stream)
+                }
+                Collective::AllToAll | Collective::Gather | Collective::Scatter => {
+                    let root_only = |wanted: bool| if wanted { bytes } else { 0 };
+                    let (send, receive) = match call.collective {
+                        Collective::Gather => {
+                            (self.only(call.root, bytes), vec![root_only(call.root == self.rank); self.size])
+                        }
+                        Collective::Scatter => {
+                            (vec![root_only(call.root == self.rank); self.size], self.only(call.root, bytes))
+                        }
+                        _ => (vec![bytes; self.size], vec![bytes; self.size]),
+                    };
+                    self.exchange(call, &send, &receive, stream)
+                }
+                Collective::Barrier | Collective::SendRecv => sys::SUCCESS,
+            }
+        })
+    }
+
+    /// `bytes` for one rank, nothing for the others.
+    fn only(&self, rank: usize, bytes: usize) -> Vec<usize> {
+        (0..self.size).map(|r| if r == rank { bytes } else { 0 }).collect()
+    }
+
+    /// # Safety
+    /// As [`issue`](Self::issue).
+    unsafe fn uneven(&self, call: &DeviceCall, stream: Stream) -> Result<sys::Status> {
+        let size = call.dtype.size();
+        if let Some((send, receive)) = &call.splits {
+            let bytes = |counts: &[usize]| counts.iter().map(|c| c * size).collect::<Vec<_>>();
+            // SAFETY: passed on.
+            return Ok(unsafe { self.exchange(call, &bytes(send), &bytes(receive), stream) });
+        }
+        let counts = call.counts.as_deref().unwrap_or_default();
+        let n = &self.nccl;
+        let reduces = call.collective == Collective::ReduceScatter;
+        let (dtype, op) = if reduces { reduction(call)? } else { (sys::dtype::UINT8, 0) };
+        let mut at = 0u64;
+        // SAFETY: passed on; offsets stay inside, since counts add up to the longer side's length.
+        unsafe {
+            let mut status = (n.group_start)();
+            for (rank, &count) in counts.iter().enumerate() {
+                let root = rank as c_int;
+                if status == sys::SUCCESS && count > 0 {
+                    status = if reduces {
+                        let from = (call.input.address + at) as *const c_void;
+                        (n.reduce)(
+                            from,
+                            call.output.address as *mut c_void,
+                            count,
+                            dtype,
+                            op,
+                            root,
+                            self.raw.0,
+                            stream,
+                        )
+                    } else {
+                        let to = (call.output.address + at) as *mut c_void;
+                        let from = call.input.address as *const c_void;
+                        (n.broadcast)(from, to, count * size, dtype, root, self.raw.0, stream)
+                    };
+                }
+                at += (count * size) as u64;
+            }
+            let ended = (n.group_end)();
+            Ok(if status == sys::SUCCESS { ended } else { status })
+        }
+    }
+
+    /// Every rank's bytes for every other, one after another in both ranges, as one group.
+    ///
+    /// # Safety
+    /// As [`issue`](Self::issue).
+    unsafe fn exchange(
+        &self,
+        call: &DeviceCall,
+        send: &[usize],
+        receive: &[usize],
+        stream: Stream,
+    ) -> sys::Status {
+        let n = &self.nccl;
+        let (mut from, mut to) = (call.input.address, call.output.address);
+        // SAFETY: passed on.
+        unsafe {
+            let mut status = (n.group_start)();
+            for peer in 0..self.size {
+                let other = peer as c_int;
+                if status == sys::SUCCESS && send[peer] > 0 {
+                    let bytes = send[peer];
+                    status =
+                        (n.send)(from as *const c_void, bytes, sys::dtype::UINT8, other, self.raw.0, stream);
+                }
+                if status == sys::SUCCESS && receive[peer] > 0 {
+                    let bytes = receive[peer];
+                    status = (n.recv)(to as *mut c_void, bytes, sys::dtype::UINT8, other, self.raw.0, stream);
+                }
+                from += send[peer] as u64;
+                to += receive[peer] as u64;
+            }
+            let ended = (n.group_end)();
+            if status == sys::SUCCESS { ended } else { status }
+        }
+    }
+
+    /// Ends the communicator; `failed`: without waiting for peers.
+    pub(crate) fn end(self, failed: bool) {
+        let (tell, told) = mpsc::channel::<()>();
+        let NcclComm { nccl, device, raw, .. } = self;
+        let end = move || {
+            let raw = raw;
+            if device.enter().is_ok() {
+                // SAFETY: our communicator, which nobody uses any more. Its failure leaves nothing to do.
+                let _ = unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
+            }
+            drop(tell);
+        };
+        if std::thread::Builder::new().name("smddp-nccl-end".to_owned()).spawn(end).is_ok() {
+            // Disconnected when it is done.
+            if matches!(told.recv_timeout(FAREWELL), Err(mpsc::RecvTimeoutError::Timeout)) {
+                tracing::warn!("an NCCL communicator did not end in time; it is left behind");
+            }
+        }
+    }
+}
+
+/// NCCL's type and reduction for a call that reduces.
+fn reduction(call: &DeviceCall) -> Result<(c_int, c_int)> {
+    let unsupported = || {
+        Err(Error::Unsupported {
+            op: format!("{} of CUDA tensors by NCCL", call.collective.name()),
+            reduce: call.op,
+            dtype: call.dtype,
+        })
+    };
+    let dtype = match call.dtype {
+        DType::Bool | DType::U8 => sys::dtype::UINT8,
+        DType::I8 => sys::dtype::INT8,
+        DType::I32 => sys::dtype::INT32,
+        DType::I64 => sys::dtype::INT64,
+        DType::F16 => sys::dtype::FLOAT16,
+        DType::BF16 => sys::dtype::BFLOAT16,
+        DType::F32 => sys::dtype::FLOAT32,
+        DType::F64 => sys::dtype::FLOAT64,
+        DType::I16 => return unsupported(),
+    };
+    let op = match (call.op, call.dtype) {
+        // A sum of truth values is "or", a product "and".
+        (ReduceOp::Sum | ReduceOp::Max | ReduceOp::BitOr, DType::Bool) => sys::op::MAX,
+        (ReduceOp::Product | ReduceOp::Min | ReduceOp::BitAnd, DType::Bool) => sys::op::MIN,
+        (ReduceOp::Sum, _) => sys::op::SUM,
+        (ReduceOp::Avg, _) => sys::op::AVG,
+        (ReduceOp::Product, _) => sys::op::PROD,
+        (ReduceOp::Min, _) => sys::op::MIN,
+        (ReduceOp::Max, _) => sys::op::MAX,
+        (ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor, _) => return unsupported(),
+    };
+    Ok((dtype, op))
+}

@@ -1,0 +1,118 @@
+//! Host memory a device can reach.
+
+use std::ptr;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use smddp_core::gate::Words;
+use smddp_core::{Error, Region, Result};
+use smddp_cuda_sys as sys;
+
+use crate::device::Device;
+
+const PAGE: usize = 4096;
+
+/// A mapping registered with the device. Cached as ordinary memory: the host reads every byte of it.
+pub(crate) struct Pinned {
+    device: Arc<Device>,
+    region: Region,
+}
+
+impl Pinned {
+    /// The device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned> {
+        let len = bytes.max(1).next_multiple_of(PAGE);
+        let fail = |reason: String| Error::Resource {
+            what: "staging for CUDA tensors".to_owned(),
+            resource: "pinned memory",
+            reason: format!("{len} bytes: {reason}"),
+            hint:
+                "Lower SMDDP_CUDA_SLOT or SMDDP_CUDA_SLOTS, or raise the limit of locked memory (ulimit -l)"
+                    .to_owned(),
+        };
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let start = unsafe {
+            mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        }
+        .map_err(|e| fail(e.to_string()))?;
+        // A forked child must not take the pages' place while the device writes to them.
+        // SAFETY: the mapping just made.
+        let advised = unsafe { madvise(start, len, Advice::LinuxDontFork) };
+        // SAFETY: as above; unregistered in drop, before it is unmapped.
+        let status = unsafe { (device.driver.host_register)(start, len, sys::HOST_REGISTER_PORTABLE_MAPPED) };
+        if advised.is_err() || status != sys::SUCCESS {
+            // SAFETY: mapped above, used by nobody.
+            let _ = unsafe { munmap(start, len) };
+            return Err(fail(device.driver.explain(status)));
+        }
+        // SAFETY: mapped until drop (R1); the stager hands out disjoint pieces.
+        Ok(Pinned { device: Arc::clone(device), region: unsafe { Region::new(start.cast(), len) } })
+    }
+
+    pub(crate) fn region(&self) -> Region {
+        self.region
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let start = self.region.as_ptr().cast();
+        // A thread without the context cannot unregister; then the pages stay pinned until the process ends.
+        if self.device.enter().is_ok() {
+            // SAFETY: registered in `new`; its user drops it only when the device is done with it.
+            let _ = unsafe { (self.device.driver.host_unregister)(start) };
+        }
+        // SAFETY: mapped in `new` with this length.
+        let _ = unsafe { munmap(start, self.region.len()) };
+    }
+}
+
+/// The words of a stager, registered.
+pub(crate) struct SharedWords {
+    device: Arc<Device>,
+    pub(crate) words: Arc<Words>,
+    /// The device's address of the page.
+    base: u64,
+}
+
+impl SharedWords {
+    /// The device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>) -> Result<SharedWords> {
+        let words = Arc::new(Words::default());
+        let page = Arc::as_ptr(&words).cast_mut().cast();
+        // SAFETY: a page of its own by its alignment, kept by the Arc until drop has unregistered it.
+        let status = unsafe {
+            (device.driver.host_register)(page, size_of::<Words>(), sys::HOST_REGISTER_PORTABLE_MAPPED)
+        };
+        device.check("registering words", status)?;
+        let mut shared = SharedWords { device: Arc::clone(device), words, base: 0 };
+        // SAFETY: registered just now; a place for the address.
+        let status = unsafe { (device.driver.host_device_pointer)(&raw mut shared.base, page, 0) };
+        device.check("asking for the device's address of words", status)?;
+        Ok(shared)
+    }
+
+    /// The device's address of a slot's "input is there".
+    pub(crate) fn ready(&self, slot: usize) -> u64 {
+        self.base + ptr::from_ref(self.words.ready(slot)).addr() as u64 - self.page()
+    }
+
+    /// The device's address of a slot's "output is there".
+    pub(crate) fn done(&self, slot: usize) -> u64 {
+        self.base + ptr::from_ref(self.words.done(slot)).addr() as u64 - self.page()
+    }
+
+    fn page(&self) -> u64 {
+        Arc::as_ptr(&self.words).addr() as u64
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: registered in `new`; the stager's streams are idle by now.
+            let _ =
+                unsafe { (self.device.driver.host_unregister)(Arc::as_ptr(&self.words).cast_mut().cast()) };
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! Runs a collective on device memory as operations on pinned slots, pieces following one another.
+//!
+//! A collective's memory is *rows* of equal length: one, or one for each rank. A piece is the same columns of every
+//! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
+//! length pass as one piece through memory of their own.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smddp_core::communicator::{Communicator, Handle, Request};
+use smddp_core::gate::{Gate, SLOTS};
+use smddp_core::transport::Transports;
+use smddp_core::{Collective, Error, Region, Result};
+use smddp_cuda_sys as sys;
+
+use crate::device::{Device, Event, Stream, wait};
+use crate::group::DeviceCall;
+use crate::pinned::{Pinned, SharedWords};
+
+/// How long the words are tried at start.
+const PROBE_LIMIT: Duration = Duration::from_secs(2);
+/// Columns of a piece are a multiple of so many elements, so that rows stay aligned.
+const ALIGN: usize = 64;
+/// How long the end waits for the device.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Half of a slot holds inputs, half outputs; calls in place use the first.
+struct Slot {
+    memory: Pinned,
+    /// Recorded behind the last copy out (C4).
+    free: Event,
+    /// Uses so far (W1).
+    value: u32,
+}
+
+/// Which rows of a piece are copied in and out, and what the operation between sees.
+struct Rows {
+    /// Of the operation.
+    input: usize,
+    output: usize,
+    in_place: bool,
+    /// Of the user's memory that are copied in, and out, on this rank.
+    copied_in: usize,
+    copied_out: usize,
+}
+
+impl Rows {
+    fn of(call: &DeviceCall, rank: usize, size: usize) -> Rows {
+        let root = call.root == rank;
+        let some = |wanted: bool| usize::from(wanted);
+        let (input, output, in_place) = match call.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (1, 1, true),
+            Collective::AllGather => (1, size, false),
+            Collective::ReduceScatter => (size, 1, false),
+            Collective::AllToAll => (size, size, false),
+            Collective::Gather => (1, size * some(root), false),
+            Collective::Scatter => (size * some(root), 1, false),
+            Collective::Barrier | Collective::SendRecv => (0, 0, true),
+        };
+        let (copied_in, copied_out) = match call.collective {
+            Collective::Broadcast => (some(root), some(!root)),
+            Collective::Reduce => (1, some(root)),
+            _ => (input, output),
+        };
+        Rows { input, output, in_place, copied_in, copied_out }
+    }
+}
+
+pub(crate) struct Stager {
+    device: Arc<Device>,
+    words: SharedWords,
+    slots: Vec<Slot>,
+    next: usize,
+    half: usize,
+    to_host: Stream,
+    to_device: Stream,
+    begin: Event,
+    end: Event,
+    /// Memory of calls that did not fit a slot, until its event is past.
+    borrowed: Vec<(Event, Pinned)>,
+    /// Whether words can be written and waited for from streams; else the host waits for the device.
+    by_words: bool,
+}
+
+impl Stager {
+    /// `count` slots of `bytes`; the device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>, count: usize, bytes: usize) -> Result<Stager> {
+        let slot = |_| Ok(Slot { memory: Pinned::new(device, bytes)?, free: Event::new(device)?, value: 0 });
+        let mut stager = Stager {
+            device: Arc::clone(device),
+            words: SharedWords::new(device)?,
+            slots: (0..count.clamp(1, SLOTS)).map(slot).collect::<Result<_>>()?,
+            next: 0,
+            half: bytes / 2,
+            to_host: Stream::new(device)?,
+            to_device: Stream::new(device)?,
+            begin: Event::new(device)?,
+            end: Event::new(device)?,
+            borrowed: Vec::new(),
+            by_words: false,
+        };
+        stager.by_words = queues_are_many() && stager.probe();
+        if !stager.by_words {
+            tracing::warn!(
+                "streams cannot wait for words here: the host waits for the device in each exchange of CUDA tensors"
+            );
+        }
+        Ok(stager)
+    }
+
+    /// Whether the device is waited for by words.
+    pub(crate) fn is_by_words(&self) -> bool {
+        self.by_words
+    }
+
+    /// Tries both directions on the first slot's words, which are at 0.
+    fn probe(&mut self) -> bool {
+        let gate = Gate { words: Arc::clone(&self.words.words), slot: 0, value: 1 };
+        let tried = (|| {
+            self.to_host.write_word(self.words.ready(0), 1)?;
+            self.to_device.wait_word(self.words.done(0), 1)
+        })();
+        let within = |what: &dyn Fn() -> bool| {
+            let until = Instant::now() + PROBE_LIMIT;
+            while !what() && Instant::now() < until {
+                std::thread::yield_now();
+            }
+            what()
+        };
+        let arrived = tried.is_ok() && within(&|| gate.is_open());
+        gate.leave();
+        let released = tried.is_ok() && within(&|| self.to_device.is_idle().unwrap_or(false));
+        self.slots[0].value = 1;
+        tracing::debug!(?tried, arrived, released, "words of streams");
+        arrived && released
+    }
+
+    /// Enqueues the call behind `stream`'s work and lets `stream` wait for its end. The handle is that of its last
+    /// piece; none: there was nothing to move.
+    pub(crate) fn enqueue<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+        stream: sys::Stream,
+    ) -> Result<Option<Handle<T>>> {
+        self.begin.record(stream)?;
+        self.to_host.wait(&self.begin)?;
+        self.to_device.wait(&self.begin)?;
+        let last = if call.counts.is_some() || call.splits.is_some() {
+            self.whole(host, call)?
+        } else {
+            self.pieces(host, call)?
+        };
+        self.end.record(self.to_device.raw)?;
+        wait(&self.device, stream, &self.end)?;
+        Ok(last)
+    }
+
+    fn pieces<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+    ) -> Result<Option<Handle<T>>> {
+        let rows = Rows::of(call, host.rank(), host.size());
+        let size = call.dtype.size();
+        let most = call.most_rows(host.size());
+        let columns = (self.half / (most * size) / ALIGN * ALIGN).max(1);
+        if columns * most * size > self.half {
+            return Err(Error::Argument {
+                op: call.collective.name().to_owned(),
+                argument: "SMDDP_CUDA_SLOT",
+                expected: format!("room for an element of each of {most} ranks twice"),
+                given: format!("{} bytes", 2 * self.half),
+                hint: "Raise it".to_owned(),
+            });
+        }
+        let mut last = None;
+        let mut from = 0;
+        while from < call.count {
+            let count = columns.min(call.count - from);
+            last = Some(self.piece(host, call, &rows, from, count)?);
+            from += count;
+        }
+        Ok(last)
+    }
+
+    fn piece<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+        rows: &Rows,
+        from: usize,
+        count: usize,
+    ) -> Result<Handle<T>> {
+        let (slot, gate) = self.take_slot();
+        let memory = self.slots[slot].memory.region();
+        let size = call.dtype.size();
+        let (row, width) = (call.count * size, count * size);
+        let input = memory.slice(0, rows.input * width);
+        let output = if rows.in_place { input } else { memory.slice(self.half, rows.output * width) };
+
+        self.to_host.wait(&self.slots[slot].free)?;
+        for r in 0..rows.copied_in {
+            let at = call.input.address + (r * row + from * size) as u64;
+            self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), at, width)?;
+        }
+        let handle = self.exchange(host, &call.request(count, input, output), gate)?;
+        for r in 0..rows.copied_out {
+            let at = call.output.address + (r * row + from * size) as u64;
+            self.to_device.copy_to_device(at, output.slice(r * width, width).as_ptr(), width)?;
+        }
+        self.slots[slot].free.record(self.to_device.raw)?;
+        Ok(handle)
+    }
+
+    /// A call with rows of different lengths.
+    fn whole<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+    ) -> Result<Option<Handle<T>>> {
+        self.give_back()?;
+        let (slot, gate) = self.take_slot();
+        let memory = Pinned::new(&self.device, call.input.bytes + call.output.bytes + ALIGN)?;
+        let input = memory.region().slice(0, call.input.bytes);
+        let output = memory.region().slice(call.input.bytes.next_multiple_of(ALIGN), call.output.bytes);
+        self.to_host.wait(&self.slots[slot].free)?;
+        self.to_host.copy_to_host(input.as_ptr(), call.input.address, input.len())?;
+        let handle = self.exchange(host, &call.request(call.count, input, output), gate)?;
+        self.to_device.copy_to_device(call.output.address, output.as_ptr(), output.len())?;
+        self.slots[slot].free.record(self.to_device.raw)?;
+        let past = Event::new(&self.device)?;
+        past.record(self.to_device.raw)?;
+        self.borrowed.push((past, memory));
+        Ok(Some(handle))
+    }
+
+    /// Frees borrowed memory the device is done with.
+    fn give_back(&mut self) -> Result<()> {
+        let mut failed = Ok(());
+        self.borrowed.retain(|(past, _)| match past.is_done() {
+            Ok(done) => !done,
+            Err(error) => {
+                failed = Err(error);
+                true
+            }
+        });
+        failed
+    }
+
+    fn take_slot(&mut self) -> (usize, Gate) {
+        let slot = self.next;
+        self.next = (self.next + 1) % self.slots.len();
+        let used = &mut self.slots[slot];
+        used.value = used.value.wrapping_add(1);
+        (slot, Gate { words: Arc::clone(&self.words.words), slot, value: used.value })
+    }
+
+    /// Behind the copies to the host, and before those to the device: the operation itself (C3).
+    fn exchange<T: Transports>(
+        &self,
+        host: &Communicator<T>,
+        request: &Request,
+        gate: Gate,
+    ) -> Result<Handle<T>> {
+        let (slot, value) = (gate.slot, gate.value);
+        if self.by_words {
+            self.to_host.write_word(self.words.ready(slot), value)?;
+            let request = Request { gate: Some(gate), ..request.clone() };
+            // SAFETY: slots live until the stager's end, which waits for the operations; C4 keeps others out.
+            let handle = unsafe { host.start(&request)? };
+            self.to_device.wait_word(self.words.done(slot), value)?;
+            return Ok(handle);
+        }
+        self.to_host.synchronize()?;
+        // SAFETY: as above.
+        let handle = unsafe { host.start(request)? };
+        handle.wait(None)?;
+        Ok(handle)
+    }
+}
+
+impl Drop for Stager {
+    /// The group behind has ended or failed, so every wait is released (W2); what is enqueued soon runs out.
+    fn drop(&mut self) {
+        if self.device.enter().is_err() {
+            return self.leave_behind();
+        }
+        let until = Instant::now() + DRAIN_LIMIT;
+        let idle = |s: &Stream| s.is_idle().unwrap_or(true);
+        while !(idle(&self.to_host) && idle(&self.to_device)) {
+            if Instant::now() > until {
+                tracing::warn!("the device did not finish; its staging memory is left behind");
+                return self.leave_behind();
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+impl Stager {
+    /// Memory the device may still write to is never freed.
+    fn leave_behind(&mut self) {
+        for slot in self.slots.drain(..) {
+            std::mem::forget(slot.memory);
+        }
+        for (_, memory) in self.borrowed.drain(..) {
+            std::mem::forget(memory);
+        }
+        std::mem::forget(Arc::clone(&self.words.words));
+    }
+}
+
+/// With few hardware queues a stream that waits stops others, computing ones among them.
+fn queues_are_many() -> bool {
+    const USUAL: u32 = 8;
+    let set = std::env::var("CUDA_DEVICE_MAX_CONNECTIONS").ok().and_then(|v| v.parse::<u32>().ok());
+    set.is_none_or(|n| n >= USUAL)
+}
+
+impl DeviceCall {
+    /// Rows on the rank that has most of them: all ranks cut alike, whatever they hold themselves.
+    fn most_rows(&self, size: usize) -> usize {
+        match self.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => 1,
+            Collective::AllGather
+            | Collective::ReduceScatter
+            | Collective::AllToAll
+            | Collective::Gather
+            | Collective::Scatter => size,
+            Collective::Barrier | Collective::SendRecv => 1,
+        }
+    }
+
+    /// The same call on `count` elements of host memory.
+    fn request(&self, count: usize, input: Region, output: Region) -> Request {
+        Request {
+            op: self.op,
+            root: self.root,
+            counts: self.counts.clone(),
+            splits: self.splits.clone(),
+            timeout: self.timeout,
+            ..Request::new(self.collective, self.dtype, count, input, output)
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! What fails is told, and no stream is left waiting.
+
+use std::time::{Duration, Instant};
+
+use smddp::{Collective, DType, Error};
+
+use crate::job::{Group, Job, children};
+use crate::reference::Case;
+
+fn sum(job: &Job, count: usize) -> Case {
+    Case::of(Collective::AllReduce, DType::F32, count, 0, job)
+}
+
+/// Calls until one is refused: the failure of an earlier call, known at the latest when the stream has passed it.
+fn told(job: &Job, group: &Group) -> Error {
+    let until = Instant::now() + Duration::from_secs(30);
+    while Instant::now() < until {
+        let case = sum(job, 500);
+        match case.try_start(job, group) {
+            Ok(memory) => {
+                assert!(job.comes_to_rest(), "a stream waits for ever");
+                case.free(job, &memory);
+            }
+            Err(error) => return error,
+        }
+    }
+    panic!("nobody was told");
+}
+
+#[test]
+fn an_abort_releases_the_stream() {
+    for nodes in [&[1, 1][..], &[2, 2]] {
+        children("failures::an_abort_releases_the_stream", nodes, &[]).run(|rank| {
+            let job = Job::start(rank, nodes);
+            let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
+            let first = sum(&job, 100);
+            let memory = first.start(&job, &group);
+            job.synchronize();
+            first.check(&job, &memory);
+            if rank.rank == 0 {
+                let late = sum(&job, 100_000);
+                late.start(&job, &group);
+                let until = Instant::now() + Duration::from_secs(20);
+                while job.control.parked() == 0 && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
+                group.device.abort("a test");
+                assert!(job.comes_to_rest(), "the stream still waits");
+            }
+            rank.barrier("aborted");
+            let error = told(&job, &group);
+            assert!(matches!(error, Error::Aborted { .. }), "{error}");
+            rank.barrier("over");
+        });
+        if std::env::var_os("SMDDP_STANDIN_CHILD").is_some() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_dies_is_named() {
+    children("failures::a_rank_that_dies_is_named", &[1, 1], &[]).dies(1).run(|rank| {
+        let job = Job::start(rank, &[1, 1]);
+        let group = job.group("world", &[]);
+        let first = sum(&job, 100);
+        let memory = first.start(&job, &group);
+        job.synchronize();
+        first.check(&job, &memory);
+        rank.barrier("both");
+        if rank.rank == 1 {
+            std::process::exit(3);
+        }
+        let error = told(&job, &group);
+        assert!(error.to_string().contains("rank 1"), "{error}");
+    });
+}
+
+#[test]
+fn calls_that_differ_are_named() {
+    children("failures::calls_that_differ_are_named", &[1, 1], &[]).run(|rank| {
+        let job = Job::start(rank, &[1, 1]);
+        let group = job.group("world", &[]);
+        sum(&job, 1000 + rank.rank).start(&job, &group);
+        assert!(job.comes_to_rest(), "the stream still waits");
+        let error = told(&job, &group);
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        rank.barrier("over");
+    });
+}
+
+/// Each call of the driver that enqueues a piece fails once, at its first, or a later, piece.
+#[test]
+fn a_driver_call_that_fails_is_told_on_all_ranks() {
+    const CALLS: [&str; 6] = [
+        "cuMemcpyDtoHAsync_v2",
+        "cuStreamWriteValue32_v2",
+        "cuStreamWaitValue32_v2",
+        "cuMemcpyHtoDAsync_v2",
+        "cuEventRecord",
+        "cuStreamWaitEvent",
+    ];
+    children("failures::a_driver_call_that_fails_is_told_on_all_ranks", &[1, 1], &[]).run(|rank| {
+        let job = Job::start(rank, &[1, 1]);
+        for name in CALLS {
+            for nth in [1, 4] {
+                let group = job.group(&format!("{name}-{nth}"), &[("SMDDP_CUDA_SLOT", "64K")]);
+                let case = sum(&job, 60_000);
+                // Its own copies first: they are calls of the driver too.
+                let before = if name == "cuMemcpyHtoDAsync_v2" { 1 } else { 0 };
+                if rank.rank == 0 {
+                    job.control.fail(name, before + nth, 1);
+                }
+                let outcome = case.try_start(&job, &group);
+                if rank.rank == 0 {
+                    let error = outcome.err().unwrap_or_else(|| panic!("call {nth} of {name} did not fail"));
+                    assert!(matches!(error, Error::Transport { transport: "CUDA", .. }), "{error}");
+                }
+                assert!(job.comes_to_rest(), "a stream waits for ever after {name}");
+                told(&job, &group);
+                rank.barrier(&format!("{name}-{nth}-over"));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_machine_without_devices_says_so() {
+    children("failures::a_machine_without_devices_says_so", &[1], &[("SMDDP_STANDIN_DEVICES", "0")]).run(
+        |_| {
+            let error = smddp::cuda::use_driver(smddp_standin::paths().cuda.as_os_str()).unwrap_err();
+            assert!(error.to_string().contains("CUDA_ERROR_NO_DEVICE"), "{error}");
+        },
+    );
+}
+
+#[test]
+fn an_nccl_that_is_not_there_is_told_on_all_ranks() {
+    children("failures::an_nccl_that_is_not_there_is_told_on_all_ranks", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let missing = if rank.rank == 1 { "/nowhere/libnccl.so.2" } else { "" };
+        let settings: &[(&str, &str)] = if missing.is_empty() { &[] } else { &[("SMDDP_NCCL", missing)] };
+        let error = job.try_group("world", settings).err().unwrap();
+        let named = if rank.rank == 1 { missing } else { "rank 1" };
+        assert!(error.to_string().contains(named), "{error}");
+        rank.barrier("over");
+    });
+}

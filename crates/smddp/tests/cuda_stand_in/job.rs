@@ -1,0 +1,221 @@
+//! One rank: its driver, its device, its groups.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smddp::bootstrap::tcp_store::{Identity, Listen, TcpStore};
+use smddp::cuda::{DeviceOptions, Memory};
+use smddp::{Communicator, DeviceGroup, GroupOptions, Result, Settings, Store, connect, library_dirs};
+use smddp_cuda_sys::{Context, Driver, SUCCESS, Stream};
+use smddp_standin::{Children, Control, Rank};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Starts the calling test once for each rank.
+pub fn children(test: &str, nodes: &[usize], more: &[(&str, &str)]) -> Children {
+    let start = Children::of(test).ranks(nodes.iter().sum()).env("SMDDP_STANDIN_HANG_S", "40");
+    more.iter().fold(start, |children, (name, value)| children.env(name, value))
+}
+
+pub struct Job {
+    rank: usize,
+    nodes: Vec<usize>,
+    store: Arc<dyn Store>,
+    pub driver: Arc<Driver>,
+    pub control: Control,
+    device: i32,
+    context: Context,
+    pub stream: Stream,
+}
+
+pub struct Group {
+    pub host: Communicator,
+    rail: Option<Communicator>,
+    pub device: DeviceGroup,
+}
+
+impl Group {
+    pub fn end(self) {
+        self.host.shutdown();
+        self.device.shutdown();
+    }
+}
+
+impl Job {
+    /// On the device of the rank's number in its node.
+    pub fn start(rank: &Rank, nodes: &[usize]) -> Job {
+        let local = place(nodes, rank.rank).1;
+        Job::start_on(rank, nodes, local as i32)
+    }
+
+    pub fn start_on(rank: &Rank, nodes: &[usize], device: i32) -> Job {
+        let paths = smddp_standin::paths();
+        smddp::cuda::use_driver(paths.cuda.as_os_str()).unwrap();
+        let control = Control::of(&paths.cuda).unwrap();
+        let driver = Arc::new(Driver::load_file(paths.cuda.as_os_str()).unwrap());
+        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: places for what is made, as the driver wants them.
+        unsafe {
+            assert_eq!((driver.primary_retain)(&raw mut context, device), SUCCESS);
+            assert_eq!((driver.ctx_set)(context), SUCCESS);
+            assert_eq!((driver.stream_create)(&raw mut stream, 1, 0), SUCCESS);
+        }
+        let store = store(rank);
+        Job { rank: rank.rank, nodes: nodes.to_vec(), store, driver, control, device, context, stream }
+    }
+
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub fn size(&self) -> usize {
+        self.nodes.iter().sum()
+    }
+
+    /// The device's context, to be entered by other threads.
+    pub fn context(&self) -> usize {
+        self.context.addr()
+    }
+
+    pub fn group(&self, name: &str, settings: &[(&str, &str)]) -> Group {
+        self.try_group(name, settings).unwrap()
+    }
+
+    pub fn try_group(&self, name: &str, more: &[(&str, &str)]) -> Result<Group> {
+        let (node, local) = place(&self.nodes, self.rank);
+        let mut settings = Settings::from_vars([]).unwrap();
+        settings.set("SMDDP_NODE_ID", &format!("node{node}")).unwrap();
+        settings.set("SMDDP_NCCL", smddp_standin::paths().nccl.to_str().unwrap()).unwrap();
+        for (name, value) in more {
+            settings.set(name, value).unwrap();
+        }
+        let meet = |name: String, rank: usize, size: usize| {
+            connect(GroupOptions {
+                scope: name.clone(),
+                name,
+                rank,
+                size,
+                store: Arc::clone(&self.store),
+                timeout: LIMIT,
+                settings: settings.clone(),
+                library_dirs: library_dirs(&[]),
+            })
+        };
+        let host = meet(name.to_owned(), self.rank, self.size())?;
+        let even = self.nodes.iter().all(|&n| n == self.nodes[0]);
+        let rail = (self.nodes.len() > 1 && even && self.nodes[0] > 1)
+            .then(|| meet(format!("{name}/rail{local}"), node, self.nodes.len()))
+            .transpose()?;
+        let device = DeviceGroup::new(DeviceOptions {
+            host: host.clone(),
+            rail: rail.clone(),
+            device: self.device,
+            settings,
+            library_dirs: Vec::new(),
+        })?;
+        Ok(Group { host, rail, device })
+    }
+
+    /// Waits until the device has done what this rank's stream was given.
+    pub fn synchronize(&self) {
+        // SAFETY: our stream.
+        assert_eq!(unsafe { (self.driver.stream_synchronize)(self.stream) }, SUCCESS);
+    }
+
+    /// Whether the stream is idle within the limit; a test that fails says so instead of hanging.
+    pub fn comes_to_rest(&self) -> bool {
+        let until = Instant::now() + Duration::from_secs(20);
+        // SAFETY: our stream.
+        while unsafe { (self.driver.stream_query)(self.stream) } != SUCCESS {
+            if Instant::now() > until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+
+    /// Device memory with these bytes in it once the stream comes there.
+    pub fn memory(&self, bytes: &[u8]) -> Memory {
+        let address = allocate(&self.driver, bytes.len().max(1));
+        // SAFETY: a copy from pageable memory has read it when the call returns.
+        let status =
+            unsafe { (self.driver.copy_to_device)(address, bytes.as_ptr().cast(), bytes.len(), self.stream) };
+        assert!(status == SUCCESS || bytes.is_empty());
+        Memory { address, bytes: bytes.len() }
+    }
+
+    /// What device memory holds when the stream is past all it was given.
+    pub fn read(&self, memory: Memory) -> Vec<u8> {
+        let mut bytes = vec![0u8; memory.bytes];
+        if memory.bytes > 0 {
+            // SAFETY: room for the copy, which is over when the stream is.
+            let status = unsafe {
+                (self.driver.copy_to_host)(
+                    bytes.as_mut_ptr().cast(),
+                    memory.address,
+                    bytes.len(),
+                    self.stream,
+                )
+            };
+            assert_eq!(status, SUCCESS);
+            self.synchronize();
+        }
+        bytes
+    }
+
+    pub fn free(&self, memory: Memory) {
+        free(&self.driver, memory.address);
+    }
+
+    /// Nothing of the device's is left behind.
+    pub fn end(self) {
+        // SAFETY: our stream, used no more.
+        assert_eq!(unsafe { (self.driver.stream_destroy)(self.stream) }, SUCCESS);
+        let left = self.control.leaks();
+        assert_eq!(left, smddp_standin::abi::Leaks::default(), "left behind");
+        assert_eq!(self.control.lasting_error(), None);
+    }
+}
+
+/// Node, and number in it, of a rank.
+pub fn place(nodes: &[usize], rank: usize) -> (usize, usize) {
+    let mut first = 0;
+    for (node, &ranks) in nodes.iter().enumerate() {
+        if rank < first + ranks {
+            return (node, rank - first);
+        }
+        first += ranks;
+    }
+    panic!("no rank {rank} on {nodes:?}")
+}
+
+fn store(rank: &Rank) -> Arc<dyn Store> {
+    let me = Identity { rank: rank.rank, size: rank.ranks, secret: [7; 16] };
+    let until = Instant::now() + LIMIT;
+    if rank.rank == 0 {
+        let listen = Listen { loopback: true, ports: vec![0] };
+        let store = TcpStore::host(me, &listen, until).unwrap();
+        rank.publish("store", store.port().unwrap().to_string().as_bytes());
+        return Arc::new(store);
+    }
+    let port = String::from_utf8(rank.receive("store")).unwrap();
+    Arc::new(TcpStore::connect(me, &[format!("127.0.0.1:{port}")], until).unwrap())
+}
+
+pub fn enter(driver: &Driver, context: usize) {
+    // SAFETY: a context that is held until the process ends.
+    assert_eq!(unsafe { (driver.ctx_set)(std::ptr::without_provenance_mut(context)) }, SUCCESS);
+}
+
+pub fn allocate(driver: &Driver, bytes: usize) -> u64 {
+    let mut address = 0;
+    // SAFETY: a place for the address.
+    assert_eq!(unsafe { (driver.memory_allocate)(&raw mut address, bytes) }, SUCCESS);
+    address
+}
+
+pub fn free(driver: &Driver, address: u64) {
+    // SAFETY: allocated by `allocate`, used no more.
+    assert_eq!(unsafe { (driver.memory_free)(address) }, SUCCESS);
+}

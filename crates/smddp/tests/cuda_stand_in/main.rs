@@ -1,0 +1,154 @@
+//! Calls on CUDA memory, over stand-ins for the driver and for NCCL: ranks are processes, nodes are named, the network
+//! and shared memory are real. Nothing here is measured, and every wait has a limit.
+
+#![allow(clippy::unwrap_used)]
+
+mod failures;
+mod job;
+mod reference;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use job::{Group, Job, children};
+use smddp::{Collective, DType, Error, ReduceOp};
+
+/// Ranks on each node, and what carries their calls.
+const SHAPES: [(&[usize], &str); 6] = [
+    (&[1], "one rank"),
+    (&[2], "one node"),
+    (&[3], "one node"),
+    (&[1, 1], "staged through the host"),
+    (&[2, 1], "staged through the host"),
+    (&[2, 2], "NCCL in a node, staged between nodes"),
+];
+
+/// Every collective, on enough elements for several pieces of a slot, twice with all that was enqueued still under way.
+fn every_collective(test: &str, shape: usize, more: &[(&str, &str)]) {
+    let (nodes, how) = SHAPES[shape];
+    children(test, nodes, more).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3")]);
+        assert!(group.device.describe().contains(how), "{}", group.device.describe());
+        let mut calls = Vec::new();
+        for count in [1, 700, 9_001] {
+            for collective in reference::COLLECTIVES {
+                for dtype in [DType::F32, DType::I64] {
+                    let root = count % job.size();
+                    calls.push(reference::Case::of(collective, dtype, count, root, &job));
+                }
+            }
+            calls.push(reference::Case::uneven_gather(count, &job));
+            calls.push(reference::Case::uneven_exchange(count, &job));
+        }
+        let running: Vec<_> = calls.iter().map(|case| case.start(&job, &group)).collect();
+        let waited = job.control.calls("cuStreamSynchronize") + job.control.calls("cuEventSynchronize");
+        if how.contains("staged") && !group.device.describe().contains("host waits") {
+            assert_eq!(waited, 0, "the host waited for the device");
+        }
+        job.synchronize();
+        for (case, memory) in calls.iter().zip(running) {
+            case.check(&job, &memory);
+        }
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+macro_rules! on_shapes {
+    ($($name:ident: $shape:literal, $more:expr;)*) => {
+        $(#[test]
+        fn $name() {
+            every_collective(stringify!($name), $shape, $more);
+        })*
+    };
+}
+
+/// Operations of streams take their time, and what copies and NCCL write to is poison until they do.
+const SLOW: &[(&str, &str)] = &[("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
+
+on_shapes! {
+    collectives_of_one_rank: 0, SLOW;
+    collectives_of_one_rank_by_nccl: 1, SLOW;
+    collectives_in_a_node_of_3: 2, &[("SMDDP_STANDIN_DELAY_US", "50")];
+    collectives_of_2_nodes: 3, SLOW;
+    collectives_of_uneven_nodes: 4, SLOW;
+    collectives_of_2_nodes_of_2: 5, SLOW;
+    collectives_where_streams_cannot_wait: 3, &[("SMDDP_STANDIN_WAIT_VALUE", "unsupported")];
+    collectives_with_few_connections: 5, &[("CUDA_DEVICE_MAX_CONNECTIONS", "1")];
+    collectives_where_all_streams_share_a_queue: 3, &[("SMDDP_STANDIN_ONE_QUEUE", "1")];
+    collectives_where_the_device_has_other_addresses: 3, &[("SMDDP_STANDIN_HOST_ALIAS", "1")];
+}
+
+/// Freeing waits for the device and keeps others from enqueuing meanwhile; the exchange goes on all the same.
+#[test]
+fn another_thread_frees_memory_meanwhile() {
+    let more = [("SMDDP_STANDIN_FREE_LOCK", "1"), ("SMDDP_STANDIN_DELAY_US", "100")];
+    children("another_thread_frees_memory_meanwhile", &[1, 1], &more).run(|rank| {
+        let job = Job::start(rank, &[1, 1]);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "2")]);
+        let over = Arc::new(AtomicBool::new(false));
+        let churn = {
+            let (over, driver) = (Arc::clone(&over), Arc::clone(&job.driver));
+            let context = job.context();
+            std::thread::spawn(move || {
+                job::enter(&driver, context);
+                let mut frees = 0;
+                while !over.load(Ordering::Acquire) {
+                    job::free(&driver, job::allocate(&driver, 4096));
+                    frees += 1;
+                }
+                frees
+            })
+        };
+        for _ in 0..10 {
+            let case = reference::Case::of(Collective::AllReduce, DType::F32, 40_000, 0, &job);
+            let memory = case.start(&job, &group);
+            job.synchronize();
+            case.check(&job, &memory);
+        }
+        over.store(true, Ordering::Release);
+        assert!(churn.join().unwrap() > 0);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn ranks_of_a_node_that_share_a_device_are_told() {
+    children("ranks_of_a_node_that_share_a_device_are_told", &[2], &[]).run(|rank| {
+        let job = Job::start_on(rank, &[2], 0);
+        let refused = job.try_group("world", &[]).err().unwrap();
+        assert!(matches!(refused, Error::Argument { argument: "device", .. }), "{refused}");
+        let staged: Group = job.group("staged", &[("SMDDP_CUDA", "staged")]);
+        let case = reference::Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        let memory = case.start(&job, &staged);
+        job.synchronize();
+        case.check(&job, &memory);
+        rank.barrier("over");
+        staged.end();
+        job.end();
+    });
+}
+
+#[test]
+fn what_nccl_lacks_is_refused_and_harms_nobody() {
+    children("what_nccl_lacks_is_refused_and_harms_nobody", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let case = reference::Case::of(Collective::AllReduce, DType::I64, 100, 0, &job);
+        let refused = case.with_op(ReduceOp::BitXor).try_start(&job, &group).err().unwrap();
+        assert!(
+            matches!(refused, Error::Unsupported { .. }) && refused.to_string().contains("NCCL"),
+            "{refused}"
+        );
+        let memory = case.start(&job, &group);
+        job.synchronize();
+        case.check(&job, &memory);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}

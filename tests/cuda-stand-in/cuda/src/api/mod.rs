@@ -1,0 +1,5 @@
+//! The exported functions of the driver API.
+
+mod device;
+mod memory;
+mod stream;

@@ -1,0 +1,179 @@
+"""The tests on a GPU: every step in processes of its own with a time limit; a line a step, and the results in files.
+
+    python tests/gpu/run.py OUT                  all steps, into OUT/gpu-results.json and OUT/gpu-results.md
+    python tests/gpu/run.py OUT --only ddp       steps whose names contain that
+    python tests/gpu/run.py OUT --device cpu     the harness itself, on a machine without a GPU
+
+One GPU is enough: ranks share it, each being a node of its own, or one node whose ranks are staged through the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import conftest  # noqa: E402
+
+TOTAL = 230.0
+"""seconds for all steps"""
+
+CARRIED = ("SMDDP_LIBFABRIC", "SMDDP_NCCL", "SMDDP_LOG")
+"""settings of this process that ranks get too"""
+
+
+@dataclass
+class Step:
+    name: str
+    function: str
+    nodes: list[int]
+    """of each rank"""
+    limit: float
+    env: dict[str, str] = field(default_factory=dict)
+    each: Callable[[int], dict[str, str]] | None = None
+    silent: tuple[int, ...] = ()
+    """ranks that report nothing"""
+    optional: bool = False
+    """its failure is a finding about the machine, not about this package"""
+
+
+STAGED = {"SMDDP_CUDA": "staged"}
+NCCL = {"SMDDP_CUDA": "nccl"}
+TWO_ON_ONE = {
+    "SMDDP_CUDA": "nccl", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_IB_DISABLE": "1",
+}  # fmt: skip
+
+STEPS = [
+    Step("collectives, 2 nodes", "collectives", [0, 1], 50),
+    Step("streams, 2 nodes", "streams", [0, 1], 40),
+    Step("training, 2 nodes", "training", [0, 1], 45),
+    Step("collectives, NCCL, 1 rank", "collectives", [0], 60, NCCL),
+    Step("streams, NCCL, 1 rank", "streams", [0], 30, NCCL),
+    Step("bad input, 2 nodes", "misuse", [0, 1], 25),
+    Step("bad input, NCCL, 1 rank", "misuse_by_nccl", [0], 25, NCCL),
+    Step("a rank that dies", "a_rank_that_dies", [0, 1], 50, silent=(1,)),
+    Step("calls that differ", "calls_that_differ", [0, 1], 50),
+    Step("an abort", "an_abort", [0, 1], 40),
+    Step("speed, staged, 2 nodes", "staging", [0, 1], 40),
+    Step("speed, beside torch's nccl, 1 rank", "beside_nccl", [0], 45, NCCL),
+    Step("collectives, 1 node x 2, staged", "collectives", [0, 0], 50, STAGED),
+    Step("collectives, 4 nodes", "collectives", [0, 1, 2, 3], 60),
+    Step("training, 4 nodes", "training", [0, 1, 2, 3], 50),
+    Step("streams, 1 connection", "streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    Step("collectives, 1 rank", "collectives", [0], 40),
+    Step(
+        "two ranks of NCCL on one GPU",
+        "streams",
+        [0, 0],
+        45,
+        TWO_ON_ONE,
+        lambda rank: {"NCCL_HOSTID": f"host{rank}"},
+        optional=True,
+    ),
+]
+
+
+@dataclass
+class Result:
+    step: str
+    verdict: str
+    seconds: float
+    passed: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    figures: list[Any] = field(default_factory=list)
+    """of each rank that reported"""
+
+
+def run(step: Step, limit: float, device: str) -> Result:
+    kept = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    env = {"SMDDP_TEST_DEVICE": device, "TORCH_CPP_LOG_LEVEL": "ERROR", **kept, **step.env}
+    started = time.monotonic()
+    ranks = conftest.run(
+        f"gpu.ranks:{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
+    )
+    result = Result(step.name, "passed", round(time.monotonic() - started, 1))
+    for number, report in enumerate(ranks.reports):
+        cases = report["cases"]
+        result.passed += sum(1 for wrong in cases.values() if not wrong)
+        result.failures |= {f"report {number}: {name}": wrong for name, wrong in cases.items() if wrong}
+        result.figures.append(report.get("figures"))
+    expected = len(step.nodes) - len(step.silent)
+    if len(ranks.reports) != expected:
+        result.failures[f"{len(ranks.reports)} of {expected} ranks reported"] = ranks.text[-6000:]
+    if result.failures:
+        result.verdict = "did not work" if step.optional else "FAILED"
+    return result
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the results were made on."""
+    import torch
+
+    found = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version(),
+             "torch": torch.__version__, "cpus": str(os.cpu_count()), "device": device}  # fmt: skip
+    if device != "cpu":
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        version = Path("/proc/driver/nvidia/version")
+        found["driver"] = version.read_text().splitlines()[0] if version.exists() else "unknown"
+    return found
+
+
+def markdown(about: dict[str, str], results: list[Result]) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()) + ".", ""]
+    lines += ["| step | outcome | checks passed | seconds |", "| --- | --- | --: | --: |"]
+    lines += [f"| {r.step} | {r.verdict} | {r.passed} | {r.seconds} |" for r in results]
+    for result in results:
+        rows = [f["rows"] for f in result.figures if f and "rows" in f][:1]
+        for table in rows:
+            names = list(table[0])
+            lines += ["", f"**{result.step}**", "", "| " + " | ".join(names) + " |", "| " + "--: | " * len(names)]
+            lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in table]
+    for result in results:
+        for name, wrong in result.failures.items():
+            lines += ["", f"**{result.step}: {name}**", "", "```", wrong[-3000:], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--device", default="cuda")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + TOTAL
+    about, results = machine(given.device), []
+    print(json.dumps(about), flush=True)
+    for step in STEPS:
+        if given.only not in step.name or (given.device == "cpu" and step.env):
+            continue
+        left = min(step.limit, end - time.monotonic() - 3)
+        if left < 10:
+            results.append(Result(step.name, "not run: no time left", 0))
+        else:
+            results.append(run(step, left, given.device))
+        last = results[-1]
+        print(f"{last.verdict:12} {last.seconds:6} s {last.passed:5} checks  {last.step}", flush=True)
+        for name, wrong in last.failures.items():
+            print(f"    {name}: {wrong.strip().splitlines()[-1] if wrong.strip() else ''}", flush=True)
+        whole = {"machine": about, "results": [vars(r) for r in results]}
+        (given.out / "gpu-results.json").write_text(json.dumps(whole, indent=1))
+        (given.out / "gpu-results.md").write_text(markdown(about, results))
+    failed = sum(r.verdict.startswith(("FAILED", "not run")) for r in results)
+    print(f"{len(results) - failed} steps as expected, {failed} not", flush=True)
+    return 1 if failed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
