@@ -216,7 +216,7 @@ impl Comm {
         self.check()?;
         let id = self.post(|id| Request::Split { id, color, key }, &[])?;
         match self.reply(id, "waiting for all ranks to split", false)? {
-            (Reply::Split { room, .. }, _) if room == 0 => Ok(None),
+            (Reply::Split { room: 0, .. }, _) => Ok(None),
             (Reply::Split { room, rank, ranks, .. }, _) => {
                 Ok(Some((Place { server: self.server.clone(), room }, rank, ranks)))
             }

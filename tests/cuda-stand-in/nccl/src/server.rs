@@ -72,8 +72,8 @@ fn linger_at_exit() {
         }
     }
     static ONCE: Once = Once::new();
-    // SAFETY: the function lives as long as this library, which stays loaded until the process ends.
     ONCE.call_once(|| {
+        // SAFETY: the function lives as long as this library, which stays loaded until the process ends.
         let _ = unsafe { atexit(linger) };
     });
 }

@@ -113,8 +113,8 @@ fn sends_and_receives_in_a_group_cannot_block_each_other() {
         for peer in 0..n {
             assert_eq!(nccl.ncclSend(from, count, F32, peer as i32, comm, stream), 0);
         }
-        for peer in 0..n {
-            assert_eq!(nccl.ncclRecv(to[peer], count, F32, peer as i32, comm, stream), 0);
+        for (peer, to) in to.iter().enumerate() {
+            assert_eq!(nccl.ncclRecv(*to, count, F32, peer as i32, comm, stream), 0);
         }
         assert_eq!(nccl.ncclGroupEnd(), 0);
         assert_eq!(cuda.cuStreamSynchronize(stream), 0);
