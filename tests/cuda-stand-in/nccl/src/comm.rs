@@ -134,7 +134,7 @@ impl Comm {
             let mut state = lock(&self.state);
             match received {
                 Ok((Reply::Ready, _)) => state.joined = Some(Ok(())),
-                Ok((Reply::Refused(error), _)) => state.joined = Some(Err(error)),
+                Ok((Reply::Refused(error), _)) => drop(state.joined.get_or_insert(Err(error))),
                 Ok((reply, bytes)) => {
                     if let Reply::Done { id } | Reply::Split { id, .. } | Reply::Failed { id, .. } = reply {
                         state.replies.insert(id, (reply, bytes));
@@ -204,9 +204,9 @@ impl Comm {
             match reply {
                 Some((Reply::Failed { error, .. }, _)) => Some(Err(error)),
                 Some(reply) => Some(Ok(reply)),
-                None => state.lost.then(|| {
-                    Err(Error::new(Code::REMOTE, "the process that made the unique id has gone"))
-                }),
+                None => state
+                    .lost
+                    .then(|| Err(Error::new(Code::REMOTE, "the process that made the unique id has gone"))),
             }
         })
     }
@@ -216,7 +216,7 @@ impl Comm {
         self.check()?;
         let id = self.post(|id| Request::Split { id, color, key }, &[])?;
         match self.reply(id, "waiting for all ranks to split", false)? {
-            (Reply::Split { room, .. }, _) if room == 0 => Ok(None),
+            (Reply::Split { room: 0, .. }, _) => Ok(None),
             (Reply::Split { room, rank, ranks, .. }, _) => {
                 Ok(Some((Place { server: self.server.clone(), room }, rank, ranks)))
             }
@@ -250,7 +250,10 @@ impl Comm {
         error::set_last(&error.text);
         if state.error.is_none() {
             if !Switches::get().quiet {
-                eprintln!("smddp stand-in for NCCL: rank {}: error {}: {}", self.rank, error.code.0, error.text);
+                eprintln!(
+                    "smddp stand-in for NCCL: rank {}: error {}: {}",
+                    self.rank, error.code.0, error.text
+                );
             }
             state.error = Some(error);
         }

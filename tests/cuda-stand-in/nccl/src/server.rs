@@ -72,8 +72,8 @@ fn linger_at_exit() {
         }
     }
     static ONCE: Once = Once::new();
-    // SAFETY: the function lives as long as this library, which stays loaded until the process ends.
     ONCE.call_once(|| {
+        // SAFETY: the function lives as long as this library, which stays loaded until the process ends.
         let _ = unsafe { atexit(linger) };
     });
 }
@@ -144,9 +144,7 @@ impl Server {
             Request::Collective { id, call } => room.collective(rank, id, call, bytes),
             Request::Send { id, peer, count, dtype } => room.send(rank, id, peer, (count, dtype), bytes),
             Request::Recv { id, peer, count, dtype } => room.receive(rank, id, peer, (count, dtype)),
-            Request::Split { id, color, key } => {
-                room.split(rank, id, (color, key), |ranks| self.open(ranks))
-            }
+            Request::Split { id, color, key } => room.split(rank, id, (color, key), |ranks| self.open(ranks)),
         }
     }
 }

@@ -49,6 +49,8 @@ pub struct Switches {
     pub nccl_version: i32,
     pub seed: u64,
     pub delay_max: Duration,
+    /// A copy to pinned memory takes so long between its start and its data.
+    pub copy_time: Duration,
     pub faults: Vec<Fault>,
     pub wait_value: WaitValue,
     pub one_queue: bool,
@@ -83,6 +85,7 @@ impl Switches {
             nccl_version: number(&var, "NCCL_VERSION", 22_809)?,
             seed: number(&var, "SEED", 0)?,
             delay_max: Duration::from_micros(number(&var, "DELAY_US", 0)?),
+            copy_time: Duration::from_micros(number(&var, "COPY_US", 0)?),
             faults: var("FAIL").map_or(Ok(Vec::new()), |text| text.split(',').map(fault).collect())?,
             wait_value: choice(
                 &var,

@@ -18,10 +18,7 @@ fn queue_copy(stream: &Arc<Stream>, name: &'static str, to: Span, from: Span, ma
     Ok(stream.enqueue(name, move || {
         if marks {
             poison(&late, Poison::Start)?;
-            // Time for whoever looks too early, as slow as a copy engine.
-            if Switches::get().poison != Poison::Off {
-                std::thread::yield_now();
-            }
+            std::thread::sleep(Switches::get().copy_time);
         }
         to.copy_from(&source)
     }))
