@@ -5,7 +5,7 @@ use crate::error::{self, Code, Error, Result, lock};
 use crate::operation::Operation;
 use crate::wire::{self, Hello, Reply, Request};
 use crate::{group, server};
-use smddp_standin::switches::Switches;
+use smddp_standin::switches::{PeerLoss, Switches};
 use std::collections::{BTreeMap, HashMap};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -78,6 +78,11 @@ fn host() -> String {
     std::env::var("NCCL_HOSTID").unwrap_or_else(|_| "this".into())
 }
 
+/// Whether operations that need a rank which left fail, or wait for it until they are aborted.
+fn notices_loss() -> bool {
+    Switches::get().peer_loss == PeerLoss::Error
+}
+
 fn system(what: &str, why: impl std::fmt::Display) -> Error {
     Error::new(Code::SYSTEM, format!("{what}: {why}"))
 }
@@ -141,7 +146,8 @@ impl Comm {
                     }
                 }
                 Err(_) => {
-                    state.lost = true;
+                    // With `hang` nobody notices that a peer, here the one that serves the others, is gone.
+                    state.lost = state.joined.is_none() || notices_loss();
                     self.changed.notify_all();
                     return;
                 }
@@ -164,6 +170,10 @@ impl Comm {
         loop {
             if let Some(result) = done(&mut state) {
                 return result;
+            }
+            // What faulted took everything on the device with it, operations of NCCL included.
+            if parks && let Some(code) = driver::context_error() {
+                return Err(Error::cuda(code, what));
             }
             if start.elapsed() >= limit {
                 let text = format!("rank {} gave up {what} after {} s", self.rank, limit.as_secs());
@@ -190,9 +200,12 @@ impl Comm {
 
     fn post(&self, request: impl FnOnce(u64) -> Request, bytes: &[u8]) -> Result<u64> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        wire::send(&*lock(&self.to), &request(id), bytes)
-            .map_err(|why| Error::new(Code::REMOTE, format!("the communicator's server: {why}")))?;
-        Ok(id)
+        match wire::send(&*lock(&self.to), &request(id), bytes) {
+            Err(why) if notices_loss() => {
+                Err(Error::new(Code::REMOTE, format!("the communicator's server: {why}")))
+            }
+            _ => Ok(id),
+        }
     }
 
     fn reply(&self, id: u64, what: &str, parks: bool) -> Result<(Reply, Vec<u8>)> {

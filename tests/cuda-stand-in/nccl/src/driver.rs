@@ -71,6 +71,13 @@ pub fn current_device() -> Result<i32> {
     Ok(device)
 }
 
+/// The error that broke the context, if one did.
+pub fn context_error() -> Option<i32> {
+    // SAFETY: of the text no byte is wanted, so its place is not touched.
+    let code = unsafe { (table().lasting_error)(std::ptr::null_mut(), 0) };
+    (code != 0).then_some(code)
+}
+
 /// Counts an operation that waits for peers.
 pub struct Parked;
 
