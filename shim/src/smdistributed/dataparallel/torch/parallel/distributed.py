@@ -27,11 +27,13 @@ class DistributedDataParallel(_TorchDDP):
         process_group: ProcessGroup | None = None,
         bucket_cap_mb: float | None = None,
     ) -> None:
+        # Newer torches ask for another name where this one is given.
+        buffers = {} if broadcast_buffers else {"broadcast_buffers": False}
         super().__init__(
             module,
             device_ids=device_ids,
             output_device=output_device,
-            broadcast_buffers=broadcast_buffers,
             process_group=process_group,
             bucket_cap_mb=bucket_cap_mb,
+            **buffers,
         )
