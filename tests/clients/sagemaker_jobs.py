@@ -83,9 +83,9 @@ def run(folder: Path, request: Request, *, on_path: tuple[str, ...] = ("smddprun
     _keys(folder / "ssh")
     for number in range(1, count + 1):
         _files_of_host(folder / f"algo-{number}", f"algo-{number}", count, request)
-    tools = _tools(folder / "bin", on_path)
+    _tools(folder / "bin", on_path)
     environment = {
-        "PATH": f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": "/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
         "SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main",
@@ -106,14 +106,13 @@ def run(folder: Path, request: Request, *, on_path: tuple[str, ...] = ("smddprun
     return Job(ranks.statuses[0], ranks.outputs[0], folder)
 
 
-def _tools(folder: Path, ours: tuple[str, ...]) -> Path:
-    """A bin folder with Python, torchrun, Debian's mpirun, and what the image has of ours."""
+def _tools(folder: Path, ours: tuple[str, ...]) -> None:
+    """/opt/bin of the hosts: Python, torchrun, Debian's mpirun, and what the image has of ours."""
     folder.mkdir()
     beside = TOOLKIT.parent
     for name in ("python", "python3", *ours):
         _script(folder / name, f'exec {beside / name} "$@"')
     _script(folder / "torchrun", f'exec {beside / "python"} -m torch.distributed.run "$@"')
-    return folder
 
 
 def _script(path: Path, line: str) -> None:
