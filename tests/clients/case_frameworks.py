@@ -69,7 +69,7 @@ def test_trainer_on_sagemaker(launcher: str, alone: list[dict]) -> None:
     found = run("trainer_on_sagemaker", 2, launcher, SAGEMAKER)
     same_weights(found, alone)
     assert {report["backend"] for report in found} == {"smddp"}
-    assert {report["mode"] for report in found} == {"ParallelMode.SAGEMAKER_DISTRIBUTED"} or launcher == "torchrun"
+    assert {report["mode"] for report in found} == {"ParallelMode.SAGEMAKER_DATA_PARALLEL"}
     assert {tuple(report["predictions"]) for report in found} == {(LABELS, 3)}
 
 

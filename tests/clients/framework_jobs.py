@@ -193,12 +193,15 @@ def lightning(backend: str) -> dict:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    loader = torch.utils.data.DataLoader(Data(), batch_size=BATCH // world(), collate_fn=collate, shuffle=False)
+    # Lightning's own sampler for several ranks shuffles.
+    sampler = torch.utils.data.DistributedSampler(Data(), world(), rank(), shuffle=False)
+    loader = torch.utils.data.DataLoader(Data(), batch_size=BATCH // world(), collate_fn=collate, sampler=sampler)
     strategy = DDPStrategy(process_group_backend=backend) if world() > 1 else "auto"
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=world(),
         strategy=strategy,
+        use_distributed_sampler=False,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
