@@ -17,7 +17,6 @@ import argparse
 import os
 from pathlib import Path
 
-import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
@@ -26,6 +25,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
+
+import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 
 dist.init_process_group(backend="smddp")
 
@@ -97,7 +98,9 @@ def main() -> None:
         sampler.set_epoch(epoch)
         loss = train(model, loader, optimizer, device)
         if rank == 0:
-            print(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy(model.module, test_set, device):.3f}", flush=True)
+            print(
+                f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy(model.module, test_set, device):.3f}", flush=True
+            )
     if rank == 0:
         torch.save(model.module.state_dict(), args.model_dir / "model.pt")
         print(f"saved {args.model_dir / 'model.pt'}", flush=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -25,7 +23,9 @@ def env(**more: str) -> dict[str, str]:
     return {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", **more}
 
 
-def run(function: str, size: int = 2, launcher: str = "torchrun", more: dict | None = None, **arguments: object) -> list[dict]:
+def run(
+    function: str, size: int = 2, launcher: str = "torchrun", more: dict | None = None, **arguments: object
+) -> list[dict]:
     """What each rank returned."""
     lines = {
         "one": [],
@@ -97,18 +97,16 @@ def test_deepspeed(stage: int, alone: list[dict]) -> None:
     """deepspeed: init_distributed(dist_backend="smddp"), ZeRO, a checkpoint; as gloo, stage by stage"""
     found, gloo = (run("deepspeed", backend=backend, stage=stage) for backend in ("smddp", "gloo"))
     same_weights(found, gloo, 1e-6)
-    assert [report["losses"] for report in found] == [
-        pytest.approx(report["losses"], rel=1e-5) for report in gloo
-    ]
+    assert [report["losses"] for report in found] == [pytest.approx(report["losses"], rel=1e-5) for report in gloo]
     assert {report["backend"] for report in found} == {"smddp"}
 
 
-@pytest.mark.parametrize("launcher", ["pytorch", "mpi"])
-def test_mmengine(launcher: str) -> None:
+@pytest.mark.parametrize("way", ["pytorch", "mpi"])
+def test_mmengine(way: str) -> None:
     """mmengine: Runner with env_cfg.dist_cfg.backend="smddp"; as gloo"""
-    way = {"pytorch": "torchrun", "mpi": "mpirun"}[launcher]
-    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(conftest.free_port())} if launcher == "mpi" else {}
-    found, gloo = (run("mmengine", 2, way, master, launcher=launcher, backend=backend) for backend in ("smddp", "gloo"))
+    command = {"pytorch": "torchrun", "mpi": "mpirun"}[way]
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(conftest.free_port())} if way == "mpi" else {}
+    found, gloo = (run("mmengine", 2, command, master, way=way, backend=backend) for backend in ("smddp", "gloo"))
     same_weights(found, gloo)
     assert {report["backend"] for report in found} == {"smddp"}
     assert all(report["gathered"] == [0, 1] for report in found)

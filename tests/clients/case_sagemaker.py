@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import sagemaker_jobs as jobs
 
 import conftest
-import sagemaker_jobs as jobs
 
 EXAMPLES = conftest.HERE.parent / "examples"
 DATAPARALLEL = {"smdistributed": {"dataparallel": {"enabled": True}}}

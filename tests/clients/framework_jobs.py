@@ -256,7 +256,7 @@ def deepspeed(backend: str, stage: int) -> dict:
 # ---- MMEngine
 
 
-def mmengine(launcher: str, backend: str) -> dict:
+def mmengine(way: str, backend: str) -> dict:
     """Runner with env_cfg's backend. MMEngine takes every smddp for CUDA: two of its functions are told otherwise."""
     import mmengine.dist.utils
     from mmengine.model import BaseModel
@@ -281,22 +281,22 @@ def mmengine(launcher: str, backend: str) -> dict:
         work_dir=tempfile.mkdtemp(),
         train_dataloader={
             "dataset": Data(),
-            "batch_size": BATCH // world() if launcher != "mpi" else BATCH // int(os.environ["OMPI_COMM_WORLD_SIZE"]),
+            "batch_size": BATCH // world() if way != "mpi" else BATCH // int(os.environ["OMPI_COMM_WORLD_SIZE"]),
             "sampler": {"type": "DefaultSampler", "shuffle": False},
             "collate_fn": collate,
             "num_workers": 0,
         },
         train_cfg={"by_epoch": True, "max_epochs": 1},
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
-        launcher=launcher,
+        launcher=way,
         env_cfg={"dist_cfg": {"backend": backend}},
         default_hooks={"checkpoint": None},
         log_level="ERROR",
     )
     runner.train()
-    model = runner.model.module if launcher != "none" else runner.model
+    model = runner.model.module if way != "none" else runner.model
     found = {"weights": weights(model.net)}
-    if launcher != "none":
+    if way != "none":
         found["backend"] = dist.get_backend()
         found["gathered"] = json.loads(json.dumps(mmengine.dist.all_gather_object(rank())))
         dist.destroy_process_group()

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 
-import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 import torch
 import torch.distributed as dist
+
+import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--way", choices=["raise", "exit", "kill", "mismatch"])

@@ -5,9 +5,10 @@ import os
 import socket
 from pathlib import Path
 
-import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 import torch
 import torch.distributed as dist
+
+import smdistributed.dataparallel.torch.torch_smddp  # noqa: F401
 
 NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SMDATAPARALLEL_LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
