@@ -1,4 +1,4 @@
-"""SageMaker: the SDK's arguments and the training toolkit, both real, from estimator to trained model and back to errors."""
+"""SageMaker: the SDK's arguments and the training toolkit, both real, from estimator to model and back to errors."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ GROUPS = {
     "frameworks": "Frameworks, 2 ranks on CPU",
     "slurm": "Slurm of one machine with two nodes",
 }
-SAGEMAKER = "sagemaker-training {sagemaker-training}, sagemaker-pytorch-training {sagemaker-pytorch-training}, sagemaker {sagemaker}"
+SAGEMAKER = ("sagemaker", "sagemaker-training", "sagemaker-pytorch-training")
 
 
 def versions() -> dict[str, str]:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 def client(group: str, text: str) -> tuple[str, str]:
     """(client and version, what was done) of a case's first line."""
     if group == "sagemaker":
-        return SAGEMAKER.format_map(versions()), text
+        return ", ".join(f"{name} {versions()[name]}" for name in SAGEMAKER), text
     name, _, what = text.partition(": ")
     return f"{name} {versions().get(name, slurm_version() if group == 'slurm' else '')}".strip(), what
 
@@ -84,8 +84,8 @@ def main() -> None:
         "",
         "<!-- Made by scripts/test-clients; do not edit by hand. -->",
         "",
-        "Programs of others that start or use this backend, run for real by `./scripts/test-clients`: one row a case. Versions",
-        f"are pinned in `tests/clients/*.txt`; torch is {torch}. Nothing here needed a GPU, and nothing was tried on one.",
+        "Programs of others that start or use this backend, run for real by `./scripts/test-clients`: one row a case.",
+        f"Versions are pinned in `tests/clients/*.txt`; torch is {torch}. Nothing needed a GPU, nothing was tried on one.",
     ]
     for group, title in GROUPS.items():
         report = folder / f"{group}.xml"

@@ -1,8 +1,8 @@
 """What the SageMaker SDK asks AWS for: sdk_request.py FOLDER JSON, run in the environment `sdk`.
 
 JSON: {"estimator": "PyTorch", "source": folder, "entry_point": name, "arguments": {...}}. AWS is a stand-in in this
-process (moto). Written to FOLDER: request.json, the CreateTrainingJob request, and sourcedir.tar.gz, the code that the SDK
-uploaded; or error.txt, what the SDK refused.
+process (moto). Written to FOLDER: request.json, the CreateTrainingJob request, and sourcedir.tar.gz, the code that
+the SDK uploaded; or error.txt, what the SDK refused.
 """
 
 from __future__ import annotations
