@@ -21,8 +21,6 @@ def launch(folder: Path, line: list[str], job: object, python: tuple[str, ...] =
     if missing or os.getuid() != 0:
         pytest.skip(f"needs root and Debian's Slurm; missing: {', '.join(missing) or 'root'}")
     ranks = conftest.launch([SLURM, str(folder / "slurm"), *line], job, python=python, limit=120)
-    if "the nodes did not come up" in ranks.text:
-        pytest.skip("Slurm's daemons did not come up in this machine's namespaces")
     assert ranks.statuses == [0], ranks.text
     return ranks
 

@@ -85,7 +85,7 @@ def main() -> None:
         "<!-- Made by scripts/test-clients; do not edit by hand. -->",
         "",
         "Programs of others that start or use this backend, run for real by `./scripts/test-clients`: one row a case.",
-        f"Versions are pinned in `tests/clients/*.txt`; torch is {torch}. Nothing needed a GPU, nothing was tried on one.",
+        f"Versions are pinned in `tests/clients/*.txt`; torch is {torch}. No GPU was used.",
     ]
     for group, title in GROUPS.items():
         report = folder / f"{group}.xml"
