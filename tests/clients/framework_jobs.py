@@ -122,11 +122,8 @@ def trainer(backend: str) -> dict:
     return found
 
 
-def trainer_on_sagemaker() -> dict:
-    """The SageMaker data-parallel path, as SM_FRAMEWORK_PARAMS chooses it: on CPU but for DDP's device_ids."""
-    from transformers.utils import is_sagemaker_dp_enabled
-
-    assert is_sagemaker_dp_enabled()
+def _ddp_on_cpu() -> None:
+    """Drops the devices that clients made for GPUs give to DDP."""
     original = nn.parallel.DistributedDataParallel.__init__
 
     def on_cpu(self: nn.Module, *args: object, **kwargs: object) -> None:
@@ -134,6 +131,14 @@ def trainer_on_sagemaker() -> dict:
         original(self, *args, **kwargs)
 
     nn.parallel.DistributedDataParallel.__init__ = on_cpu
+
+
+def trainer_on_sagemaker() -> dict:
+    """The SageMaker data-parallel path, as SM_FRAMEWORK_PARAMS chooses it: on CPU but for DDP's device_ids."""
+    from transformers.utils import is_sagemaker_dp_enabled
+
+    assert is_sagemaker_dp_enabled()
+    _ddp_on_cpu()
     made = _trainer()
     assert "smdistributed.dataparallel.torch.torch_smddp" in sys.modules
     made.train()
@@ -257,11 +262,12 @@ def deepspeed(backend: str, stage: int) -> dict:
 
 
 def mmengine(way: str, backend: str) -> dict:
-    """Runner with env_cfg's backend. MMEngine takes every smddp for CUDA: two of its functions are told otherwise."""
+    """Runner with env_cfg's backend. MMEngine takes every smddp for CUDA: it is told otherwise in three places."""
     import mmengine.dist.utils
     from mmengine.model import BaseModel
     from mmengine.runner import Runner
 
+    _ddp_on_cpu()
     torch.cuda.set_device = lambda _: None
     comm_device = mmengine.dist.utils.get_comm_device
     for module in [m for name, m in sys.modules.items() if name.startswith("mmengine")]:
