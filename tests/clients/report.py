@@ -18,7 +18,6 @@ GROUPS = {
     "frameworks": "Frameworks, 2 ranks on CPU",
     "slurm": "Slurm of one machine with two nodes",
 }
-SAGEMAKER = ("sagemaker", "sagemaker-training", "sagemaker-pytorch-training")
 
 
 def versions() -> dict[str, str]:
@@ -30,16 +29,14 @@ def versions() -> dict[str, str]:
 def client(group: str, text: str) -> tuple[str, str]:
     """(client and version, what was done) of a case's first line."""
     if group == "sagemaker":
-        return ", ".join(f"{name} {versions()[name]}" for name in SAGEMAKER), text
+        return "SDK {sagemaker}, toolkit {sagemaker-training}".format_map(versions()), text
     name, _, what = text.partition(": ")
-    return f"{name} {versions().get(name, slurm_version() if group == 'slurm' else '')}".strip(), what
+    version = slurm_version() if group == "slurm" else versions()[name]
+    return f"{name} {version}", what
 
 
 def slurm_version() -> str:
-    try:
-        return subprocess.run(["srun", "--version"], capture_output=True, text=True).stdout.split()[-1]
-    except (OSError, IndexError):
-        return ""
+    return subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def rows(group: str, report: Path) -> list[str]:

@@ -231,7 +231,10 @@ mod tests {
         let all = exported(&srun);
         assert_eq!((all["MASTER_ADDR"].as_str(), all["LOCAL_WORLD_SIZE"].as_str()), ("gpu07", "2"));
         let vars = Vars::from_pairs(srun);
-        assert!(!mpi_may_know(&env::read(&vars, false).unwrap(), &vars), "MPI is not started under a plain srun");
+        assert!(
+            !mpi_may_know(&env::read(&vars, false).unwrap(), &vars),
+            "MPI is not started under a plain srun"
+        );
     }
 
     #[test]
