@@ -246,6 +246,7 @@ def test_the_rank_that_failed_first(name: str, way: str, tmp_path: Path) -> None
     assert ranks.statuses == [status], ranks.text
     assert re.search(rf"smddprun: rank 1 of 3 \(host \S+, local rank 1\) failed first: {words}", ranks.text), ranks.text
     assert "\x1e" not in ranks.text, "reports are not for the user"
+    assert "after it" not in ranks.text, "ranks that were told to stop are not what went wrong"
     if way == "raise":
         summary = ranks.text.rpartition("failed first")[2]
         assert "xxx at the end" in summary, ranks.text

@@ -36,7 +36,10 @@ def client(group: str, text: str) -> tuple[str, str]:
 
 
 def slurm_version() -> str:
-    return subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    try:
+        return subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    except FileNotFoundError:
+        return "(not here)"
 
 
 def rows(group: str, report: Path) -> list[str]:
