@@ -7,7 +7,7 @@ use smddp_core::settings::Settings;
 
 use crate::env::{self, Env, Launcher, Vars};
 use crate::error::{Error, Result};
-use crate::{host, mpi, slurm};
+use crate::{host, mpi, mpi_may_know, slurm};
 
 /// The variables torch needs and does not find: of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
 /// MASTER_PORT those that are missing. Nothing outside of a launcher, and nothing under torchrun.
@@ -29,7 +29,9 @@ pub fn launcher_env(settings: &Settings, dirs: &[PathBuf], vars: &Vars) -> Resul
         return Ok(Vec::new());
     }
     let master = master_without_mpi(&env, vars)?;
-    let known = env.size.is_some() && (master.is_some() || mode == "env");
+    // An MPI that was not told of its job may end the process instead of saying so.
+    let no_mpi = mode == "env" || (mode != "mpi" && !mpi_may_know(&env, vars));
+    let known = env.size.is_some() && (master.is_some() || no_mpi);
     let places = if known {
         Places { env: env.clone(), master: master.or_else(|| slurm_master(&env, vars)) }
     } else {
@@ -39,7 +41,7 @@ pub fn launcher_env(settings: &Settings, dirs: &[PathBuf], vars: &Vars) -> Resul
         }
     };
     let Some((addr, port)) = places.master else {
-        return Err(no_master("SMDDP_BOOTSTRAP=env rules MPI out"));
+        return Err(no_master("no variable tells it, and MPI is ruled out here"));
     };
     let number = |n: Option<usize>| n.map(|n| n.to_string());
     let all = [
@@ -228,6 +230,11 @@ mod tests {
         ];
         let all = exported(&srun);
         assert_eq!((all["MASTER_ADDR"].as_str(), all["LOCAL_WORLD_SIZE"].as_str()), ("gpu07", "2"));
+        let vars = Vars::from_pairs(srun);
+        assert!(
+            !mpi_may_know(&env::read(&vars, false).unwrap(), &vars),
+            "MPI is not started under a plain srun"
+        );
     }
 
     #[test]

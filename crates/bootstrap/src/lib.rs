@@ -118,7 +118,7 @@ pub fn join_with(
 }
 
 /// Whether this was started in a way in which MPI knows the job.
-fn mpi_may_know(env: &Env, vars: &Vars) -> bool {
+pub(crate) fn mpi_may_know(env: &Env, vars: &Vars) -> bool {
     let launched = match env.launcher {
         Some(Launcher::OpenMpi | Launcher::Pmi | Launcher::Pmix) => true,
         // Under a plain srun each task would be an MPI job of its own.

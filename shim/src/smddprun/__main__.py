@@ -1,0 +1,5 @@
+import sys
+
+from smddprun.main import main
+
+sys.exit(main())

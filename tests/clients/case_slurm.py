@@ -1,0 +1,53 @@
+"""Slurm, for real: two nodes of one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import conftest
+from test_bootstrap import MPIS, numpy_job, torch_job
+
+SLURM = str(conftest.HERE / "clients/slurm")
+TOOLS = ("srun", "slurmctld", "slurmd", "munged")
+
+
+def launch(folder: Path, line: list[str], job: object, python: tuple[str, ...] = (sys.executable,)) -> conftest.Ranks:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing or os.getuid() != 0:
+        pytest.skip(f"needs root and Debian's Slurm; missing: {', '.join(missing) or 'root'}")
+    ranks = conftest.launch([SLURM, str(folder / "slurm"), *line], job, python=python, limit=120)
+    assert ranks.statuses == [0], ranks.text
+    return ranks
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmi2"])
+def test_srun(mpi: str, tmp_path: Path) -> None:
+    """srun: 2 nodes x 2 tasks, torch and an all_reduce; no MPI is needed"""
+    ranks = launch(tmp_path, ["srun", f"--mpi={mpi}", "-N2", "-n4", "--ntasks-per-node=2"], torch_job)
+    assert [r["RANK"] for r in ranks.reports] == ["0", "1", "2", "3"], ranks.text
+    assert [r["LOCAL_RANK"] for r in ranks.reports] == ["0", "1", "0", "1"], ranks.text
+    assert {r["sum"] for r in ranks.reports} == {6.0}
+
+
+def test_smddprun_in_an_allocation(tmp_path: Path) -> None:
+    """salloc: smddprun takes ranks and hosts from the allocation"""
+    smddprun = str(Path(sys.executable).with_name("smddprun"))
+    line = ["salloc", "-Q", "-N1", "-n2", smddprun, "--mpirun", MPIS["openmpi-system"].mpirun]
+    ranks = launch(tmp_path, line, numpy_job, ())
+    assert [r["rank"] for r in ranks.reports] == [0, 1], ranks.text
+
+
+def test_sbatch(tmp_path: Path) -> None:
+    """sbatch: the script of docs/how-to/start-jobs.md"""
+    page = (conftest.HERE.parent / "docs/how-to/start-jobs.md").read_text()
+    script = page.partition("```sh\n#!/bin/bash\n#SBATCH")[2].partition("```")[0]
+    assert script, "the page has no batch script"
+    file = tmp_path / "job.sh"
+    file.write_text("#!/bin/bash\n#SBATCH" + script.replace("python train.py", f'{sys.executable} "$@"'))
+    ranks = launch(tmp_path, ["sbatch", "--wait", f"--output={tmp_path}/out", str(file)], torch_job, ())
+    assert {r["sum"] for r in ranks.reports} == {6.0}, (tmp_path / "out").read_text()
