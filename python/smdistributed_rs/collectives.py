@@ -176,7 +176,7 @@ class Collectives:
         if factor is not None:
             written = collective == codes.ALL_REDUCE or root == self._rank
             span = _multiplied(span, tensors, factor, written)
-        return self._issue(collective, dtype, code, root, span.numel * each, span, span, tensors, opts)
+        return self._issue(collective, dtype, code, root, span.numel * each, span, span, tensors, opts, given=tensors)
 
     # ---- all_gather
 
@@ -223,7 +223,8 @@ class Collectives:
         flat = [output for theirs in outputs for output in theirs]
         target = output_list(name, "output_tensor_lists", flat)
         code, each = mover(inputs[0])
-        return self._issue(codes.ALL_GATHER, code, 0, 0, source.numel * each, source, target, flat, opts)
+        count = source.numel * each
+        return self._issue(codes.ALL_GATHER, code, 0, 0, count, source, target, flat, opts, given=inputs)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """all_gather_single of several tensors as one; dtypes may differ."""
@@ -242,7 +243,8 @@ class Collectives:
         target = output_span(name, "outputs", inside)
         finish = _HandOut(outputs, inside, self._size).once()
         target = target._replace(finish=finish)
-        return self._issue(codes.ALL_GATHER, codes.DTYPES["uint8"], 0, 0, source.numel, source, target, outputs, opts)
+        code, count = codes.DTYPES["uint8"], source.numel
+        return self._issue(codes.ALL_GATHER, code, 0, 0, count, source, target, outputs, opts, given=inputs)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
@@ -477,7 +479,7 @@ class Collectives:
 
     def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
         if self._profiler._is_profiler_enabled:
-            return _recorded(name, span, span, tensors, start)
+            return _recorded(name, span.keep, span, tensors, start)
         return SmddpWork(start(), tensors, span.finish)
 
     # ---- the group itself
@@ -551,16 +553,17 @@ class Collectives:
         opts: Any,
         counts: list[int] | None = None,
         splits: tuple[list[int], list[int]] | None = None,
+        given: Sequence[Tensor] | None = None,
     ) -> Work:
-        """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more."""
+        """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more.
+        `given`: what a profiler is to see, where the source is made of several tensors."""
         limit = None if opts is None else _limit(codes.NAMES[collective], opts)
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
         if source.device >= 0 or target.device >= 0:
             return self._issue_on_device(call, source, target, results, opts)
         if self._profiler._is_profiler_enabled:
-            work = _recorded(
-                codes.NAMES[collective], source, target, results, lambda: self._comm.start(*call, (source, target))
-            )
+            name, shown = codes.NAMES[collective], source.keep if given is None else given
+            work = _recorded(name, shown, target, results, lambda: self._comm.start(*call, (source, target)))
             if opts is not None and not _is_async(opts):
                 work.wait()
             return work
@@ -600,9 +603,9 @@ class Collectives:
         _count(name, argument, len(tensors), self._size, "one per rank", "tensors")
 
 
-def _recorded(name: str, source: Span, target: Span, results: list[Tensor], start: Callable[[], Handle]) -> SmddpWork:
+def _recorded(name: str, given: object, target: Span, results: list[Tensor], start: Callable[[], Handle]) -> SmddpWork:
     """Starts a call as a range of the profiler."""
-    recorded = Range(name, source.keep)
+    recorded = Range(name, given)
     try:
         handle = start()
     except BaseException:

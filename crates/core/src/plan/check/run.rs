@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use super::values::{Cell, Values, Wrong};
 use super::{Blocked, Fault, Place, Report, Way, World};
-use crate::call::Collective;
 use crate::plan::{Buf, Move, Op, Plan, Schedule, Span, StepId, Who};
 
 /// At most so many blocked steps are listed.
