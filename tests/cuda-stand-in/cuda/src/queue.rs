@@ -91,7 +91,8 @@ impl Queue {
         if !state.started {
             state.started = true;
             let queue = Arc::clone(self);
-            let spawned = std::thread::Builder::new().name("standin-stream".into()).spawn(move || queue.serve());
+            let spawned =
+                std::thread::Builder::new().name("standin-stream".into()).spawn(move || queue.serve());
             if let Err(why) = spawned {
                 entry::break_context(Code::UNKNOWN, format!("no thread for a stream: {why}"));
             }
@@ -138,7 +139,9 @@ fn run(op: Op) {
         // A panic in an operation must not leave its stream unserved for ever.
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(action)) {
             Ok(Ok(())) => {}
-            Ok(Err(code)) => entry::break_context(code, format!("{name}, operation {seq} of {stream}, failed")),
+            Ok(Err(code)) => {
+                entry::break_context(code, format!("{name}, operation {seq} of {stream}, failed"))
+            }
             Err(_) => entry::break_context(Code::LAUNCH_FAILED, format!("{name} on {stream} panicked")),
         }
     }

@@ -122,7 +122,10 @@ impl Stream {
 
     /// Another stream's thread waits for `place` of this one, for operation `who`.
     pub fn wait_parked(&self, place: u64, who: &str) -> Result {
-        wait_parked(|| format!("{self}, which {who} is ordered after"), |time| Ok(self.wait_some(place, time)))
+        wait_parked(
+            || format!("{self}, which {who} is ordered after"),
+            |time| Ok(self.wait_some(place, time)),
+        )
     }
 
     /// The host waits for `place`. Whatever blocks the stream gives up in time, and then this does.

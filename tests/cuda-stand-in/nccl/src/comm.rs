@@ -204,9 +204,9 @@ impl Comm {
             match reply {
                 Some((Reply::Failed { error, .. }, _)) => Some(Err(error)),
                 Some(reply) => Some(Ok(reply)),
-                None => state.lost.then(|| {
-                    Err(Error::new(Code::REMOTE, "the process that made the unique id has gone"))
-                }),
+                None => state
+                    .lost
+                    .then(|| Err(Error::new(Code::REMOTE, "the process that made the unique id has gone"))),
             }
         })
     }
@@ -250,7 +250,10 @@ impl Comm {
         error::set_last(&error.text);
         if state.error.is_none() {
             if !Switches::get().quiet {
-                eprintln!("smddp stand-in for NCCL: rank {}: error {}: {}", self.rank, error.code.0, error.text);
+                eprintln!(
+                    "smddp stand-in for NCCL: rank {}: error {}: {}",
+                    self.rank, error.code.0, error.text
+                );
             }
             state.error = Some(error);
         }

@@ -3,8 +3,8 @@
 
 mod api;
 mod comm;
-mod dtype;
 mod driver;
+mod dtype;
 mod error;
 mod group;
 mod operation;

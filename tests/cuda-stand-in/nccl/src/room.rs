@@ -112,14 +112,7 @@ impl Room {
         self.progress()
     }
 
-    pub fn send(
-        &mut self,
-        from: usize,
-        id: u64,
-        to: usize,
-        what: (u64, i32),
-        bytes: Vec<u8>,
-    ) -> Vec<Mail> {
+    pub fn send(&mut self, from: usize, id: u64, to: usize, what: (u64, i32), bytes: Vec<u8>) -> Vec<Mail> {
         let message = Message { id, count: what.0, dtype: what.1, bytes };
         self.pairs.entry((from, to)).or_default().sends.push_back(message);
         self.progress()
@@ -182,9 +175,13 @@ impl Room {
         while self.broken.is_none() && self.collectives.iter().all(|queue| !queue.is_empty()) {
             let posted: Vec<_> = self.collectives.iter_mut().filter_map(VecDeque::pop_front).collect();
             match finish(&posted) {
-                Ok(results) => mail.extend(posted.iter().zip(results).enumerate().map(
-                    |(rank, (posted, bytes))| (rank, Reply::Done { id: posted.id }, bytes),
-                )),
+                Ok(results) => mail.extend(
+                    posted
+                        .iter()
+                        .zip(results)
+                        .enumerate()
+                        .map(|(rank, (posted, bytes))| (rank, Reply::Done { id: posted.id }, bytes)),
+                ),
                 Err(error) => {
                     mail.extend(posted.iter().enumerate().map(|(rank, p)| failed(rank, p.id, &error)));
                     self.broken = Some(error);

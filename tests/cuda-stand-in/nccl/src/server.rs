@@ -144,9 +144,7 @@ impl Server {
             Request::Collective { id, call } => room.collective(rank, id, call, bytes),
             Request::Send { id, peer, count, dtype } => room.send(rank, id, peer, (count, dtype), bytes),
             Request::Recv { id, peer, count, dtype } => room.receive(rank, id, peer, (count, dtype)),
-            Request::Split { id, color, key } => {
-                room.split(rank, id, (color, key), |ranks| self.open(ranks))
-            }
+            Request::Split { id, color, key } => room.split(rank, id, (color, key), |ranks| self.open(ranks)),
         }
     }
 }

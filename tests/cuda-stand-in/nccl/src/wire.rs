@@ -41,11 +41,28 @@ pub struct Hello {
 pub enum Request {
     Hello(Hello),
     /// With the rank's contribution.
-    Collective { id: u64, call: Call },
+    Collective {
+        id: u64,
+        call: Call,
+    },
     /// With the bytes.
-    Send { id: u64, peer: usize, count: u64, dtype: i32 },
-    Recv { id: u64, peer: usize, count: u64, dtype: i32 },
-    Split { id: u64, color: i32, key: i32 },
+    Send {
+        id: u64,
+        peer: usize,
+        count: u64,
+        dtype: i32,
+    },
+    Recv {
+        id: u64,
+        peer: usize,
+        count: u64,
+        dtype: i32,
+    },
+    Split {
+        id: u64,
+        color: i32,
+        key: i32,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,9 +70,19 @@ pub enum Reply {
     /// All ranks are there.
     Ready,
     /// With the result.
-    Done { id: u64 },
-    Split { id: u64, room: u64, rank: usize, ranks: usize },
-    Failed { id: u64, error: Error },
+    Done {
+        id: u64,
+    },
+    Split {
+        id: u64,
+        room: u64,
+        rank: usize,
+        ranks: usize,
+    },
+    Failed {
+        id: u64,
+        error: Error,
+    },
     Refused(Error),
 }
 

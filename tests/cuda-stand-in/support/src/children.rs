@@ -31,7 +31,13 @@ impl Children {
     /// For the test function that calls this; `test` is its path within the test binary, as `cargo test`
     /// prints it.
     pub fn of(test: &str) -> Self {
-        Self { test: test.into(), ranks: 1, env: Vec::new(), limit: Duration::from_secs(120), dying: Vec::new() }
+        Self {
+            test: test.into(),
+            ranks: 1,
+            env: Vec::new(),
+            limit: Duration::from_secs(120),
+            dying: Vec::new(),
+        }
     }
 
     #[must_use]

@@ -11,7 +11,9 @@ const NAME: &std::ffi::CStr = c"smddp stand-in";
 
 /// Copies with the final NUL, cut to `len` bytes.
 fn put_text(out: &Out<c_char>, len: c_int, text: &[u8]) -> crate::code::Result {
-    let Some(room) = usize::try_from(len).ok().filter(|len| *len > 0) else { return Err(Code::INVALID_VALUE) };
+    let Some(room) = usize::try_from(len).ok().filter(|len| *len > 0) else {
+        return Err(Code::INVALID_VALUE);
+    };
     let to = out.address().cast::<u8>();
     if to.is_null() {
         return Err(Code::INVALID_VALUE);
