@@ -150,6 +150,9 @@ impl<T: Transports> DeviceGroup<T> {
     /// The ranges are memory of the group's device, not used otherwise until `stream` is past the call; `stream` is a
     /// stream of that device.
     pub unsafe fn start(&self, call: &DeviceCall, stream: u64) -> Result<Option<Handle<T>>> {
+        if call.collective.rooted() {
+            self.host.shape().check_rank(call.collective.name(), "root", call.root)?;
+        }
         let stream = stream as sys::Stream;
         let mut parts = self.enter(call.collective.name(), stream)?;
         if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {

@@ -30,7 +30,6 @@ pub struct Job {
 
 pub struct Group {
     pub host: Communicator,
-    rail: Option<Communicator>,
     pub device: DeviceGroup,
 }
 
@@ -108,12 +107,12 @@ impl Job {
             .transpose()?;
         let device = DeviceGroup::new(DeviceOptions {
             host: host.clone(),
-            rail: rail.clone(),
+            rail,
             device: self.device,
             settings,
             library_dirs: Vec::new(),
         })?;
-        Ok(Group { host, rail, device })
+        Ok(Group { host, device })
     }
 
     /// Waits until the device has done what this rank's stream was given.

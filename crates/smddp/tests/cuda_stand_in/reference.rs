@@ -1,7 +1,7 @@
 //! Calls whose result every rank can compute by itself.
 
 use smddp::cuda::{DeviceCall, Memory};
-use smddp::{Collective, DType, Handle, ReduceOp, Result};
+use smddp::{Collective, DType, ReduceOp, Result};
 
 use crate::job::{Group, Job};
 
@@ -50,7 +50,6 @@ pub struct Case {
 pub struct Placed {
     input: Memory,
     output: Memory,
-    pub handle: Option<Handle>,
 }
 
 impl Case {
@@ -124,8 +123,8 @@ impl Case {
         let input = if self.in_place { output } else { job.memory(&bytes(dtype, &self.input)) };
         let call = DeviceCall { input, output, ..self.call.clone() };
         // SAFETY: freed only after the stream was waited for.
-        let handle = unsafe { group.device.start(&call, job.stream.addr() as u64) }?;
-        Ok(Placed { input, output, handle })
+        unsafe { group.device.start(&call, job.stream.addr() as u64) }?;
+        Ok(Placed { input, output })
     }
 
     /// Compares with the reference, and frees.
