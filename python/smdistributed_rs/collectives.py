@@ -579,7 +579,7 @@ class Collectives:
     ) -> Work:
         name = codes.NAMES[call[0]]
         if source.device != target.device and NOTHING not in (source, target):
-            given = [f"cuda:{span.device}" if span.device >= 0 else "the CPU" for span in (source, target)]
+            given = [f"cuda:{span.device}" if span.device >= 0 else "cpu" for span in (source, target)]
             raise ArgumentError.of(
                 name, "tensors", "input and output on one device", f"{given[0]} and {given[1]}", "Move one of them"
             )

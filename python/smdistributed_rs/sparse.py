@@ -25,8 +25,8 @@ def all_reduce_sparse(group: Collectives, tensor: Tensor, op: object, size: int,
     mine = tensor.detach().coalesce()
     indices, values = mine.indices(), mine.values()
     # Shape and number of entries of every rank, in one exchange.
-    said = torch.tensor([mine.sparse_dim(), *mine.shape, indices.size(1)], dtype=torch.int64)
-    heard = torch.empty(size * said.numel(), dtype=torch.int64)
+    said = torch.tensor([mine.sparse_dim(), *mine.shape, indices.size(1)], dtype=torch.int64, device="cpu")
+    heard = torch.empty(size * said.numel(), dtype=torch.int64, device="cpu")
     group.all_gather_single(heard, said, opts).wait()
     rows = heard.view(size, -1)
     if not bool((rows[:, :-1] == said[:-1]).all()):
@@ -35,8 +35,8 @@ def all_reduce_sparse(group: Collectives, tensor: Tensor, op: object, size: int,
             "all_reduce", "tensor", "sparse tensors of one shape", given, "Pass the same on all ranks"
         )
     counts = rows[:, -1].tolist()
-    places = [torch.empty(indices.size(0), count, dtype=indices.dtype) for count in counts]
-    entries = [torch.empty(count, *values.shape[1:], dtype=values.dtype) for count in counts]
+    places = [torch.empty(indices.size(0), count, dtype=indices.dtype, device=indices.device) for count in counts]
+    entries = [torch.empty(count, *values.shape[1:], dtype=values.dtype, device=values.device) for count in counts]
     group.allgather([places], [indices.contiguous()], opts).wait()
     group.allgather([entries], [values.contiguous()], opts).wait()
     # In rank order, hence the same bits on all ranks.

@@ -1,5 +1,6 @@
 //! The symbolic executor.
 
+use crate::call::Collective;
 use std::collections::HashMap;
 
 use super::values::{Cell, Values, Wrong};
