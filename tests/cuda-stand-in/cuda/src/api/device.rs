@@ -48,7 +48,7 @@ fn attribute(attribute: c_int) -> Option<c_int> {
         // Remote flush, dmabuf, GPUDirect: none.
         98 | 116..=119 | 124 => 0,
         134 => -1,
-        1..=150 => 0,
+        other if (1..=150).contains(&other) => 0,
         _ => return None,
     })
 }
