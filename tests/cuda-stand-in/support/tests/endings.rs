@@ -1,5 +1,7 @@
 //! How things end: libraries closed under their threads, ranks that die, contexts that break.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::*;
