@@ -27,36 +27,40 @@ fn told(job: &Job, group: &Group) -> Error {
     panic!("nobody was told");
 }
 
+fn abort_releases_the_stream(test: &str, nodes: &[usize]) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
+        let first = sum(&job, 100);
+        let memory = first.start(&job, &group);
+        job.synchronize();
+        first.check(&job, &memory);
+        if rank.rank == 0 {
+            let late = sum(&job, 100_000);
+            late.start(&job, &group);
+            let until = Instant::now() + Duration::from_secs(20);
+            while job.control.parked() == 0 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
+            group.device.abort("a test");
+            assert!(job.comes_to_rest(), "the stream still waits");
+        }
+        rank.barrier("aborted");
+        let error = told(&job, &group);
+        assert!(matches!(error, Error::Aborted { .. }), "{error}");
+        rank.barrier("over");
+    });
+}
+
 #[test]
 fn an_abort_releases_the_stream() {
-    for nodes in [&[1, 1][..], &[2, 2]] {
-        children("failures::an_abort_releases_the_stream", nodes, &[]).run(|rank| {
-            let job = Job::start(rank, nodes);
-            let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
-            let first = sum(&job, 100);
-            let memory = first.start(&job, &group);
-            job.synchronize();
-            first.check(&job, &memory);
-            if rank.rank == 0 {
-                let late = sum(&job, 100_000);
-                late.start(&job, &group);
-                let until = Instant::now() + Duration::from_secs(20);
-                while job.control.parked() == 0 && Instant::now() < until {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
-                group.device.abort("a test");
-                assert!(job.comes_to_rest(), "the stream still waits");
-            }
-            rank.barrier("aborted");
-            let error = told(&job, &group);
-            assert!(matches!(error, Error::Aborted { .. }), "{error}");
-            rank.barrier("over");
-        });
-        if std::env::var_os("SMDDP_STANDIN_CHILD").is_some() {
-            return;
-        }
-    }
+    abort_releases_the_stream("failures::an_abort_releases_the_stream", &[1, 1]);
+}
+
+#[test]
+fn an_abort_releases_the_stream_of_nccl_and_host() {
+    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl_and_host", &[2, 2]);
 }
 
 #[test]
@@ -106,6 +110,7 @@ fn a_driver_call_that_fails_is_told_on_all_ranks() {
         for name in CALLS {
             for nth in [1, 4] {
                 let group = job.group(&format!("{name}-{nth}"), &[("SMDDP_CUDA_SLOT", "64K")]);
+                rank.barrier(&format!("{name}-{nth}"));
                 let case = sum(&job, 60_000);
                 // Its own copies first: they are calls of the driver too.
                 let before = if name == "cuMemcpyHtoDAsync_v2" { 1 } else { 0 };
