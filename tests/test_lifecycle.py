@@ -199,6 +199,38 @@ def test_abort_unblocks_every_waiter(nodes: list[int]) -> None:
         assert report["seconds"] < 15, report
 
 
+def abort_while_the_peer_has_no_work() -> dict:
+    import torch
+    import torch.distributed as dist
+
+    start(60)
+    summed()
+    group = dist.new_group([0, 1])
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if dist.get_rank() == 0:
+            work = dist.all_reduce(torch.ones(1 << 20), group=group, async_op=True)
+            threading.Timer(0.5, group.abort).start()
+            try:
+                work.wait()
+            finally:
+                store.set("aborted", "1")
+        else:
+            store.wait(["aborted"], timedelta(seconds=30))
+            dist.all_reduce(torch.ones(1 << 20), group=group)
+    except Exception as error:
+        return {"text": f"{type(error).__name__}: {error}", "sum": summed()}
+    return {"text": "no error"}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+def test_an_abort_costs_no_other_group_though_the_peer_has_no_work(nodes: list[int]) -> None:
+    """Bytes for the aborted group may be on their way: the peer must answer while it makes no call."""
+    for report in conftest.run(abort_while_the_peer_has_no_work, 2, nodes=nodes, limit=90).check().reports:
+        assert "AbortedError" in report["text"] and "abort() was called" in report["text"], report
+        assert report["sum"] == 2, report
+
+
 def interrupted() -> dict:
     import torch
     import torch.distributed as dist

@@ -222,7 +222,8 @@ impl Party<'_> {
                 return Ok(Route::Local(self.shape.local_of(rank) as u32));
             }
             let address = contacts[rank].fabric.as_deref().unwrap_or_default();
-            let label = format!("rank {rank} on node {}", self.hellos[rank].node_name);
+            let label =
+                format!("{} (rank {rank} of group '{}')", self.hellos[rank].node_name, self.options.name);
             let missing = || Err(Error::Internal("a group over several nodes without a fabric".to_owned()));
             Ok(Route::Fabric(self.engine.with_fabric(missing, |f| f.connect(address, &label))?))
         };

@@ -186,6 +186,16 @@ impl<T: Transports> Driver<T> {
         moved
     }
 
+    /// Takes in what peers have sent a process that has no work: the end of a group, say.
+    pub fn listen(&mut self) {
+        // A few, so that callers get the seat in between.
+        for _ in 0..16 {
+            if !self.poll_fabric() {
+                return;
+            }
+        }
+    }
+
     fn poll_fabric(&mut self) -> bool {
         let Some(fabric) = self.fabric.as_mut() else { return false };
         let result = fabric.poll(&mut self.done);
@@ -230,6 +240,7 @@ impl<T: Transports> Driver<T> {
         }
         if liveness {
             self.looked = now;
+            self.listen();
         }
     }
 

@@ -65,6 +65,8 @@ pub const LONGEST_SLEEP: Duration = Duration::from_millis(50);
 pub const SHORT_SLEEP: Duration = Duration::from_micros(200);
 /// Sleep while a device computes what an operation waits for: what that may add to the operation's time.
 pub const GATE_NAP: Duration = Duration::from_micros(50);
+/// How often a process without work asks the fabric for news: what it adds to a peer's withdrawal of a group.
+pub const LISTEN: Duration = Duration::from_millis(100);
 /// How often a fruitless waiter asks whether its peers still live.
 pub const LIVENESS: Duration = Duration::from_millis(100);
 

@@ -9,6 +9,8 @@
 //! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
 //!   a submitter fills the inbox before it looks at `sleeping`).
 //! - **E4** callbacks run with no lock held, on threads of their own.
+//! - **E5** with a fabric, somebody polls it every [`idle::LISTEN`] at the latest, work or none: peers that withdraw a group
+//!   wait for our answer.
 
 mod callbacks;
 pub mod driver;
@@ -50,6 +52,8 @@ struct Shared<T: Transports> {
     /// Callers who want the seat from the progress thread.
     wanted: AtomicUsize,
     thread_drives: AtomicBool,
+    /// There is a fabric: peers may have news for a process that has no work (E5).
+    listens: AtomicBool,
     sleeping: AtomicBool,
     bell: Mutex<Option<Arc<dyn Bell>>>,
     stop: AtomicBool,
@@ -75,6 +79,7 @@ impl<T: Transports> Engine<T> {
             work_left: AtomicBool::new(false),
             wanted: AtomicUsize::new(0),
             thread_drives: AtomicBool::new(false),
+            listens: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
             bell: Mutex::new(None),
             stop: AtomicBool::new(false),
@@ -115,6 +120,9 @@ impl<T: Transports> Engine<T> {
                 let mut fabric = open()?;
                 fabric.register(driver.staging.whole()?)?;
                 driver.fabric = Some(fabric);
+                self.shared.listens.store(true, Ordering::Relaxed);
+                // Asleep for good until now.
+                self.wake_thread();
             }
             match driver.fabric.as_mut() {
                 Some(fabric) => use_it(fabric),
@@ -375,6 +383,18 @@ impl<T: Transports> Shared<T> {
         }
     }
 
+    /// The progress thread has nothing to do until it is woken, or it is time to look for news (E5).
+    fn rest(&self) {
+        if !self.listens.load(Ordering::Relaxed) {
+            return std::thread::park();
+        }
+        let start = Instant::now();
+        std::thread::park_timeout(idle::LISTEN);
+        if start.elapsed() >= idle::LISTEN {
+            self.work_left.store(true, Ordering::Release);
+        }
+    }
+
     fn sleep(&self, driver: &mut Driver<T>, nap: Duration) {
         let Some(bed) = driver.lie_down(nap) else {
             // A caller may wait for an operation that another thread is about to put in the inbox.
@@ -411,11 +431,12 @@ impl<T: Transports> Shared<T> {
 fn progress<T: Transports>(shared: &Shared<T>) {
     while !shared.stop.load(Ordering::Acquire) {
         if !shared.work_left.swap(false, Ordering::AcqRel) {
-            std::thread::park();
+            shared.rest();
             continue;
         }
         let Ok(mut driver) = shared.driver.lock() else { return };
         shared.thread_drives.store(true, Ordering::Release);
+        driver.listen();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
         if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
             shared.work_left.store(true, Ordering::Release);
