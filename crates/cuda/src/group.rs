@@ -158,6 +158,10 @@ impl<T: Transports> DeviceGroup<T> {
         if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
             return Err(error);
         }
+        // NCCL's kernels would wait for ranks that have heard of it already.
+        if let Some(error) = self.host.failure() {
+            return Err(error);
+        }
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => with(&mut parts.nccl)?.enqueue(call, stream).map(|()| None),
@@ -184,7 +188,7 @@ impl<T: Transports> DeviceGroup<T> {
 
     /// Fails the group on every rank.
     pub fn abort(&self, reason: &str) {
-        // First what releases streams that wait for words, then NCCL, which waits for its streams.
+        // First what releases streams that wait for words, then NCCL's kernels, which wait for peers.
         self.host.abort(reason);
         if let Some(rail) = &self.rail {
             rail.abort(reason);
@@ -202,9 +206,20 @@ impl<T: Transports> DeviceGroup<T> {
 
     fn end(&self, failed: bool) {
         let Ok(mut parts) = self.parts.lock() else { return };
-        parts.stager = None;
-        if let Some(nccl) = parts.nccl.take() {
-            nccl.end(failed);
+        let Parts { stager, nccl, .. } = &mut *parts;
+        let mut end_nccl = || {
+            if let Some(nccl) = nccl.take() {
+                nccl.end(failed);
+            }
+        };
+        // The stager's copies lie behind NCCL's kernels, which wait for their peers until NCCL is aborted; NCCL in order
+        // waits for what the stager has enqueued.
+        if failed {
+            end_nccl();
+            *stager = None;
+        } else {
+            *stager = None;
+            end_nccl();
         }
     }
 

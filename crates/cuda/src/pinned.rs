@@ -73,6 +73,7 @@ pub(crate) struct SharedWords {
     pub(crate) words: Arc<Words>,
     /// The device's address of the page.
     base: u64,
+    is_left: bool,
 }
 
 impl SharedWords {
@@ -85,7 +86,7 @@ impl SharedWords {
             (device.driver.host_register)(page, size_of::<Words>(), sys::HOST_REGISTER_PORTABLE_MAPPED)
         };
         device.check("registering words", status)?;
-        let mut shared = SharedWords { device: Arc::clone(device), words, base: 0 };
+        let mut shared = SharedWords { device: Arc::clone(device), words, base: 0, is_left: false };
         // SAFETY: registered just now; a place for the address.
         let status = unsafe { (device.driver.host_device_pointer)(&raw mut shared.base, page, 0) };
         device.check("asking for the device's address of words", status)?;
@@ -107,9 +108,17 @@ impl SharedWords {
     }
 }
 
+impl SharedWords {
+    /// The device may still write to the words: they stay where they are, registered.
+    pub(crate) fn leave_behind(&mut self) {
+        std::mem::forget(Arc::clone(&self.words));
+        self.is_left = true;
+    }
+}
+
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if !self.is_left && self.device.enter().is_ok() {
             // SAFETY: registered in `new`; the stager's streams are idle by now.
             let _ =
                 unsafe { (self.device.driver.host_unregister)(Arc::as_ptr(&self.words).cast_mut().cast()) };

@@ -307,7 +307,7 @@ impl Stager {
         for (_, memory) in self.borrowed.drain(..) {
             std::mem::forget(memory);
         }
-        std::mem::forget(Arc::clone(&self.words.words));
+        self.words.leave_behind();
     }
 }
 

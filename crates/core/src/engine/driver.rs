@@ -146,6 +146,22 @@ impl<T: Transports> Driver<T> {
         moved
     }
 
+    /// Polls one group, which may have no work, for its peers' news.
+    pub fn look_at(&mut self, index: usize) {
+        let Some(group) = self.group(index) else { return };
+        let spans_nodes = group.seat.shape.node_count() > 1;
+        let mut done = std::mem::take(&mut self.done);
+        let result = match self.group(index) {
+            Some(group) if group.failure().is_none() => group.seat.local.poll(&mut done),
+            _ => Ok(false),
+        };
+        self.done = done;
+        self.after_poll(index, result);
+        if spans_nodes {
+            self.poll_fabric();
+        }
+    }
+
     /// Goes on with every group that can.
     fn advance(&mut self) -> bool {
         let mut moved = false;

@@ -169,8 +169,13 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| driver.fail(group, error))
     }
 
+    /// Why the group failed, if it did, here or as far as peers' news of it have come.
     pub fn failure(&self, group: usize) -> Option<Error> {
-        self.with_seat(|driver| driver.group(group)?.failure().cloned()).ok()?
+        let look = |driver: &mut Driver<T>| {
+            driver.look_at(group);
+            driver.group(group)?.failure().cloned()
+        };
+        self.with_seat(look).ok()?
     }
 
     /// Takes the driver's seat, from whoever drives, for `what`.
