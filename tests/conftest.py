@@ -179,7 +179,7 @@ def command(
 
 
 def collect(ranks: Ranks, folder: str) -> Ranks:
-    files = sorted(Path(folder).glob("report-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
+    files = sorted(Path(folder).glob("report-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     ranks.reports = [json.loads(f.read_text()) for f in files]
     return ranks
 

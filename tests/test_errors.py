@@ -337,9 +337,9 @@ def test_ranks_that_disagree_on_the_number_of_ranks() -> None:
 
 def test_a_rank_given_twice() -> None:
     ranks = conftest.run(only_init, 3, each=lambda rank: {"RANK": str(min(rank, 1))}, seconds=8, limit=60)
-    assert ranks.reports, ranks.text
+    assert len(ranks.reports) == 3, ranks.text
     assert {r["type"] for r in ranks.reports} == {"BootstrapError"}, ranks.reports
-    assert "two processes were given rank 1 of 3" in ranks.reports[0]["text"]
+    assert any("two processes were given rank 1 of 3" in r["text"] for r in ranks.reports), ranks.reports
 
 
 def init_by_store(seconds: float) -> dict:

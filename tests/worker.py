@@ -16,7 +16,8 @@ def main() -> None:
     module, _, name = where.partition(":")
     result = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0"
-    (Path(folder) / f"report-{rank}.json").write_text(json.dumps(result))
+    # Two processes may have been given one rank.
+    (Path(folder) / f"report-{rank}-{os.getpid()}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

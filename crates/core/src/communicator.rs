@@ -103,13 +103,16 @@ struct Inner<T: Transports> {
     calls: AtomicU64,
     aborted: AtomicBool,
     closed: AtomicBool,
+    /// What the group had failed with, once it is taken down: `index` may be another group's from then on.
+    ended: OnceLock<Option<Error>>,
 }
 
 impl<T: Transports> Inner<T> {
     fn close(&self) {
-        if !self.closed.swap(true, Ordering::AcqRel) && self.engine.is_ours() {
-            self.engine.remove(self.index, LINGER);
+        if self.closed.swap(true, Ordering::AcqRel) || !self.engine.is_ours() {
+            return;
         }
+        let _ = self.ended.set(self.engine.remove(self.index, LINGER));
     }
 }
 
@@ -201,6 +204,7 @@ impl<T: Transports> Communicator<T> {
             calls: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            ended: OnceLock::new(),
         };
         Ok(Communicator { inner: Arc::new(inner) })
     }
@@ -352,6 +356,9 @@ impl<T: Transports> Communicator<T> {
     /// Fails the group on every rank; every waiter gets `Error::Aborted` with `reason`.
     pub fn abort(&self, reason: &str) {
         self.inner.aborted.store(true, Ordering::Release);
+        if self.inner.ended.get().is_some() {
+            return;
+        }
         let error = Error::Aborted { site: self.site(""), reason: reason.to_owned() };
         // The one error possible is a driver that panicked; then there is nobody left to tell.
         let _ = self.inner.engine.abort(self.inner.index, &error);
@@ -359,6 +366,9 @@ impl<T: Transports> Communicator<T> {
 
     /// Why the group failed, if it did.
     pub fn failure(&self) -> Option<Error> {
+        if let Some(failure) = self.inner.ended.get() {
+            return failure.clone();
+        }
         self.inner.engine.failure(self.inner.index)
     }
 

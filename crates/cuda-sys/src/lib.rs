@@ -29,6 +29,9 @@ pub const HOST_REGISTER_PORTABLE_MAPPED: c_uint = 1 | 2;
 pub const WAIT_VALUE_GEQ: c_uint = 0;
 pub const WRITE_VALUE_DEFAULT: c_uint = 0;
 
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`: the thread's calls never disturb another thread's capture.
+pub const CAPTURE_MODE_RELAXED: c_int = 2;
+
 const SONAME: &str = "libcuda.so.1";
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +78,7 @@ table! {
     primary_release = "cuDevicePrimaryCtxRelease_v2": fn(Device);
     ctx_current = "cuCtxGetCurrent": fn(*mut Context);
     ctx_set = "cuCtxSetCurrent": fn(Context);
+    capture_mode = "cuThreadExchangeStreamCaptureMode": fn(*mut c_int);
     stream_create = "cuStreamCreateWithPriority": fn(*mut Stream, c_uint, c_int);
     stream_destroy = "cuStreamDestroy_v2": fn(Stream);
     stream_query = "cuStreamQuery": fn(Stream);

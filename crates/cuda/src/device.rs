@@ -101,6 +101,14 @@ impl Device {
         Ok(state != 0)
     }
 
+    /// Lets this thread ask about events while another thread captures a graph.
+    pub(crate) fn tolerate_captures(&self) -> Result<()> {
+        let mut mode = sys::CAPTURE_MODE_RELAXED;
+        // SAFETY: a place for the mode wanted, and for the one before.
+        let status = unsafe { (self.driver.capture_mode)(&raw mut mode) };
+        self.check("setting the thread's capture mode", status)
+    }
+
     pub(crate) fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: sys::Stream) -> Result<()> {
         if to == from || bytes == 0 {
             return Ok(());

@@ -13,6 +13,7 @@ use smddp_cuda_sys as sys;
 use crate::device::Device;
 use crate::nccl::{self, NcclComm};
 use crate::stager::Stager;
+use crate::watch::Watched;
 
 /// A range of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +67,15 @@ pub enum Path {
 /// What is made at the first use.
 struct Parts<T: Transports> {
     stager: Option<Stager>,
-    nccl: Option<NcclComm>,
     /// The host's part of the last call. The host waits for no call, so that one failed is known when it is asked, at
     /// the latest by the next call.
     last: Option<Handle<T>>,
+}
+
+impl<T: Transports> Parts<T> {
+    fn stager(&mut self) -> Result<&mut Stager> {
+        self.stager.as_mut().ok_or_else(missing)
+    }
 }
 
 /// The CUDA side of a process group. Calls are made by all members in the same order.
@@ -79,6 +85,9 @@ pub struct DeviceGroup<T: Transports> {
     device: Arc<Device>,
     path: Path,
     settings: Settings,
+    nccl: Option<Watched<T>>,
+    /// The process that made it; one forked from it has no device.
+    process: u32,
     /// Held while a call is enqueued, so that calls of several threads do not mingle.
     parts: Mutex<Parts<T>>,
 }
@@ -95,7 +104,10 @@ impl<T: Transports> DeviceGroup<T> {
         }
         device.enter()?;
         let nccl = match path {
-            Path::Nccl | Path::Hierarchical => Some(meet(&host, &device, &settings, &library_dirs)?),
+            Path::Nccl | Path::Hierarchical => {
+                let met = meet(&host, &device, &settings, &library_dirs)?;
+                Some(Watched::new(&host, rail.as_ref(), met, &device)?)
+            }
             Path::Staged | Path::Alone => None,
         };
         let stager = match path {
@@ -109,7 +121,9 @@ impl<T: Transports> DeviceGroup<T> {
             device,
             path,
             settings,
-            parts: Mutex::new(Parts { stager, nccl, last: None }),
+            nccl,
+            process: std::process::id(),
+            parts: Mutex::new(Parts { stager, last: None }),
         };
         tracing::info!(group = group.host.name(), "{}", group.describe());
         Ok(group)
@@ -123,7 +137,7 @@ impl<T: Transports> DeviceGroup<T> {
     pub fn describe(&self) -> String {
         let parts = self.parts.lock().ok();
         let parts = parts.as_deref();
-        let nccl = parts.and_then(|p| p.nccl.as_ref()).map(|n| format!("NCCL {}", n.version()));
+        let nccl = self.nccl.as_ref().map(|n| format!("NCCL {}", n.nccl().version()));
         let words =
             parts.and_then(|p| p.stager.as_ref()).map(|s| if s.is_by_words() { "" } else { " (host waits)" });
         let staged = words.map(|w| {
@@ -159,15 +173,16 @@ impl<T: Transports> DeviceGroup<T> {
             return Err(error);
         }
         // NCCL's kernels would wait for ranks that have heard of it already.
-        if let Some(error) = self.host.failure() {
+        if let Some(error) = self.failure() {
             return Err(error);
         }
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
-            Path::Nccl => with(&mut parts.nccl)?.enqueue(call, stream).map(|()| None),
-            Path::Staged => with(&mut parts.stager)?.enqueue(&self.host, call, stream),
+            Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
+            Path::Staged => parts.stager()?.enqueue(&self.host, call, stream),
             Path::Hierarchical => self.hierarchical(&mut parts, call, stream),
         };
+        let started = started.and_then(|handle| self.watch(call, stream).map(|()| handle));
         if let Err(error @ Error::Transport { .. }) = &started {
             // Part of the call may be enqueued; the others must not wait for the rest.
             self.host.abort(&error.to_string());
@@ -180,10 +195,8 @@ impl<T: Transports> DeviceGroup<T> {
 
     /// Why the group failed, if it did.
     pub fn failure(&self) -> Option<Error> {
-        if let Some(error) = self.host.failure().or_else(|| self.rail.as_ref()?.failure()) {
-            return Some(error);
-        }
-        self.parts.lock().ok()?.nccl.as_ref()?.health().err()
+        let watched = self.nccl.as_ref().and_then(Watched::failure);
+        watched.or_else(|| self.host.failure()).or_else(|| self.rail.as_ref()?.failure())
     }
 
     /// Fails the group on every rank.
@@ -198,6 +211,9 @@ impl<T: Transports> DeviceGroup<T> {
 
     /// Frees everything; what is enqueued is waited for, within limits.
     pub fn shutdown(&self) {
+        if self.process != std::process::id() {
+            return;
+        }
         if let Some(rail) = &self.rail {
             rail.shutdown();
         }
@@ -205,10 +221,13 @@ impl<T: Transports> DeviceGroup<T> {
     }
 
     fn end(&self, failed: bool) {
-        let Ok(mut parts) = self.parts.lock() else { return };
-        let Parts { stager, nccl, .. } = &mut *parts;
-        let mut end_nccl = || {
-            if let Some(nccl) = nccl.take() {
+        let end_stager = || {
+            if let Ok(mut parts) = self.parts.lock() {
+                parts.stager = None;
+            }
+        };
+        let end_nccl = || {
+            if let Some(nccl) = &self.nccl {
                 nccl.end(failed);
             }
         };
@@ -216,10 +235,21 @@ impl<T: Transports> DeviceGroup<T> {
         // waits for what the stager has enqueued.
         if failed {
             end_nccl();
-            *stager = None;
+            end_stager();
         } else {
-            *stager = None;
+            end_stager();
             end_nccl();
+        }
+    }
+
+    fn nccl(&self) -> Result<&NcclComm> {
+        self.nccl.as_ref().map(Watched::nccl).ok_or_else(missing)
+    }
+
+    fn watch(&self, call: &DeviceCall, stream: sys::Stream) -> Result<()> {
+        match &self.nccl {
+            Some(nccl) => nccl.register(call.collective.name(), stream, call.timeout),
+            None => Ok(()),
         }
     }
 
@@ -268,7 +298,7 @@ impl<T: Transports> DeviceGroup<T> {
         if call.collective != Collective::AllReduce || !by_nccl {
             return stager.enqueue(&self.host, call, stream);
         }
-        let Some(nccl) = &parts.nccl else { return Err(missing()) };
+        let nccl = self.nccl()?;
         let shape = self.host.shape();
         let (me, local) = (shape.local_of(self.host.rank()), shape.local_size(self.host.rank()));
         let size = call.dtype.size();
@@ -312,15 +342,11 @@ impl<T: Transports> Drop for DeviceGroup<T> {
     }
 }
 
-fn missing() -> Error {
+pub(crate) fn missing() -> Error {
     Error::Aborted {
         site: smddp_core::error::Site::unknown(),
         reason: "the group's CUDA side was shut down".to_owned(),
     }
-}
-
-fn with<P>(part: &mut Option<P>) -> Result<&mut P> {
-    part.as_mut().ok_or_else(missing)
 }
 
 fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {

@@ -3,7 +3,8 @@
 //! Inside a node NCCL moves the data. Between nodes it goes through pinned memory and the engine's own plans: device
 //! copies a piece into a slot, and a word beside it says so (`cuStreamWriteValue32`); the progress thread runs the
 //! exchange as an ordinary operation with a gate ([`smddp_core::gate`]); a wait on a second word, enqueued ahead, releases
-//! the copy back.
+//! the copy back. NCCL's kernels wait for their peers without limit; a thread of the group's own, asleep while no call is
+//! outstanding, ends them where the engine would end an operation (`watch.rs`).
 //!
 //! Invariants
 //! - **C1** everything is enqueued by the caller's thread, in call order; the host never waits for the device.
@@ -18,6 +19,7 @@ mod group;
 mod nccl;
 mod pinned;
 mod stager;
+mod watch;
 
 pub use device::Device;
 #[doc(hidden)]

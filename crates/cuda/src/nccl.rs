@@ -1,9 +1,9 @@
 //! One NCCL communicator.
 
 use std::ffi::{c_int, c_void};
-use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
+use std::time::{Duration, Instant};
 
 use smddp_core::{Collective, DType, Error, ReduceOp, Result};
 use smddp_cuda_sys::Stream;
@@ -11,7 +11,7 @@ use smddp_nccl_sys as sys;
 use sys::{Config, Nccl, UniqueId};
 
 use crate::device::Device;
-use crate::group::DeviceCall;
+use crate::group::{DeviceCall, missing};
 
 /// How long the end of a communicator may take before it is left behind.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -56,7 +56,7 @@ fn check(nccl: &Nccl, what: &str, status: sys::Status) -> Result<()> {
 /// A communicator's pointer on its way between threads.
 struct Raw(sys::Comm);
 
-// SAFETY: communicators may be used from any thread, one at a time; the group's lock sees to that.
+// SAFETY: communicators may be used from any thread, one at a time; `NcclComm::turn` sees to that.
 unsafe impl Send for Raw {}
 
 pub(crate) struct NcclComm {
@@ -65,9 +65,13 @@ pub(crate) struct NcclComm {
     raw: Raw,
     rank: usize,
     size: usize,
+    /// Held during each call on the communicator.
+    turn: Mutex<()>,
+    /// Set before `raw` is freed, and looked at, with the turn, before it is used.
+    ended: AtomicBool,
 }
 
-// SAFETY: as for `Raw`; shared references only ask for errors, which NCCL allows beside other calls.
+// SAFETY: as for `Raw`.
 unsafe impl Sync for NcclComm {}
 
 impl NcclComm {
@@ -109,15 +113,27 @@ impl NcclComm {
                 limit.as_secs_f64()
             ),
         })??;
-        Ok(NcclComm { nccl: Arc::clone(nccl), device: Arc::clone(device), raw, rank, size })
+        Ok(NcclComm {
+            nccl: Arc::clone(nccl),
+            device: Arc::clone(device),
+            raw,
+            rank,
+            size,
+            turn: Mutex::new(()),
+            ended: AtomicBool::new(false),
+        })
     }
 
     pub(crate) fn version(&self) -> String {
         sys::shown(self.nccl.version)
     }
 
-    /// An error NCCL found beside the calls, such as a lost peer.
+    /// An error NCCL found beside the calls, such as a lost peer; none is found while a call is being made.
     pub(crate) fn health(&self) -> Result<()> {
+        let Some(_turn) = self.try_turn() else { return Ok(()) };
+        if self.ended.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let mut found = sys::SUCCESS;
         // SAFETY: our communicator, and a place for the answer.
         let status = unsafe { (self.nccl.comm_error)(self.raw.0, &raw mut found) };
@@ -125,9 +141,21 @@ impl NcclComm {
         if found == sys::IN_PROGRESS { Ok(()) } else { check(&self.nccl, "meanwhile", found) }
     }
 
+    fn try_turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// Enqueues a call on `stream`.
     pub(crate) fn enqueue(&self, call: &DeviceCall, stream: Stream) -> Result<()> {
         let name = call.collective.name();
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ended.load(Ordering::Acquire) {
+            return Err(missing());
+        }
         // SAFETY: the ranges are vouched for by the caller of the group's `start`, and checked for length there.
         let status = unsafe { self.issue(call, stream)? };
         check(&self.nccl, name, status)
@@ -266,14 +294,26 @@ impl NcclComm {
         }
     }
 
-    /// Ends the communicator; `failed`: without waiting for peers.
-    pub(crate) fn end(self, failed: bool) {
+    /// Ends the communicator, once; `failed`: without waiting for peers.
+    pub(crate) fn end(&self, failed: bool) {
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // A call that hangs in the library is ended by an abort from another thread, and by nothing else.
+        let until = Instant::now() + FAREWELL;
+        let mut turn = self.try_turn();
+        while turn.is_none() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+            turn = self.try_turn();
+        }
+        let failed = failed || turn.is_none();
         let (tell, told) = mpsc::channel::<()>();
-        let NcclComm { nccl, device, raw, .. } = self;
+        let (nccl, device, raw) = (Arc::clone(&self.nccl), Arc::clone(&self.device), Raw(self.raw.0));
         let end = move || {
             let raw = raw;
             if device.enter().is_ok() {
-                // SAFETY: our communicator, which nobody uses any more. Its failure leaves nothing to do.
+                // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`).
+                // Its failure leaves nothing to do.
                 let _ = unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
             }
             drop(tell);

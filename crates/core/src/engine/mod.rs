@@ -144,23 +144,26 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| driver.group_count()).unwrap_or(0)
     }
 
-    /// Lets the group's work end, for at most `limit`; then takes it away.
-    pub fn remove(&self, group: usize, limit: Duration) {
+    /// Lets the group's work end, for at most `limit`; then takes it away. Why it had failed, if it had.
+    pub fn remove(&self, group: usize, limit: Duration) -> Option<Error> {
         let until = Instant::now() + limit;
-        let mut gone = false;
-        while !gone {
+        loop {
             let round = self.with_seat(|driver| {
                 let mut ended = |d: &mut Driver<T>| {
                     !d.group(group).is_some_and(|g| g.is_busy()) || Instant::now() > until
                 };
                 self.shared.drive(driver, &mut ended, Some(until), CALLER);
-                if ended(driver) {
+                ended(driver).then(|| {
+                    let failure = driver.group(group).and_then(|g| g.failure().cloned());
                     driver.remove(group);
-                    return true;
-                }
-                false
+                    failure
+                })
             });
-            gone = round.unwrap_or(true);
+            match round {
+                Ok(None) => {}
+                Ok(Some(failure)) => return failure,
+                Err(_) => return None,
+            }
         }
     }
 

@@ -64,6 +64,52 @@ fn an_abort_releases_the_stream_of_nccl_and_host() {
 }
 
 #[test]
+fn an_abort_releases_the_stream_of_nccl() {
+    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl", &[2]);
+}
+
+/// NCCL waits for ever for a rank that does not come; the call's limit ends that.
+#[test]
+fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
+    children("failures::a_call_that_passes_its_limit_releases_the_stream_of_nccl", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let first = sum(&job, 100);
+        let memory = first.start(&job, &group);
+        job.synchronize();
+        first.check(&job, &memory);
+        if rank.rank == 0 {
+            group.host.set_timeout(Duration::from_secs(1));
+            sum(&job, 1000).start(&job, &group);
+            assert!(job.comes_to_rest(), "the stream still waits");
+            let error = told(&job, &group);
+            assert!(matches!(error, Error::Timeout { .. }), "{error}");
+            assert!(error.to_string().contains("all_reduce"), "{error}");
+        }
+        rank.barrier("too late");
+        let error = told(&job, &group);
+        assert!(error.to_string().contains("all_reduce"), "{error}");
+        rank.barrier("over");
+    });
+}
+
+#[test]
+fn a_rank_that_dies_releases_the_stream_of_nccl() {
+    children("failures::a_rank_that_dies_releases_the_stream_of_nccl", &[2], &[]).dies(1).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        rank.barrier("both");
+        if rank.rank == 1 {
+            std::process::exit(3);
+        }
+        sum(&job, 1000).start(&job, &group);
+        assert!(job.comes_to_rest(), "the stream still waits");
+        let error = told(&job, &group);
+        assert!(error.to_string().contains("rank 1"), "{error}");
+    });
+}
+
+#[test]
 fn a_rank_that_dies_is_named() {
     children("failures::a_rank_that_dies_is_named", &[1, 1], &[]).dies(1).run(|rank| {
         let job = Job::start(rank, &[1, 1]);

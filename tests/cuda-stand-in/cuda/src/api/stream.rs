@@ -104,6 +104,11 @@ api! {
         out.set(0)
     }
 
+    /// Where no stream captures, the mode makes no difference; the one asked for is the one before.
+    fn cuThreadExchangeStreamCaptureMode(mode: Out<c_int>) {
+        mode.set(0)
+    }
+
     fn cuStreamBeginCapture_v2(_stream: usize, _mode: c_int) {
         Err(Code::NOT_SUPPORTED)
     }
