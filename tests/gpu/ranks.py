@@ -468,7 +468,7 @@ def reductions_that_do_not_exist() -> None:
 @case(MISUSE_BY_NCCL, gpu=True)
 def reductions_nccl_lacks() -> None:
     for op in ("BAND", "BOR", "BXOR"):
-        _refused(lambda op=op: dist.all_reduce(full(4, 1, torch.int32), getattr(dist.ReduceOp, op)), "NCCL", op)
+        _refused(lambda op=op: dist.all_reduce(full(4, 1, torch.int32), getattr(dist.ReduceOp, op)), "NCCL", op.lower())
     _refused(lambda: dist.all_reduce(full(4, 1, torch.int16)), "NCCL", "int16")
     _still_works()
 
