@@ -3,8 +3,8 @@
 Methods carry torch's names, old and new: `_allgather_base` became `all_gather_single` in torch 2.14, and so on. Each
 does the same: describe the memory, start the call, return a `Work`. Counts are compared, never shapes.
 
-The short way (`run_tensors`, `start_tensors`) takes a call whose tensors are dense, on the CPU, of a known dtype and
-of fitting counts, in one step into native code; everything else comes back and goes the long way, which copies or
+The short way (`run_tensors`, `start_tensors`) takes a call whose tensors are dense, of a known dtype and of fitting
+counts, in one step into native code; everything else comes back and goes the long way, which copies or
 explains.
 """
 
@@ -531,6 +531,9 @@ class Collectives:
         """The short way; None: these tensors, or a profiler, need the long one."""
         if self._profiler._is_profiler_enabled:
             return None
+        if isinstance(output, Tensor) and output.is_cuda:
+            limit = _limit(codes.NAMES[collective], opts)
+            return self._cuda.short(collective, code, root, output, input, limit, _is_async(opts))
         if _is_async(opts):
             handle = self._comm.start_tensors(
                 collective, code, root, output, input, _limit(codes.NAMES[collective], opts)

@@ -19,9 +19,10 @@ from ._compat import survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import ArgumentError
+from .work import DONE
 
 if TYPE_CHECKING:
-    from ._core import Communicator, Handle
+    from ._core import Communicator, DeviceHandle
     from .tensors import Span
 
 _NO_LIMIT = timedelta(0)
@@ -37,7 +38,7 @@ class CudaSide:
         self._rail: Communicator | None = None
         self._native: DeviceGroup | None = None
         self._device = -1
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: Any = None
         self._lock = threading.Lock()
 
     def issue(
@@ -49,22 +50,48 @@ class CudaSide:
         target: Span,
         results: list[Tensor],
         is_async: bool,
-    ) -> CudaWork:
-        """Enqueues one call; `call` is what `DeviceGroup.start` takes after the stream."""
+    ) -> Work:
+        """Enqueues one call; `call` is what `DeviceGroup.start` takes after the streams."""
         native = self._connected(name, device)
-        current = torch.cuda.current_stream(device)
-        stream = current
-        if is_async:
-            stream = self._own_stream(device)
-            stream.wait_stream(current)
-        handle = native.start(stream.cuda_stream, *call)
+        stream, current = self._streams(device, is_async)
+        handle = native.start(stream, current, *call)
         if target.finish is not None:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._stream if is_async else torch.cuda.current_stream(device)):
                 target.finish()
-        if is_async:
-            for tensor in _tensors((source.keep, target.keep, results)):
-                tensor.record_stream(stream)
-        return CudaWork(native, handle, results, stream)
+            handle.extend(stream)
+        if not is_async:
+            return DONE
+        for tensor in _tensors((source.keep, target.keep, results)):
+            tensor.record_stream(self._stream)
+        return CudaWork(native, handle, results, self._stream)
+
+    def short(
+        self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, limit: float | None,
+        is_async: bool,
+    ) -> Work | None:  # fmt: skip
+        """The short way; None: nothing was done, these tensors need the long one."""
+        native = self._native
+        if native is None:
+            return None
+        stream, current = self._streams(self._device, is_async)
+        handle = native.start_tensors(stream, current, collective, code, root, output, input, limit)
+        if handle is None:
+            return None
+        if not is_async:
+            return DONE
+        output.record_stream(self._stream)
+        if input is not None:
+            input.record_stream(self._stream)
+        return CudaWork(native, handle, [output], self._stream)
+
+    def _streams(self, device: int, is_async: bool) -> tuple[int, int | None]:
+        """(the one a call runs on, another it runs behind)"""
+        current = _current_stream(device)
+        if not is_async:
+            return current, None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device, priority=-1)
+        return self._stream.cuda_stream, current
 
     def synchronize(self) -> None:
         """Waits until the device has done what the current stream was given: a barrier is one for devices too."""
@@ -102,11 +129,6 @@ class CudaSide:
             raise ArgumentError.of(name, "tensor", f"a tensor on cuda:{self._device}", f"one on cuda:{device}", hint)
         return native
 
-    def _own_stream(self, device: int) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device, priority=-1)
-        return self._stream
-
 
 def _tensors(kept: object) -> Sequence[Tensor]:
     if isinstance(kept, Tensor):
@@ -120,17 +142,16 @@ def _tensors(kept: object) -> Sequence[Tensor]:
 class CudaWork(Work):
     """A call on CUDA tensors, enqueued. That it is over is known to the device first."""
 
-    __slots__ = ("_event", "_future", "_handle", "_native", "_results", "_stream")
+    __slots__ = ("_future", "_handle", "_native", "_results", "_stream")
 
     def __init__(
-        self, native: DeviceGroup, handle: Handle | None, results: list[Tensor], stream: torch.cuda.Stream
+        self, native: DeviceGroup, handle: DeviceHandle, results: list[Tensor], stream: torch.cuda.Stream
     ) -> None:
         Work.__init__(self)
         self._native = native
         self._handle = handle
         self._results = results
         self._stream = stream
-        self._event = stream.record_event()
         self._future: torch.futures.Future[list[Tensor]] | None = None
 
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
@@ -138,10 +159,12 @@ class CudaWork(Work):
         waits too, and after so long raises TimeoutError."""
         if not isinstance(timeout, timedelta):
             raise TypeError(f"wait: argument 'timeout': expected a datetime.timedelta, given {timeout!r}")
-        if timeout and self._handle is not None:
-            self._handle.wait(timeout.total_seconds())
-        self._raise_failure()
-        torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+        if timeout:
+            self._native.wait(self._handle, timeout.total_seconds())
+        error = self._handle.error()
+        if error is not None:
+            raise error
+        self._handle.order(_current_stream(self._stream.device_index))
         return True
 
     def synchronize(self) -> None:
@@ -152,22 +175,15 @@ class CudaWork(Work):
 
     def is_completed(self) -> bool:
         """Whether the device has done it, or it has failed."""
-        return self._event.query() or self.exception() is not None
+        return self._handle.is_past() or self.exception() is not None
 
     def is_success(self) -> bool:
         """Whether it is over and went well."""
-        return self._event.query() and self.exception() is None
+        return self._handle.is_past() and self.exception() is None
 
     def exception(self) -> BaseException | None:
         """What the call, or its group, failed with, as far as is known."""
-        if self._handle is not None:
-            return self._handle.error()
-        return self._native.failure()
-
-    def _raise_failure(self) -> None:
-        error = self._handle.error() if self._handle is not None else None
-        if error is not None:
-            raise error
+        return self._handle.error() or self._native.failure()
 
     def result(self) -> list[Tensor]:
         """The output tensors, ordered behind the call on the current stream."""
@@ -183,3 +199,8 @@ class CudaWork(Work):
         return self._future
 
     getFuture = get_future
+
+
+def _current_stream(device: int) -> int:
+    """Address of the caller's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device)

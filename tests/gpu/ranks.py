@@ -193,6 +193,26 @@ def the_host_does_not_wait() -> None:
         is_all(tensor, total())
 
 
+@case(STREAMS, gpu=True)
+def a_wait_with_a_limit() -> None:
+    """The host waits as long as it was told to, and not without being told."""
+    if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
+        return
+    tensor = full(100_000, dist.get_rank() + 1)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    work = dist.all_reduce(tensor, async_op=True)
+    told = ""
+    try:
+        work.wait(timedelta(milliseconds=20))
+    except smdistributed_rs.errors.TimeoutError as error:
+        told = str(error)
+    assert "all_reduce" in told, f"no TimeoutError of all_reduce after 20 ms: {told}"
+    assert work.wait(timedelta(seconds=20))
+    assert work.is_completed()
+    is_all(tensor, total())
+
+
 @case(STREAMS)
 def inputs_dropped_right_after_the_call() -> None:
     """Their memory must not be given to others before the call is over."""
@@ -647,6 +667,3 @@ def _together(call: Callable[[], object]) -> float:
         if batch:
             best = min(best, max(took))
     return round(best * 1e6, 1)
-
-
-assert smdistributed_rs

@@ -2,18 +2,23 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Blocks, Communicator, Handle};
+use smddp_core::error::Site;
 use smddp_core::settings::Settings;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, DType, Error, ReduceOp, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::Device;
+use crate::device::{Device, Event, wait};
 use crate::nccl::{self, NcclComm};
+use crate::past::{Events, Past};
 use crate::stager::Stager;
 use crate::watch::Watched;
+
+/// How often a host that waits for the device looks.
+const WAIT_STEP: Duration = Duration::from_micros(50);
 
 /// A range of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,9 +69,31 @@ pub enum Path {
     Alone,
 }
 
+/// A call that was enqueued.
+pub struct Started<T: Transports> {
+    collective: Collective,
+    /// Of its part on the host; none: it has none.
+    handle: Option<Handle<T>>,
+    past: Past,
+}
+
+impl<T: Transports> Started<T> {
+    /// Where it ends on its stream.
+    pub fn past(&self) -> &Past {
+        &self.past
+    }
+
+    /// The error its part on the host ended with.
+    pub fn error(&self) -> Option<Error> {
+        self.handle.as_ref().and_then(Handle::result).and_then(Result::err)
+    }
+}
+
 /// What is made at the first use.
 struct Parts<T: Transports> {
     stager: Option<Stager>,
+    /// Orders a call's stream behind another.
+    before: Event,
     /// The host's part of the last call. The host waits for no call, so that one failed is known when it is asked, at
     /// the latest by the next call.
     last: Option<Handle<T>>,
@@ -88,6 +115,7 @@ pub struct DeviceGroup<T: Transports> {
     nccl: Option<Watched<T>>,
     /// The process that made it; one forked from it has no device.
     process: u32,
+    events: Arc<Events>,
     /// Held while a call is enqueued, so that calls of several threads do not mingle.
     parts: Mutex<Parts<T>>,
 }
@@ -115,6 +143,7 @@ impl<T: Transports> DeviceGroup<T> {
             Path::Nccl | Path::Alone => None,
         };
         let stager = agreed(&host, stager.transpose(), "making its staging")?;
+        let (events, before) = (Events::new(&device), Event::new(&device)?);
         let group = DeviceGroup {
             host,
             rail,
@@ -123,7 +152,8 @@ impl<T: Transports> DeviceGroup<T> {
             settings,
             nccl,
             process: std::process::id(),
-            parts: Mutex::new(Parts { stager, last: None }),
+            events,
+            parts: Mutex::new(Parts { stager, before, last: None }),
         };
         tracing::info!(group = group.host.name(), "{}", group.describe());
         Ok(group)
@@ -157,13 +187,13 @@ impl<T: Transports> DeviceGroup<T> {
         format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
     }
 
-    /// Enqueues a call behind `stream`'s work; `stream` is past it only when it is over. The handle says how the part on
-    /// the host went; none: it has none.
+    /// Enqueues a call on `stream`, which is past it only when it is over; `behind`: a stream whose work so far comes
+    /// before the call too.
     ///
     /// # Safety
-    /// The ranges are memory of the group's device, not used otherwise until `stream` is past the call; `stream` is a
-    /// stream of that device.
-    pub unsafe fn start(&self, call: &DeviceCall, stream: u64) -> Result<Option<Handle<T>>> {
+    /// The ranges are memory of the group's device, not used otherwise until `stream` is past the call; both are
+    /// streams of that device.
+    pub unsafe fn start(&self, call: &DeviceCall, stream: u64, behind: Option<u64>) -> Result<Started<T>> {
         if call.collective.rooted() {
             self.host.shape().check_rank(call.collective.name(), "root", call.root)?;
         }
@@ -176,21 +206,59 @@ impl<T: Transports> DeviceGroup<T> {
         if let Some(error) = self.failure() {
             return Err(error);
         }
+        if let Some(other) = behind {
+            parts.before.record(other as sys::Stream)?;
+            wait(&self.device, stream, &parts.before)?;
+        }
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
             Path::Staged => parts.stager()?.enqueue(&self.host, call, stream),
             Path::Hierarchical => self.hierarchical(&mut parts, call, stream),
         };
-        let started = started.and_then(|handle| self.watch(call, stream).map(|()| handle));
+        let started = started.and_then(|handle| self.end_of(call, stream, handle));
         if let Err(error @ Error::Transport { .. }) = &started {
             // Part of the call may be enqueued; the others must not wait for the rest.
             self.host.abort(&error.to_string());
         }
-        if let Ok(Some(handle)) = &started {
+        if let Ok(Started { handle: Some(handle), .. }) = &started {
             parts.last = Some(handle.clone());
         }
         started
+    }
+
+    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it.
+    fn end_of(
+        &self,
+        call: &DeviceCall,
+        stream: sys::Stream,
+        handle: Option<Handle<T>>,
+    ) -> Result<Started<T>> {
+        let past = self.events.mark(stream)?;
+        if let Some(nccl) = &self.nccl {
+            nccl.register(call, stream, &past)?;
+        }
+        Ok(Started { collective: call.collective, handle, past })
+    }
+
+    /// Blocks the host until the device is past the call, or it has failed, or for `limit`: then Timeout.
+    pub fn wait(&self, started: &Started<T>, limit: Duration) -> Result<()> {
+        let since = Instant::now();
+        loop {
+            if let Some(error) = started.error().or_else(|| self.failure()) {
+                return Err(error);
+            }
+            if started.past.is_done()? {
+                return Ok(());
+            }
+            let waited = since.elapsed();
+            if waited >= limit {
+                let (rank, group) = (self.host.rank(), self.host.name().to_owned());
+                let site = Site { rank, group, op: started.collective.name().to_owned(), seq: 0 };
+                return Err(Error::Timeout { site, waited, missing: Vec::new() });
+            }
+            std::thread::sleep(WAIT_STEP.min(limit - waited));
+        }
     }
 
     /// Why the group failed, if it did.
@@ -244,13 +312,6 @@ impl<T: Transports> DeviceGroup<T> {
 
     fn nccl(&self) -> Result<&NcclComm> {
         self.nccl.as_ref().map(Watched::nccl).ok_or_else(missing)
-    }
-
-    fn watch(&self, call: &DeviceCall, stream: sys::Stream) -> Result<()> {
-        match &self.nccl {
-            Some(nccl) => nccl.register(call.collective.name(), stream, call.timeout),
-            None => Ok(()),
-        }
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Parts<T>>> {

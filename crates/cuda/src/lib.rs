@@ -17,6 +17,7 @@
 mod device;
 mod group;
 mod nccl;
+mod past;
 mod pinned;
 mod stager;
 mod watch;
@@ -24,4 +25,5 @@ mod watch;
 pub use device::Device;
 #[doc(hidden)]
 pub use device::use_driver;
-pub use group::{DeviceCall, DeviceGroup, DeviceOptions, Memory, Path};
+pub use group::{DeviceCall, DeviceGroup, DeviceOptions, Memory, Path, Started};
+pub use past::Past;

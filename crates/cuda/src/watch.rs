@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 use smddp_core::communicator::Communicator;
 use smddp_core::error::Site;
 use smddp_core::transport::Transports;
-use smddp_core::{Error, Result};
+use smddp_core::{Collective, Error, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::{Device, Event};
+use crate::device::Device;
+use crate::group::DeviceCall;
 use crate::nccl::NcclComm;
+use crate::past::Past;
 
 /// How often outstanding calls are looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -28,8 +30,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 
 /// A call whose end the device has not reported yet.
 struct Outstanding {
-    past: Event,
-    site: Site,
+    past: Past,
+    collective: Collective,
+    seq: u64,
     since: Instant,
     limit: Duration,
 }
@@ -37,7 +40,6 @@ struct Outstanding {
 #[derive(Default)]
 struct State {
     calls: Vec<Outstanding>,
-    spare: Vec<Event>,
     made: u64,
     /// What the group failed with, as seen from here.
     failure: Option<Error>,
@@ -90,23 +92,18 @@ impl<T: Transports> Watched<T> {
         &self.shared.nccl
     }
 
-    /// Everything `stream` was given so far belongs to calls; the newest, `op`, may take `limit` from now on.
-    pub(crate) fn register(&self, op: &str, stream: sys::Stream, limit: Option<Duration>) -> Result<()> {
+    /// `call` ends at `past` on `stream`; its time begins now.
+    pub(crate) fn register(&self, call: &DeviceCall, stream: sys::Stream, past: &Past) -> Result<()> {
         let shared = &self.shared;
         if shared.device.is_capturing(stream)? {
             return Ok(());
         }
-        let mut state = shared.lock();
-        let past = match state.spare.pop() {
-            Some(event) => event,
-            None => Event::new(&shared.device)?,
-        };
-        past.record(stream)?;
-        let (host, seq) = (&shared.host, state.made);
-        let site = Site { rank: host.rank(), group: host.name().to_owned(), op: op.to_owned(), seq };
-        let limit = limit.unwrap_or_else(|| host.timeout())
+        let limit = call.timeout.unwrap_or_else(|| shared.host.timeout())
             + if shared.rail.is_some() { GRACE } else { Duration::ZERO };
-        state.calls.push(Outstanding { past, site, since: Instant::now(), limit });
+        let (past, collective) = (past.clone(), call.collective);
+        let mut state = shared.lock();
+        let seq = state.made;
+        state.calls.push(Outstanding { past, collective, seq, since: Instant::now(), limit });
         state.made += 1;
         if state.calls.len() == 1 {
             shared.changed.notify_all();
@@ -155,7 +152,6 @@ impl<T: Transports> Shared<T> {
         }
         let mut state = self.lock();
         state.calls.clear();
-        state.spare.clear();
         state.gone = true;
         self.changed.notify_all();
     }
@@ -170,9 +166,8 @@ impl<T: Transports> Shared<T> {
             state = self.wait(state, Some(POLL));
             let mut calls = std::mem::take(&mut state.calls);
             drop(state);
-            let (done, found) = self.look(&mut calls);
+            let found = self.look(&mut calls);
             state = self.lock();
-            state.spare.extend(done);
             // Calls made meanwhile come behind.
             calls.append(&mut state.calls);
             state.calls = calls;
@@ -184,24 +179,30 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    /// Takes out of `calls` what is over. Its events; and why the rest will never be, if so.
-    fn look(&self, calls: &mut Vec<Outstanding>) -> (Vec<Event>, Option<Error>) {
+    /// Takes out of `calls` what is over. Why the rest will never be, if so.
+    fn look(&self, calls: &mut Vec<Outstanding>) -> Option<Error> {
         let mut found = None;
-        let (over, rest): (Vec<_>, Vec<_>) =
-            std::mem::take(calls).into_iter().partition(|call| match call.past.is_done() {
-                Ok(done) => done,
-                Err(error) => {
-                    found.get_or_insert(error);
-                    false
-                }
-            });
-        *calls = rest;
-        let found = found
+        calls.retain(|call| match call.past.is_done() {
+            Ok(done) => !done,
+            Err(error) => {
+                found.get_or_insert(error);
+                true
+            }
+        });
+        found
             .or_else(|| self.host.failure())
             .or_else(|| self.rail.as_ref()?.failure())
             .or_else(|| self.nccl.health().err())
-            .or_else(|| calls.iter().find_map(Outstanding::overdue));
-        (over.into_iter().map(|call| call.past).collect(), found)
+            .or_else(|| calls.iter().find_map(|call| self.overdue(call)))
+    }
+
+    fn overdue(&self, call: &Outstanding) -> Option<Error> {
+        let waited = call.since.elapsed();
+        (waited >= call.limit).then(|| {
+            let (rank, group) = (self.host.rank(), self.host.name().to_owned());
+            let site = Site { rank, group, op: call.collective.name().to_owned(), seq: call.seq };
+            Error::Timeout { site, waited, missing: Vec::new() }
+        })
     }
 
     fn fail(&self, error: &Error) {
@@ -215,16 +216,5 @@ impl<T: Transports> Shared<T> {
             rail.abort(&reason);
         }
         self.nccl.end(true);
-    }
-}
-
-impl Outstanding {
-    fn overdue(&self) -> Option<Error> {
-        let waited = self.since.elapsed();
-        (waited >= self.limit).then(|| Error::Timeout {
-            site: self.site.clone(),
-            waited,
-            missing: Vec::new(),
-        })
     }
 }

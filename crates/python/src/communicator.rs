@@ -186,14 +186,12 @@ impl Communicator {
         input: Option<&Bound<'_, PyAny>>,
         timeout: Option<f64>,
     ) -> PyResult<bool> {
-        match dlpack::request(py, self.inner.size(), collective, op, root, output, input)? {
-            None => Ok(false),
-            Some(mut request) => {
-                request.timeout = seconds(py, "run_tensors", timeout)?;
-                self.finish(py, request, SLICE, |_| Ok(()))?;
-                Ok(true)
-            }
-        }
+        let tensors = dlpack::tensors(py, self.inner.size(), collective, op, root, output, input);
+        let Some(tensors) = tensors.filter(|t| t.device.is_none()) else { return Ok(false) };
+        let mut request = tensors.request(py)?;
+        request.timeout = seconds(py, "run_tensors", timeout)?;
+        self.finish(py, request, SLICE, |_| Ok(()))?;
+        Ok(true)
     }
 
     /// As `run_tensors`, asynchronous: a handle, or None when these tensors need the long way.
@@ -209,14 +207,12 @@ impl Communicator {
         input: Option<&Bound<'_, PyAny>>,
         timeout: Option<f64>,
     ) -> PyResult<Option<Handle>> {
-        match dlpack::request(py, self.inner.size(), collective, op, root, output, input)? {
-            None => Ok(None),
-            Some(mut request) => {
-                request.timeout = seconds(py, "start_tensors", timeout)?;
-                let keep = [Some(output.clone().unbind()), input.map(|i| i.clone().unbind())];
-                self.launch(py, request, keep).map(Some)
-            }
-        }
+        let tensors = dlpack::tensors(py, self.inner.size(), collective, op, root, output, input);
+        let Some(tensors) = tensors.filter(|t| t.device.is_none()) else { return Ok(None) };
+        let mut request = tensors.request(py)?;
+        request.timeout = seconds(py, "start_tensors", timeout)?;
+        let keep = [Some(output.clone().unbind()), input.map(|i| i.clone().unbind())];
+        self.launch(py, request, keep).map(Some)
     }
 
     /// Starts sending `memory` to rank `to`.

@@ -1,20 +1,24 @@
 //! The CUDA side of a process group.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use pyo3::prelude::*;
-use smddp::cuda::{DeviceCall, DeviceOptions, Memory, Path};
-use smddp::{Region, Settings};
+use smddp::cuda::{DeviceCall, DeviceOptions, Memory};
+use smddp::{Error, Region, Request, Settings};
 
-use crate::arguments::Numbers;
+use crate::arguments::{Numbers, seconds};
 use crate::communicator::{Communicator, extend};
+use crate::dlpack;
 use crate::errors::{exception, raise};
-use crate::handle::Handle;
+use crate::handle::SLICE;
 
 /// A process group's calls on CUDA memory. Addresses and lengths are taken as given: the package checks what it passes.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct DeviceGroup {
     inner: smddp::DeviceGroup,
+    device: i32,
+    size: usize,
 }
 
 #[pymethods]
@@ -38,54 +42,71 @@ impl DeviceGroup {
             library_dirs,
         };
         let made = py.detach(|| smddp::DeviceGroup::new(options));
-        Ok(DeviceGroup { inner: raise(py, made)? })
+        Ok(DeviceGroup { inner: raise(py, made)?, device, size: host.inner.size() })
     }
 
-    /// Enqueues one call behind the work of `stream` (its address); what is enqueued on it later comes after the call.
-    /// Arguments as of `Communicator.start`, addresses those of the device. The handle is that of the part on the host;
-    /// None: it has none. Never waits for the device.
-    #[pyo3(signature = (stream, collective, dtype, op, root, count, input, output, timeout=None, counts=None, splits=None))]
+    /// Enqueues one call on `stream` (its address), after that stream's work and that of `behind`; what is enqueued on
+    /// it later comes after the call. Other arguments as of `Communicator.start`, addresses those of the device. Never
+    /// waits for the device.
+    #[pyo3(signature = (stream, behind, collective, dtype, op, root, count, input, output, timeout=None, counts=None, splits=None))]
     #[allow(clippy::too_many_arguments, reason = "a call and its memory, in numbers")]
     fn start(
         &self,
         py: Python<'_>,
         stream: u64,
+        behind: Option<u64>,
         collective: u8,
         dtype: u8,
         op: u8,
         root: usize,
         count: usize,
-        input: (u64, usize),
-        output: (u64, usize),
+        input: (usize, usize),
+        output: (usize, usize),
         timeout: Option<f64>,
         counts: Option<Vec<usize>>,
         splits: Option<(Vec<usize>, Vec<usize>)>,
-    ) -> PyResult<Option<Handle>> {
+    ) -> PyResult<DeviceHandle> {
         let numbers = Numbers { collective, dtype, op, root, count };
         let mut request = numbers.request(py, Region::EMPTY, Region::EMPTY)?;
         extend(py, &mut request, timeout, counts, splits)?;
-        let memory = |(address, bytes)| Memory { address, bytes };
-        let call = DeviceCall {
-            collective: request.collective,
-            dtype: request.dtype,
-            op: request.op,
-            root,
-            count,
-            input: memory(input),
-            output: memory(output),
-            counts: request.counts,
-            splits: request.splits,
-            timeout: request.timeout,
-        };
-        // SAFETY: the package passes memory and stream of the group's device, and keeps the memory for the stream
-        // (`record_stream`, or by running on the caller's own).
-        let started = py.detach(|| unsafe { self.inner.start(&call, stream) });
-        Ok(raise(py, started)?.map(|handle| Handle::new(handle, [None, None])))
+        self.enqueue(py, stream, behind, request, input, output)
     }
 
-    /// Whether calls pass through the host, so that their errors are told by a handle.
-    fn is_staged(&self) -> bool {
-        matches!(self.inner.path(), Path::Staged | Path::Hierarchical)
+    /// The short way for dense tensors on the group's device; None: nothing was done, these tensors need the long way.
+    /// Without `input` the call is in place.
+    #[pyo3(signature = (stream, behind, collective, op, root, output, input=None, timeout=None))]
+    #[allow(clippy::too_many_arguments, reason = "a call and its tensors")]
+    fn start_tensors(
+        &self,
+        py: Python<'_>,
+        stream: u64,
+        behind: Option<u64>,
+        collective: u8,
+        op: u8,
+        root: usize,
+        output: &Bound<'_, PyAny>,
+        input: Option<&Bound<'_, PyAny>>,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<DeviceHandle>> {
+        let tensors = dlpack::tensors(py, self.size, collective, op, root, output, input);
+        let Some(tensors) = tensors.filter(|t| t.device == Some(self.device)) else { return Ok(None) };
+        let mut request = tensors.numbers.request(py, Region::EMPTY, Region::EMPTY)?;
+        request.timeout = seconds(py, request.collective.name(), timeout)?;
+        self.enqueue(py, stream, behind, request, tensors.input, tensors.output).map(Some)
+    }
+
+    /// Blocks until the device is past the call, which raises its error, or for `timeout` seconds: TimeoutError.
+    fn wait(&self, py: Python<'_>, handle: &DeviceHandle, timeout: f64) -> PyResult<()> {
+        let limit = seconds(py, "wait", Some(timeout))?.unwrap_or_default();
+        let since = Instant::now();
+        loop {
+            let left = limit.saturating_sub(since.elapsed());
+            let waited = py.detach(|| self.inner.wait(&handle.inner, left.min(SLICE)));
+            if !matches!(waited, Err(Error::Timeout { .. })) || left <= SLICE {
+                return raise(py, waited);
+            }
+            py.check_signals()?;
+        }
     }
 
     /// The exception the group failed with, if it did.
@@ -105,5 +126,70 @@ impl DeviceGroup {
     /// Frees everything; waits, within limits, for what is enqueued.
     fn shutdown(&self, py: Python<'_>) {
         py.detach(|| self.inner.shutdown());
+    }
+}
+
+impl DeviceGroup {
+    /// `request` without its memory, which is the device's.
+    fn enqueue(
+        &self,
+        py: Python<'_>,
+        stream: u64,
+        behind: Option<u64>,
+        request: Request,
+        input: (usize, usize),
+        output: (usize, usize),
+    ) -> PyResult<DeviceHandle> {
+        let memory = |(address, bytes)| Memory { address: address as u64, bytes };
+        let call = DeviceCall {
+            collective: request.collective,
+            dtype: request.dtype,
+            op: request.op,
+            root: request.root,
+            count: request.count,
+            input: memory(input),
+            output: memory(output),
+            counts: request.counts,
+            splits: request.splits,
+            timeout: request.timeout,
+        };
+        // SAFETY: the package passes memory and streams of the group's device, and keeps the memory for the stream
+        // (`record_stream`, or by running on the caller's own).
+        let started = py.detach(|| unsafe { self.inner.start(&call, stream, behind) });
+        Ok(DeviceHandle { inner: raise(py, started)? })
+    }
+}
+
+/// A call that was enqueued. Its memory is kept by whoever enqueued it.
+#[pyclass(frozen, module = "smdistributed_rs._core")]
+pub struct DeviceHandle {
+    inner: smddp::StartedOnDevice,
+}
+
+#[pymethods]
+impl DeviceHandle {
+    /// Makes `stream` wait for the call's end.
+    fn order(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        // SAFETY: the package passes streams of the group's device.
+        let ordered = py.detach(|| unsafe { self.inner.past().order(stream) });
+        raise(py, ordered)
+    }
+
+    /// What was enqueued on the call's `stream` since is part of the call.
+    fn extend(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        // SAFETY: as in `order`.
+        let extended = py.detach(|| unsafe { self.inner.past().extend(stream) });
+        raise(py, extended)
+    }
+
+    /// Whether the device is past the call.
+    fn is_past(&self, py: Python<'_>) -> PyResult<bool> {
+        let done = py.detach(|| self.inner.past().is_done());
+        raise(py, done)
+    }
+
+    /// The exception the call's part on the host ended with, as far as is known.
+    fn error(&self, py: Python<'_>) -> Option<PyErr> {
+        self.inner.error().map(|e| exception(py, &e))
     }
 }

@@ -11,11 +11,12 @@ use std::sync::OnceLock;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
-use smddp::{Collective, DType, Region, Request};
+use smddp::{Collective, DType, Request};
 
-use crate::arguments::Numbers;
+use crate::arguments::{Numbers, region};
 
 const CPU: i32 = 1;
+const CUDA: i32 = 2;
 const MAJOR: u32 = 1;
 
 #[repr(C)]
@@ -154,8 +155,26 @@ pub fn use_tensor_type(cls: &Bound<'_, PyType>) -> PyResult<bool> {
     Ok(true)
 }
 
-/// Dtype, address and count of `object`, when it is a dense CPU tensor of exactly the known class.
-pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<(DType, usize, usize)> {
+/// Where a dense tensor is, and what of.
+#[derive(Clone, Copy)]
+pub struct Dense {
+    /// Number of its CUDA device; none: the CPU.
+    pub device: Option<i32>,
+    pub dtype: DType,
+    pub address: usize,
+    /// In elements.
+    pub count: usize,
+}
+
+impl Dense {
+    /// (address, bytes)
+    pub fn memory(&self) -> (usize, usize) {
+        (self.address, self.count * self.dtype.size())
+    }
+}
+
+/// Describes `object`, when it is a dense tensor of exactly the known class on the CPU or a CUDA device.
+pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<Dense> {
     let tensor = TENSOR.get()?;
     if !object.get_type().is(tensor.class.bind(py)) {
         return None;
@@ -168,16 +187,35 @@ pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<(DType, usi
         drop(PyErr::take(py));
         return None;
     }
-    if view.device_type != CPU {
-        return None;
-    }
+    let device = match view.device_type {
+        CPU => None,
+        CUDA => Some(view.device_id),
+        _ => return None,
+    };
     // SAFETY: just filled, and `object` is alive.
     let (address, count) = unsafe { view.dense() }?;
-    Some((view.dtype()?, address, count))
+    Some(Dense { device, dtype: view.dtype()?, address, count })
 }
 
-/// The request for one collective over dense tensors; None when they need the long way.
-pub fn request(
+/// One collective over dense tensors of one device.
+pub struct Tensors {
+    /// Number of the CUDA device; none: the CPU.
+    pub device: Option<i32>,
+    pub numbers: Numbers,
+    /// (address, bytes)
+    pub input: (usize, usize),
+    pub output: (usize, usize),
+}
+
+impl Tensors {
+    /// As the host's group takes it.
+    pub fn request(&self, py: Python<'_>) -> PyResult<Request> {
+        self.numbers.request(py, region(self.input), region(self.output))
+    }
+}
+
+/// One collective over dense tensors; None when they need the long way.
+pub fn tensors(
     py: Python<'_>,
     size: usize,
     collective: u8,
@@ -185,17 +223,16 @@ pub fn request(
     root: usize,
     output: &Bound<'_, PyAny>,
     input: Option<&Bound<'_, PyAny>>,
-) -> PyResult<Option<Request>> {
-    let Some((dtype, address, count)) = describe(py, output) else { return Ok(None) };
-    let region = |address, count: usize| crate::arguments::region((address, count * dtype.size()));
-    let into: Region = region(address, count);
-    let (from, from_count) = match input {
-        None => (into, count),
-        Some(input) => match describe(py, input) {
-            Some((same, address, count)) if same == dtype => (region(address, count), count),
-            _ => return Ok(None),
-        },
+) -> Option<Tensors> {
+    let into = describe(py, output)?;
+    let from = match input {
+        None => into,
+        Some(input) => describe(py, input)?,
     };
+    if from.dtype != into.dtype || from.device != into.device {
+        return None;
+    }
+    let (count, from_count) = (into.count, from.count);
     // The short way takes only what is beyond doubt; the long way says what is wrong with the rest.
     let fits = match Collective::from_code(collective) {
         Some(Collective::AllReduce | Collective::Broadcast | Collective::Reduce) => input.is_none(),
@@ -206,15 +243,15 @@ pub fn request(
         | None => false,
     };
     if !fits {
-        return Ok(None);
+        return None;
     }
     let count = match Collective::from_code(collective) {
         Some(Collective::AllGather) => from_count,
         Some(Collective::AllToAll) => count / size,
         _ => count,
     };
-    let numbers = Numbers { collective, dtype: dtype as u8, op, root, count };
-    numbers.request(py, from, into).map(Some)
+    let numbers = Numbers { collective, dtype: into.dtype as u8, op, root, count };
+    Some(Tensors { device: into.device, numbers, input: from.memory(), output: into.memory() })
 }
 
 /// What a capsule describes; holds the capsule, and with it the memory.

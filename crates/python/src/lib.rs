@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use super::communicator::Communicator;
     #[pymodule_export]
-    use super::cuda::DeviceGroup;
+    use super::cuda::{DeviceGroup, DeviceHandle};
     #[pymodule_export]
     use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]

@@ -71,9 +71,10 @@ pub fn plain_sum(
     if !is_true(&names.equal.bind(py).call1((reduction, names.sum.bind(py)))?) {
         return Ok(None);
     }
-    let Some((dtype, address, count)) = dlpack::describe(py, &tensors.get_item(0)?) else { return Ok(None) };
-    let whole = region((address, count * dtype.size()));
-    Ok(Some(Request::new(Collective::AllReduce, dtype, count, whole, whole)))
+    let tensor = dlpack::describe(py, &tensors.get_item(0)?);
+    let Some(tensor) = tensor.filter(|t| t.device.is_none()) else { return Ok(None) };
+    let whole = region(tensor.memory());
+    Ok(Some(Request::new(Collective::AllReduce, tensor.dtype, tensor.count, whole, whole)))
 }
 
 fn is_true(object: &Bound<'_, PyAny>) -> bool {

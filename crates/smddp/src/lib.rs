@@ -41,6 +41,8 @@ pub type Handle = smddp_core::communicator::Handle<HostTransports>;
 
 /// The CUDA side of a process group.
 pub type DeviceGroup = smddp_cuda::DeviceGroup<HostTransports>;
+/// A call it has enqueued.
+pub type StartedOnDevice = smddp_cuda::Started<HostTransports>;
 
 pub use smddp_bootstrap as bootstrap;
 pub use smddp_cuda as cuda;
