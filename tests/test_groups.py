@@ -239,3 +239,44 @@ def test_the_flight_recorder_sees_calls_when_asked_for() -> None:
         sizes = [e["sizes"] for e in entries]
         assert [[5]] in sizes, entries
         assert [[3]] in sizes, entries
+
+
+# ---- what groups leave in the store
+
+
+def come_and_go() -> dict[str, object]:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore
+
+    from smdistributed_rs import backend
+
+    start()
+    rank, members, limit = dist.get_rank(), list(range(dist.get_world_size())), timedelta(seconds=30)
+    store = dist.distributed_c10d._get_default_store()
+    found = []
+    for _ in range(2):
+        for i in range(25):
+            # The second time under the same names.
+            seat = backend._connect(PrefixStore(f"of-a-test/{i}/", store), rank, len(members), limit, f"{i}", members)
+            seat.communicator.shutdown()
+        dist.barrier()
+        found.append(store.num_keys())
+        dist.barrier()
+    # What torch itself leaves for each group is not ours.
+    for _ in range(200):
+        dist.destroy_process_group(dist.new_group())
+    dist.barrier()
+    found.append(store.num_keys())
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"keys": found}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.replace(" ", ""))
+def test_groups_leave_nothing_in_the_store(shape: str) -> None:
+    for report in conftest.run(come_and_go, 4, nodes=SHAPES[shape], limit=90).check().reports:
+        first, second, many = report["keys"]
+        assert first == second < 30, report
+        assert many - second <= 3 * 200, report

@@ -9,6 +9,8 @@ Invariants
 1. A member leaves with a token only if every member holds the same one.
 2. Entries of dead attempts cost time, never agreement: their nonces answer no offer.
 3. Every wait ends at the time limit, and the error names the ranks that did not come.
+4. Once the members are connected nobody reads what the meeting left, and rank 0 deletes it before any of them goes on:
+   the log begins anew only when nobody can append to the old one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import BootstrapError, SmddpError, TimeoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.distributed import Store
 
 _GRACE = 2.0
@@ -42,6 +46,46 @@ def meet(store: Store, rank: int, size: int, limit: float, name: str) -> tuple[s
         hint = "Is the process that serves it (rank 0, or torchrun's agent) alive and reachable?"
         raise BootstrapError(f"joining group '{name}': the store failed: {error}. {hint}") from error
     return f"smddp/{token}", max(1.0, start + limit - time.monotonic())
+
+
+def forget(store: Store, rank: int, size: int, prefix: str) -> None:
+    """Deletes what `meet` left. Called when the members are connected, by all, before they go on together."""
+    if size == 1 or rank != 0:
+        return
+    keys = ["smddp/log", f"smddp/go/{prefix.removeprefix('smddp/')}"]
+    for number in range(1, store.add("smddp/log", 0) + 1):
+        entry = f"smddp/log/{number}"
+        keys.append(entry)
+        if store.check([entry]):
+            said = json.loads(store.get(entry))
+            keys += [f"smddp/offer/{said['join']}"] if "join" in said else []
+    delete(store, keys)
+
+
+def delete(store: Store, keys: Iterable[str]) -> None:
+    """Deletes keys from a store; one that cannot keeps them."""
+    try:
+        for key in keys:
+            store.delete_key(key)
+    except (RuntimeError, NotImplementedError):
+        pass
+
+
+class Recorder:
+    """A store that knows which keys this process made."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.keys: dict[str, None] = {}
+        self.wait, self.get = store.wait, store.get
+
+    def set(self, key: str, value: bytes) -> None:
+        self.keys[key] = None
+        self._store.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        self.keys[key] = None
+        return self._store.add(key, amount)
 
 
 class _Log:

@@ -22,9 +22,10 @@ from torch._C._distributed_c10d import AllreduceOptions
 from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from . import _core
+from ._codes import BARRIER, DTYPES
 from ._compat import HAS_BACKENDS, check_memory_layout
 from ._libraries import library_dirs
-from ._meeting import meet
+from ._meeting import Recorder, delete, forget, meet
 from ._new_group import NewGroup, backends_of_others, group_being_made
 from .cuda import CudaSide
 from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
@@ -72,8 +73,13 @@ def _connect(store: Store, rank: int, size: int, limit: timedelta, name: str, me
 
 def _meet(store: Store, rank: int, size: int, limit: timedelta, name: str) -> _core.Communicator:
     seconds = limit.total_seconds()
-    scope, left = meet(store, rank, size, seconds, name)
-    communicator = _core.Communicator.connect(store, rank, size, name, scope, left, library_dirs())
+    prefix, left = meet(store, rank, size, seconds, name)
+    recorder = Recorder(store)
+    communicator = _core.Communicator.connect(recorder, rank, size, name, prefix, left, library_dirs())
+    # A store lives as long as the job, and groups come and go: they leave nothing in it.
+    forget(store, rank, size, prefix)
+    communicator.run(BARRIER, DTYPES["uint8"], 0, 0, 0, (0, 0), (0, 0))
+    delete(store, recorder.keys)
     communicator.set_timeout(seconds)
     return communicator
 

@@ -111,6 +111,7 @@ class Collectives:
         # Not imported above: this module is loaded in the midst of torch's own import.
         self._profiler = torch.autograd.profiler
         self._size = communicator.size
+        self._calls_before = communicator.calls
         self._rank = communicator.rank
 
     # ---- all_reduce, broadcast, reduce: one buffer, in place
@@ -514,7 +515,7 @@ class Collectives:
         """Sequence numbers start at 0 on every rank."""
 
     def _get_sequence_number_for_group(self) -> int:
-        return self._comm.calls
+        return self._comm.calls - self._calls_before
 
     setSequenceNumberForGroup = _set_sequence_number_for_group
     getSequenceNumberForGroup = _get_sequence_number_for_group
