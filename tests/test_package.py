@@ -12,6 +12,7 @@ import pytest
 
 import smdistributed_rs
 from smdistributed_rs import _codes, _core
+from torch_versions import TORCH
 
 PACKAGE = Path(smdistributed_rs.__file__).parent
 
@@ -46,6 +47,7 @@ def test_the_stub_has_the_right_signatures(name: str) -> None:
     members = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
     if made := members.pop("__init__", None):
         assert parameters(made) == real_parameters(real)
+    members.pop("__call__", None)
     assert set(members) == {n for n in vars(real) if not n.startswith("_")}
     for member, declared in members.items():
         thing = getattr(real, member)
@@ -57,6 +59,13 @@ def test_the_stub_has_the_right_signatures(name: str) -> None:
 
 def test_the_package_says_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_small_calls_go_the_shortest_way() -> None:
+    """Where torch's options keep what they say is found out; a torch that keeps it elsewhere is noticed here."""
+    import torch.distributed  # noqa: F401 (the backend is registered, and looks)
+
+    assert _core.reads_options() == (TORCH >= (2, 11))
 
 
 def test_every_public_thing_is_explained() -> None:

@@ -29,6 +29,7 @@ from ._meeting import Recorder, delete, forget, meet
 from ._new_group import NewGroup, backends_of_others, group_being_made
 from .cuda import CudaSide
 from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
+from .tensors import REDUCTIONS
 
 NAME = "smddp"
 
@@ -36,7 +37,7 @@ NAME = "smddp"
 def register() -> None:
     """Makes "smddp" known to torch.distributed. Doing it twice is harmless."""
     if NAME.upper() not in dist.Backend._plugins:
-        _core.use_torch(torch.Tensor, AllreduceOptions, dist.ReduceOp.SUM)
+        _core.use_torch(torch.Tensor, AllreduceOptions, list(REDUCTIONS))
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 

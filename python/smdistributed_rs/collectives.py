@@ -107,7 +107,6 @@ class Collectives:
     def __init__(self, communicator: Communicator, cuda: CudaSide) -> None:
         self._comm = communicator
         self._cuda = cuda
-        self._sum_now = communicator.sum_now
         # Not imported above: this module is loaded in the midst of torch's own import.
         self._profiler = torch.autograd.profiler
         self._size = communicator.size
@@ -121,9 +120,6 @@ class Collectives:
 
         Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
         exchange of balanced shards between nodes."""
-        # The commonest call of all, with as few steps as can be.
-        if not self._profiler._is_profiler_enabled and self._sum_now(tensors, opts):
-            return DONE
         if type(opts) is not AllreduceOptions:
             tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
         op = opts.reduceOp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from ._compat import HAS_BACKENDS
+from ._core import AllReduce
 from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
-from .work import DoneWork, SmddpWork
+from .work import DONE, DoneWork, SmddpWork
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -105,6 +107,9 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
             self._registered.append((device, kind, backend))
         for device, kind, backend in self._registered:
             self._register_backend(torch.device(device), kind, backend)
+        if type(self) is SmddpProcessGroup:
+            long = weakref.WeakMethod(self.allreduce)
+            self.allreduce = AllReduce(seat.communicator, self._profiler, DONE, long)  # type: ignore[method-assign]
 
     if not HAS_BACKENDS:
         # A group with a backend keeps its name there; this one has none.

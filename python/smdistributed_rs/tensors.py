@@ -182,7 +182,7 @@ def reducer(op: str, tensor: Tensor, reduction: ReduceOp) -> tuple[int, int, int
 
 
 _SUM = ReduceOp.SUM
-_REDUCTIONS = {
+REDUCTIONS = {
     ReduceOp.SUM: 0,
     ReduceOp.AVG: 1,
     ReduceOp.PRODUCT: 2,
@@ -192,7 +192,7 @@ _REDUCTIONS = {
     ReduceOp.BOR: 6,
     ReduceOp.BXOR: 7,
 }
-_REDUCTION_NAMES = {code: str(op).rpartition(".")[2] for op, code in _REDUCTIONS.items()}
+_REDUCTION_NAMES = {code: str(op).rpartition(".")[2] for op, code in REDUCTIONS.items()}
 
 
 def reduction_code(op: str, reduction: ReduceOp, tensor: object) -> tuple[int, float | Tensor | None]:
@@ -200,7 +200,7 @@ def reduction_code(op: str, reduction: ReduceOp, tensor: object) -> tuple[int, f
     if reduction == _SUM:
         return 0, None
     kind = getattr(reduction, "op", reduction)
-    code = _REDUCTIONS.get(kind)
+    code = REDUCTIONS.get(kind)
     if code is not None:
         return code, None
     if kind == ReduceOp.PREMUL_SUM:

@@ -106,25 +106,6 @@ impl Communicator {
         self.inner.calls()
     }
 
-    /// A synchronous sum of one dense CPU tensor, as torch passes it, from start to end. False: this is another call,
-    /// and nothing was done.
-    fn sum_now(
-        &self,
-        py: Python<'_>,
-        tensors: &Bound<'_, PyAny>,
-        options: &Bound<'_, PyAny>,
-    ) -> PyResult<bool> {
-        let Some(request) = torch::plain_sum(py, tensors, options)? else { return Ok(false) };
-        // A call that is soon over need not ask for its time limit.
-        self.finish(py, request, FIRST_SLICE, |handle| {
-            if let Some(limit) = torch::limit(py, options)? {
-                handle.set_timeout(limit);
-            }
-            Ok(())
-        })?;
-        Ok(true)
-    }
-
     /// Runs one call to its end, driving it from this thread.
     #[pyo3(signature = (collective, dtype, op, root, count, input, output, timeout=None, counts=None, splits=None))]
     #[allow(clippy::too_many_arguments, reason = "a call and its memory, in numbers")]
@@ -292,6 +273,25 @@ impl Communicator {
 }
 
 impl Communicator {
+    /// A synchronous sum of one dense CPU tensor, as torch passes it, from start to end. False: this is another call,
+    /// and nothing was done.
+    pub(crate) fn sum_now(
+        &self,
+        py: Python<'_>,
+        tensors: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let Some(request) = torch::plain_sum(py, tensors, options)? else { return Ok(false) };
+        // A call that is soon over need not ask for its time limit.
+        self.finish(py, request, FIRST_SLICE, |handle| {
+            if let Some(limit) = torch::limit(py, options)? {
+                handle.set_timeout(limit);
+            }
+            Ok(())
+        })?;
+        Ok(true)
+    }
+
     /// Runs a call to its end; `late` is asked when it is not over within `slice`.
     fn finish(
         &self,

@@ -34,7 +34,7 @@ mod _core {
     #[pymodule_export]
     use super::handle::Handle;
     #[pymodule_export]
-    use super::torch::use_torch;
+    use super::torch::{AllReduce, reads_options, use_torch};
     #[pymodule_export]
     use super::world::{World, launcher_variables, leave_mpi, settings_table};
 

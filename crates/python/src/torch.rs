@@ -1,56 +1,166 @@
 //! The commonest call of all, `dist.all_reduce(tensor)`, read from torch's objects in one step.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::ptr;
 use std::time::Duration;
 
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBool, PyDelta, PyDeltaAccess, PyList, PyType};
+use pyo3::types::{PyBool, PyDelta, PyDeltaAccess, PyDict, PyList, PyTuple, PyType};
 use smddp::{Collective, Request};
 
 use crate::arguments::region;
+use crate::communicator::Communicator;
 use crate::dlpack;
 
-/// Torch's own functions behind two attributes and a comparison: called directly, they cost a third less.
-struct Names {
-    options: Py<PyType>,
-    sum: Py<PyAny>,
-    get_async: Py<PyAny>,
-    get_reduction: Py<PyAny>,
-    equal: Py<PyAny>,
+/// Where torch's options of all_reduce have what says "a synchronous sum". Its own getters cost half a microsecond, more
+/// than all the rest of a small call.
+///
+/// An object that pybind11 made holds a pointer to its C++ value right behind Python's header. Nobody promises so, nor
+/// where in the value the two fields are: both are found out with values of every kind, read in a way that cannot fault,
+/// and where they are not found calls go the long way.
+struct Options {
+    class: Py<PyType>,
+    reduction_at: usize,
+    async_at: usize,
 }
 
-impl Names {
-    fn of(options: &Bound<'_, PyType>, sum: &Bound<'_, PyAny>) -> PyResult<Names> {
-        let getter = |name| -> PyResult<Py<PyAny>> { Ok(options.getattr(name)?.getattr("fget")?.unbind()) };
-        let reduction = options.call0()?.getattr("reduceOp")?;
-        Ok(Names {
-            options: options.clone().unbind(),
-            sum: sum.clone().unbind(),
-            get_async: getter("asyncOp")?,
-            get_reduction: getter("reduceOp")?,
-            equal: reduction.get_type().getattr("__eq__")?.unbind(),
-        })
+/// Bytes of a value that are looked at; the options are longer.
+const LOOKED_AT: usize = 64;
+const SUM: u8 = 0;
+
+/// Address of the C++ value of a pybind11 object.
+///
+/// # Safety
+/// `object` is longer than its header by a pointer.
+unsafe fn value_of(object: &Bound<'_, PyAny>) -> usize {
+    let header = size_of::<pyo3::ffi::PyObject>();
+    // SAFETY: the caller's contract; the object is alive.
+    unsafe { object.as_ptr().cast::<u8>().add(header).cast::<usize>().read_unaligned() }
+}
+
+impl Options {
+    /// `reductions`: all reductions of the enumeration, which are numbered.
+    fn find(class: &Bound<'_, PyType>, reductions: &[Bound<'_, PyAny>]) -> PyResult<Option<Options>> {
+        let header = size_of::<pyo3::ffi::PyObject>();
+        let length = class.getattr("__basicsize__")?.extract::<usize>()?;
+        if length < header + size_of::<usize>() {
+            return Ok(None);
+        }
+        // Which offsets were right for all values so far.
+        let (mut reduction, mut asynchronous) = ([true; LOOKED_AT], [true; LOOKED_AT]);
+        for given in reductions {
+            let number = given.call_method0("__int__")?.extract::<u8>()?;
+            for is_async in [false, true] {
+                let options = class.call0()?;
+                options.setattr("reduceOp", given)?;
+                options.setattr("asyncOp", is_async)?;
+                // SAFETY: just compared with the object's length.
+                let Some(bytes) = read(unsafe { value_of(&options) }) else { return Ok(None) };
+                for (at, &byte) in bytes.iter().enumerate() {
+                    reduction[at] &= byte == number;
+                    asynchronous[at] &= byte == u8::from(is_async);
+                }
+            }
+        }
+        let only = |right: &[bool]| {
+            let mut found = (0..LOOKED_AT).filter(|&at| right[at]);
+            found.next().filter(|_| found.next().is_none())
+        };
+        let (Some(reduction_at), Some(async_at)) = (only(&reduction), only(&asynchronous)) else {
+            return Ok(None);
+        };
+        Ok(Some(Options { class: class.clone().unbind(), reduction_at, async_at }))
+    }
+
+    /// Whether `options` say "a synchronous sum"; false also for what is not of torch's class.
+    fn are_plain(&self, options: &Bound<'_, PyAny>) -> bool {
+        if !options.get_type().is(self.class.bind(options.py())) {
+            return false;
+        }
+        // SAFETY: of exactly the class whose objects were long enough.
+        let value = unsafe { value_of(options) };
+        if value == 0 {
+            return false; // made, but not begun
+        }
+        let value = ptr::with_exposed_provenance::<u8>(value);
+        // SAFETY: a value of the class in which both fields were found, owned by the object, which is alive.
+        unsafe { value.add(self.reduction_at).read() == SUM && value.add(self.async_at).read() == 0 }
     }
 }
 
-static NAMES: PyOnceLock<Names> = PyOnceLock::new();
+/// The bytes at an address, or None where there are none to read: the kernel reads them, and faults at nothing.
+fn read(address: usize) -> Option<[u8; LOOKED_AT]> {
+    let mut bytes = [0; LOOKED_AT];
+    let memory = File::open("/proc/self/mem").ok()?;
+    memory.read_exact_at(&mut bytes, u64::try_from(address).ok()?).ok()?;
+    Some(bytes)
+}
 
-/// Tells what torch's tensors, the options of all_reduce and the reduction SUM are; False when tensors cannot be read
-/// without torch's own functions.
+static OPTIONS: PyOnceLock<Option<Options>> = PyOnceLock::new();
+
+/// Tells what torch's tensors, the options of all_reduce and the reductions are; False when tensors cannot be read without
+/// torch's own functions.
 #[pyfunction]
 pub fn use_torch(
     py: Python<'_>,
     tensor: &Bound<'_, PyType>,
     options: &Bound<'_, PyType>,
-    sum: &Bound<'_, PyAny>,
+    reductions: Vec<Bound<'_, PyAny>>,
 ) -> PyResult<bool> {
     let readable = dlpack::use_tensor_type(tensor)?;
     // Torch before 2.6 does not say which calls are asynchronous.
     if readable && options.hasattr("asyncOp")? {
-        NAMES.get_or_try_init(py, || Names::of(options, sum))?;
+        OPTIONS.get_or_try_init(py, || Options::find(options, &reductions))?;
     }
     Ok(readable)
+}
+
+/// Whether small calls go the shortest way with this torch.
+#[pyfunction]
+pub fn reads_options(py: Python<'_>) -> bool {
+    OPTIONS.get(py).is_some_and(Option::is_some)
+}
+
+/// A group's `allreduce`, as `torch.distributed` calls it: the commonest call ends in here without a frame of Python, the
+/// others go to `long`. An object with `__call__` and no function, since torch's C++ half takes functions that are not
+/// Python's for its own.
+#[pyclass(frozen, module = "smdistributed_rs._core")]
+pub struct AllReduce {
+    group: Py<Communicator>,
+    /// The module that says whether a profiler is to see the calls.
+    profiler: Py<PyAny>,
+    /// What a call that is over returns.
+    done: Py<PyAny>,
+    /// A weak method: a strong one would make the group keep itself alive.
+    long: Py<PyAny>,
+}
+
+#[pymethods]
+impl AllReduce {
+    #[new]
+    fn new(group: Py<Communicator>, profiler: Py<PyAny>, done: Py<PyAny>, long: Py<PyAny>) -> AllReduce {
+        AllReduce { group, profiler, done, long }
+    }
+
+    #[pyo3(signature = (*args, **named))]
+    fn __call__(
+        &self,
+        py: Python<'_>,
+        args: &Bound<'_, PyTuple>,
+        named: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Py<PyAny>> {
+        if named.is_none()
+            && args.len() == 2
+            && !is_true(&self.profiler.bind(py).getattr(intern!(py, "_is_profiler_enabled"))?)
+            && self.group.get().sum_now(py, &args.get_item(0)?, &args.get_item(1)?)?
+        {
+            return Ok(self.done.clone_ref(py));
+        }
+        self.long.bind(py).call0()?.call(args, named).map(Bound::unbind)
+    }
 }
 
 /// The request of a synchronous sum of one dense CPU tensor; None for every other call.
@@ -59,16 +169,11 @@ pub fn plain_sum(
     tensors: &Bound<'_, PyAny>,
     options: &Bound<'_, PyAny>,
 ) -> PyResult<Option<Request>> {
-    let Some(names) = NAMES.get(py) else { return Ok(None) };
-    if !options.get_type().is(names.options.bind(py)) {
+    if !OPTIONS.get(py).and_then(Option::as_ref).is_some_and(|known| known.are_plain(options)) {
         return Ok(None);
     }
     let Ok(tensors) = tensors.cast_exact::<PyList>() else { return Ok(None) };
-    if tensors.len() != 1 || is_true(&names.get_async.bind(py).call1((options,))?) {
-        return Ok(None);
-    }
-    let reduction = names.get_reduction.bind(py).call1((options,))?;
-    if !is_true(&names.equal.bind(py).call1((reduction, names.sum.bind(py)))?) {
+    if tensors.len() != 1 {
         return Ok(None);
     }
     let tensor = dlpack::describe(py, &tensors.get_item(0)?);
