@@ -63,12 +63,15 @@ def weights(model: nn.Module) -> list[float]:
     return [value for _, p in named for value in p.detach().flatten().tolist()]
 
 
+def batches_of(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
+    """A rank's part of every batch."""
+    data = Data()
+    return [collate([data[at] for at in range(step * BATCH + rank, (step + 1) * BATCH, size)]) for step in range(STEPS)]
+
+
 def my_batches() -> list[dict[str, torch.Tensor]]:
     """This rank's part of every batch."""
-    data = Data()
-    return [
-        collate([data[at] for at in range(step * BATCH + rank(), (step + 1) * BATCH, world())]) for step in range(STEPS)
-    ]
+    return batches_of(rank(), world())
 
 
 def plain() -> dict:

@@ -16,6 +16,7 @@ HEAD = "| client | what was done | result | date |\n| --- | --- | --- | --- |"
 GROUPS = {
     "sagemaker": "SageMaker: the SDK and the training toolkit, on emulated hosts",
     "frameworks": "Frameworks, 2 ranks on CPU",
+    "ray": "Ray Train, 2 workers on CPU",
     "slurm": "Slurm of one machine with two nodes",
 }
 
@@ -23,7 +24,8 @@ GROUPS = {
 def versions() -> dict[str, str]:
     """Pinned packages of all environments."""
     lines = [line for file in HERE.glob("*.txt") for line in file.read_text().splitlines()]
-    return dict(line.split("==") for line in lines if "==" in line)
+    pinned = (line.split("==") for line in lines if "==" in line)
+    return {name.partition("[")[0]: version for name, version in pinned}
 
 
 def client(group: str, text: str) -> tuple[str, str]:
