@@ -17,6 +17,7 @@ GROUPS = {
     "sagemaker": "SageMaker: the SDK and the training toolkit, on emulated hosts",
     "frameworks": "Frameworks, 2 ranks on CPU",
     "ray": "Ray Train, 2 workers on CPU",
+    "containers": "The image and the manifests in docker/, without Docker and a cluster",
     "slurm": "Slurm of one machine with two nodes",
 }
 
@@ -33,8 +34,8 @@ def client(group: str, text: str) -> tuple[str, str]:
     if group == "sagemaker":
         return "SDK {sagemaker}, toolkit {sagemaker-training}".format_map(versions()), text
     name, _, what = text.partition(": ")
-    version = slurm_version() if group == "slurm" else versions()[name]
-    return f"{name} {version}", what
+    version = slurm_version() if group == "slurm" else versions().get(name, "")
+    return f"{name} {version}".strip(), what
 
 
 def slurm_version() -> str:
