@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import conftest  # noqa: E402
 
-TOTAL = 230.0
+TOTAL = 270.0
 """seconds for all steps"""
 
 CARRIED = ("SMDDP_LIBFABRIC", "SMDDP_NCCL", "SMDDP_LOG")
@@ -49,9 +49,13 @@ class Step:
 
 STAGED = {"SMDDP_CUDA": "staged"}
 NCCL = {"SMDDP_CUDA": "nccl"}
-TWO_ON_ONE = {
-    "SMDDP_CUDA": "nccl", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_IB_DISABLE": "1",
-}  # fmt: skip
+SHARED = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_IB_DISABLE": "1"}
+"""ranks of NCCL that share a GPU, each taking the others for ranks on other hosts"""
+
+
+def as_hosts(rank: int) -> dict[str, str]:
+    return {"NCCL_HOSTID": f"host{rank}"}
+
 
 STEPS = [
     Step("collectives, 2 nodes", "collectives", [0, 1], 50),
@@ -71,15 +75,10 @@ STEPS = [
     Step("training, 4 nodes", "training", [0, 1, 2, 3], 50),
     Step("streams, 1 connection", "streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     Step("collectives, 1 rank", "collectives", [0], 40),
-    Step(
-        "two ranks of NCCL on one GPU",
-        "streams",
-        [0, 0],
-        45,
-        TWO_ON_ONE,
-        lambda rank: {"NCCL_HOSTID": f"host{rank}"},
-        optional=True,
-    ),
+    Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
+    Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
+    Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
+    Step("training, NCCL, 2 nodes x 2", "training", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
 ]
 
 
