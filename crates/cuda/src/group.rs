@@ -12,6 +12,7 @@ use smddp_core::{Collective, DType, Error, ReduceOp, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, wait};
+use crate::hierarchical;
 use crate::nccl::{self, NcclComm};
 use crate::past::{Events, Past};
 use crate::stager::Stager;
@@ -342,9 +343,7 @@ impl<T: Transports> DeviceGroup<T> {
         self.device.copy_on_device(call.output.address, call.input.address, bytes, stream)
     }
 
-    /// All-reduce: reduce-scatter in the node, exchange of shards on the rail, all-gather in the node. The elements that
-    /// do not divide by the node's ranks are reduced on all of them and exchanged on every rail, with equal results.
-    /// Other calls pass through the host's group.
+    /// Which way a call goes when there are several nodes, and several ranks on each.
     fn hierarchical(
         &self,
         parts: &mut Parts<T>,
@@ -359,41 +358,10 @@ impl<T: Transports> DeviceGroup<T> {
         if call.collective != Collective::AllReduce || !by_nccl {
             return stager.enqueue(&self.host, call, stream);
         }
-        let nccl = self.nccl()?;
-        let shape = self.host.shape();
-        let (me, local) = (shape.local_of(self.host.rank()), shape.local_size(self.host.rank()));
-        let size = call.dtype.size();
-        let (shard, tail) = (call.count / local, call.count % local);
-        let piece = |first: usize, count: usize| Memory {
-            address: call.output.address + (first * size) as u64,
-            bytes: count * size,
-        };
         self.device.copy_on_device(call.output.address, call.input.address, call.input.bytes, stream)?;
-        let on = |collective, count, input, output| DeviceCall {
-            collective,
-            count,
-            input,
-            output,
-            counts: None,
-            splits: None,
-            ..call.clone()
-        };
-        let (whole, mine, rest) =
-            (piece(0, shard * local), piece(me * shard, shard), piece(shard * local, tail));
-        if shard > 0 {
-            nccl.enqueue(&on(Collective::ReduceScatter, shard, whole, mine), stream)?;
-        }
-        if tail > 0 {
-            nccl.enqueue(&on(Collective::AllReduce, tail, rest, rest), stream)?;
-        }
-        let mut last = None;
-        for part in [mine, rest].into_iter().filter(|p| p.bytes > 0) {
-            last = stager.enqueue(rail, &on(Collective::AllReduce, part.bytes / size, part, part), stream)?;
-        }
-        if shard > 0 {
-            nccl.enqueue(&on(Collective::AllGather, shard, mine, whole), stream)?;
-        }
-        Ok(last)
+        let shape = self.host.shape();
+        let place = (shape.local_of(self.host.rank()), shape.local_size(self.host.rank()));
+        hierarchical::all_reduce(self.nccl()?, rail, stager, call, place, stream)
     }
 }
 

@@ -16,6 +16,7 @@
 
 mod device;
 mod group;
+mod hierarchical;
 mod nccl;
 mod past;
 mod pinned;

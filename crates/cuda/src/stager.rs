@@ -143,9 +143,7 @@ impl Stager {
         call: &DeviceCall,
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {
-        self.begin.record(stream)?;
-        self.to_host.wait(&self.begin)?;
-        self.to_device.wait(&self.begin)?;
+        self.follow(stream)?;
         let last = if call.counts.is_some() || call.splits.is_some() {
             self.whole(host, call)?
         } else {
@@ -154,6 +152,42 @@ impl Stager {
         self.end.record(self.to_device.raw)?;
         wait(&self.device, stream, &self.end)?;
         Ok(last)
+    }
+
+    /// How many pieces may be under way at once.
+    pub(crate) fn depth(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Elements of a call in place that one piece holds.
+    pub(crate) fn columns(&self, size: usize) -> usize {
+        (self.half / size / ALIGN * ALIGN).max(1)
+    }
+
+    /// Enqueues a call in place of one piece behind `stream`'s work, which goes on without it. The slot it passes
+    /// through, to be told to [`join`](Self::join) before it is used again, [`depth`](Self::depth) pieces later.
+    pub(crate) fn fork<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+        stream: sys::Stream,
+    ) -> Result<(usize, Handle<T>)> {
+        self.follow(stream)?;
+        let rows = Rows::of(call, host.rank(), host.size());
+        let slot = self.next;
+        self.piece(host, call, &rows, 0, call.count).map(|handle| (slot, handle))
+    }
+
+    /// Lets `stream` wait for the piece in this slot.
+    pub(crate) fn join(&self, slot: usize, stream: sys::Stream) -> Result<()> {
+        wait(&self.device, stream, &self.slots[slot].free)
+    }
+
+    /// Copies come behind what `stream` was given so far.
+    fn follow(&self, stream: sys::Stream) -> Result<()> {
+        self.begin.record(stream)?;
+        self.to_host.wait(&self.begin)?;
+        self.to_device.wait(&self.begin)
     }
 
     fn pieces<T: Transports>(

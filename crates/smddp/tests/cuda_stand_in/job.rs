@@ -71,6 +71,11 @@ impl Job {
         self.nodes.iter().sum()
     }
 
+    /// The stream calls run on.
+    pub fn stream_address(&self) -> u64 {
+        self.stream.addr() as u64
+    }
+
     /// The device's context, to be entered by other threads.
     pub fn context(&self) -> usize {
         self.context.addr()

@@ -9,8 +9,10 @@ mod reference;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use job::{Group, Job, children};
+use smddp::cuda::DeviceCall;
 use smddp::{Collective, DType, Error, ReduceOp};
 
 /// Ranks on each node, and what carries their calls.
@@ -39,6 +41,8 @@ fn every_collective(test: &str, shape: usize, more: &[(&str, &str)]) {
                 }
             }
             calls.push(reference::Case::uneven_gather(count, &job));
+            // More chunks of several ranks' slots than there are slots.
+            calls.push(reference::Case::of(Collective::AllReduce, DType::F32, 10 * count + 1, 0, &job));
             calls.push(reference::Case::uneven_exchange(count, &job));
         }
         let running: Vec<_> = calls.iter().map(|case| case.start(&job, &group)).collect();
@@ -110,6 +114,62 @@ fn another_thread_frees_memory_meanwhile() {
         }
         over.store(true, Ordering::Release);
         assert!(churn.join().unwrap() > 0);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+/// While the first chunk is on its way between nodes, the node reduces as many of the next as there are slots, and no more.
+#[test]
+fn chunks_follow_one_another() {
+    const SLOTS: usize = 3;
+    // Half of a slot of 64 KiB, of each of two ranks.
+    const SHARD: usize = 8192;
+    let nodes = &[2, 2];
+    children("chunks_follow_one_another", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3")]);
+        let count = 2 * SHARD * (SLOTS + 2);
+        let mine: Vec<u8> = (0..count).flat_map(|_| (rank.rank as f32 + 1.0).to_ne_bytes()).collect();
+        let memory = job.memory(&mine);
+        let call = DeviceCall {
+            collective: Collective::AllReduce,
+            dtype: DType::F32,
+            op: ReduceOp::Sum,
+            root: 0,
+            count,
+            input: memory,
+            output: memory,
+            counts: None,
+            splits: None,
+            timeout: None,
+        };
+        // SAFETY: freed only after the stream was waited for.
+        let start = || unsafe { group.device.start(&call, job.stream_address(), None) }.map(|_| ()).unwrap();
+        if rank.rank < 2 {
+            start();
+            let first_of = |chunk: usize| {
+                let at = memory.address as usize + (chunk * 2 * SHARD + rank.rank * SHARD) * size_of::<f32>();
+                // SAFETY: inside the memory, which the stand-in keeps in the host's.
+                unsafe { std::ptr::with_exposed_provenance::<f32>(at).read_volatile() }
+            };
+            let until = Instant::now() + Duration::from_secs(20);
+            while first_of(SLOTS - 1) != 3.0 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let found: Vec<f32> = (0..SLOTS + 2).map(first_of).collect();
+            let own = rank.rank as f32 + 1.0;
+            assert_eq!(found, [3.0, 3.0, 3.0, own, own]);
+            rank.barrier("seen");
+        } else {
+            rank.barrier("seen");
+            start();
+        }
+        job.synchronize();
+        let all: Vec<u8> = (0..count).flat_map(|_| 10f32.to_ne_bytes()).collect();
+        assert!(job.read(memory) == all, "the sum is wrong on rank {}", rank.rank);
+        job.free(memory);
         rank.barrier("over");
         group.end();
         job.end();

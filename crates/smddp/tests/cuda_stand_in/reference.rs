@@ -123,7 +123,7 @@ impl Case {
         let input = if self.in_place { output } else { job.memory(&bytes(dtype, &self.input)) };
         let call = DeviceCall { input, output, ..self.call.clone() };
         // SAFETY: freed only after the stream was waited for.
-        let started = unsafe { group.device.start(&call, job.stream.addr() as u64, None) };
+        let started = unsafe { group.device.start(&call, job.stream_address(), None) };
         let placed = Placed { input, output };
         if started.is_err() {
             self.free(job, &placed);
