@@ -4,10 +4,11 @@ With SMDDP_TEST_DEVICE=cuda all tensors are on the rank's GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -51,6 +52,14 @@ class Case:
 
     def everyone(self, count: int, dtype: torch.dtype, salt: int = 0) -> list[torch.Tensor]:
         return [self.data(r, count, dtype, salt) for r in range(self.size)]
+
+    @contextlib.contextmanager
+    def one_call(self) -> Iterator[None]:
+        """What is done meanwhile is one call of the native half, whatever number of tensors it moves."""
+        before = self.group._get_sequence_number_for_group()
+        yield
+        made = self.group._get_sequence_number_for_group() - before
+        assert made == 1, f"{made} calls instead of one"
 
     def at(self, **group_rank: int) -> dict[str, object]:
         """Arguments that name the group and, say, group_src=1 in it."""
@@ -437,7 +446,8 @@ def all_gather_coalesced(c: Case) -> None:
     counts = (3, 1, 0, 40)
     outputs = [[torch.empty(n) for n in counts] for _ in range(c.size)]
     inputs = [c.mine(n, torch.float32, salt=i) for i, n in enumerate(counts)]
-    c.group.allgather_coalesced(outputs, inputs).wait()
+    with c.one_call():
+        c.group.allgather_coalesced(outputs, inputs).wait()
     for rank, theirs in enumerate(outputs):
         for i, output in enumerate(theirs):
             assert torch.equal(output, c.data(rank, counts[i], torch.float32, salt=i))
@@ -455,16 +465,17 @@ def premul_sum_to_a_root_leaves_the_others(c: Case) -> None:
 def coalescing_manager(c: Case) -> None:
     inputs = [c.mine(4, torch.float32), c.mine(7, torch.float32, salt=1)]
     outputs = [torch.empty(4 * c.size), torch.empty(7 * c.size)]
-    with dist.distributed_c10d._coalescing_manager(group=c.group):
+    with c.one_call(), dist.distributed_c10d._coalescing_manager(group=c.group):
         for output, input in zip(outputs, inputs, strict=True):
             dist.all_gather_into_tensor(output, input, group=c.group)
     for salt, output in enumerate(outputs):
         assert torch.equal(output, torch.cat(c.everyone(output.numel() // c.size, torch.float32, salt=salt)))
     tensors = [c.mine(n, torch.float32, salt=n) for n in (3, 8)]
-    with dist.distributed_c10d._coalescing_manager(group=c.group, async_ops=True) as manager:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=c.group)
-    manager.wait()
+    with c.one_call():
+        with dist.distributed_c10d._coalescing_manager(group=c.group, async_ops=True) as manager:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=c.group)
+        manager.wait()
     for tensor in tensors:
         close(tensor, reduced(c.everyone(tensor.numel(), torch.float32, salt=tensor.numel()), "SUM"))
 
@@ -486,19 +497,22 @@ def batch_isend_irecv(c: Case) -> None:
 def coalesced(c: Case) -> None:
     shapes = [(3,), (2, 2), (1,)]
     tensors = [c.mine(torch.Size(s).numel(), torch.float32, salt=i).view(s) for i, s in enumerate(shapes)]
-    dist.all_reduce_coalesced(tensors, group=c.group)
+    with c.one_call():
+        dist.all_reduce_coalesced(tensors, group=c.group)
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         close(tensor, reduced(c.everyone(torch.Size(shape).numel(), torch.float32, salt=i), "SUM").view(shape))
 
     inputs = [c.mine(4, torch.float32), c.mine(3, torch.int64)]
     outputs = [torch.empty(4 * c.size), torch.empty(3 * c.size, dtype=torch.int64)]
-    c.group.all_gather_single_coalesced(outputs, inputs, AllgatherOptions()).wait()
+    with c.one_call():
+        c.group.all_gather_single_coalesced(outputs, inputs, AllgatherOptions()).wait()
     assert torch.equal(outputs[0], torch.cat(c.everyone(4, torch.float32)))
     assert torch.equal(outputs[1], torch.cat(c.everyone(3, torch.int64)))
 
     inputs = [c.mine(2 * c.size, torch.float32), c.mine(3 * c.size, torch.float32, salt=1)]
     outputs = [torch.empty(2), torch.empty(3)]
-    c.group.reduce_scatter_single_coalesced(outputs, inputs, ReduceScatterOptions()).wait()
+    with c.one_call():
+        c.group.reduce_scatter_single_coalesced(outputs, inputs, ReduceScatterOptions()).wait()
     for salt, output in enumerate(outputs):
         n = output.numel()
         whole = reduced(c.everyone(n * c.size, torch.float32, salt=salt), "SUM")

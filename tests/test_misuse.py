@@ -15,6 +15,7 @@ from datetime import timedelta
 import pytest
 
 import conftest
+from torch_versions import needs
 
 BY_TORCH = ""
 """The words of torch's own checks differ between its versions."""
@@ -574,26 +575,31 @@ def misused(names: list[str]) -> dict[str, dict]:
 
 
 @functools.cache
-def outcome(apart: bool) -> conftest.Ranks:
+def outcome(apart: bool, carrier: str) -> conftest.Ranks:
     names = APART if apart else [name for name in [*CASES, *ROOT_CASES] if name not in APART]
-    return conftest.run(misused, 2, limit=120, names=names)
+    return conftest.run(misused, 2, limit=150, env={"SMDDP_TORCH_GROUP": carrier}, names=names)
 
 
-def reports_of(name: str) -> list[dict]:
-    ranks = outcome(name in APART)
+def reports_of(name: str, carrier: str) -> list[dict]:
+    ranks = outcome(name in APART, carrier)
     assert len(ranks.reports) == 2, ranks.text[-4000:]
     return [report[name] for report in ranks.reports]
 
 
+carriers = pytest.mark.parametrize("carrier", ["group", pytest.param("backend", marks=needs("python backends"))])
+
+
+@carriers
 @pytest.mark.parametrize("name", CASES)
-def test_misuse(name: str) -> None:
-    for report in reports_of(name):
+def test_misuse(name: str, carrier: str) -> None:
+    for report in reports_of(name, carrier):
         check(report, CASES[name][1])
 
 
+@carriers
 @pytest.mark.parametrize("name", ROOT_CASES)
-def test_misuse_at_the_root(name: str) -> None:
-    root, other = reports_of(name)
+def test_misuse_at_the_root(name: str, carrier: str) -> None:
+    root, other = reports_of(name, carrier)
     check(root, ROOT_CASES[name][2])
     assert root["again"] == "no error"
     assert not other["type"], "the other rank did nothing wrong"
@@ -608,8 +614,9 @@ def check(report: dict, words: str) -> None:
     assert report["afterwards"] == "", report
 
 
-def test_the_world_outlives_all_that() -> None:
-    assert [report["afterwards"] for report in reports_of("world")] == ["", ""]
+@carriers
+def test_the_world_outlives_all_that(carrier: str) -> None:
+    assert [report["afterwards"] for report in reports_of("world", carrier)] == ["", ""]
 
 
 # ---- what is allowed, though it looks odd

@@ -108,14 +108,15 @@ def _address(memory: bytearray) -> int:
 
 
 def meet_all(store: object, size: int, limit: float, skip: set[int] = frozenset(), sizes: dict | None = None) -> dict:
-    """What each of `size` ranks gets from the meeting: its prefix or its error."""
+    """What each of `size` ranks gets from the meeting: its prefix or its error. `store`: one for all, or one each."""
     from smdistributed_rs._meeting import meet
 
     results: dict[int, object] = {}
 
     def one(rank: int) -> None:
         try:
-            results[rank] = meet(store, rank, (sizes or {}).get(rank, size), limit, "g")[0]
+            mine = store[rank] if isinstance(store, list) else store
+            results[rank] = meet(mine, rank, (sizes or {}).get(rank, size), limit, "g")[0]
         except Exception as error:
             results[rank] = error
 
@@ -167,3 +168,37 @@ def test_a_wrong_size_is_named_to_all(store: object) -> None:
         assert isinstance(error, smdistributed_rs.BootstrapError), results
         assert "rank 0 was given 3, rank 2 was given 5" in str(error)
     assert time.monotonic() - start < 15
+
+
+# ---- what a meeting leaves
+
+STORES = ["HashStore", "FileStore", "TCPStore", "PrefixStore"]
+
+
+def handles(kind: str, size: int, folder: Path) -> list:
+    """One store, as each rank has it."""
+    import torch.distributed as dist
+
+    if kind == "FileStore":
+        return [dist.FileStore(str(folder / "store")) for _ in range(size)]
+    if kind == "TCPStore":
+        served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return [served] + [dist.TCPStore("127.0.0.1", served.port, is_master=False) for _ in range(1, size)]
+    store = dist.HashStore()
+    return [dist.PrefixStore("a/b/", store) if kind == "PrefixStore" else store for _ in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", STORES)
+def test_a_meeting_that_is_over_leaves_nothing(kind: str, size: int, tmp_path: Path) -> None:
+    from smdistributed_rs._meeting import forget
+
+    stores = handles(kind, size, tmp_path)
+    before = stores[0].num_keys()
+    for _ in range(3):
+        results = meet_all(stores, size, 20)
+        assert len(set(results.values())) == 1, results
+        assert stores[0].num_keys() > before
+        for rank in range(size):
+            forget(stores[rank], rank, size, results[0])
+        assert stores[0].num_keys() == before
