@@ -10,7 +10,7 @@ use crate::dtype::{DType, ReduceOp};
 use crate::element::Element;
 use crate::engine::Engine;
 use crate::engine::graph::Ready;
-use crate::engine::group::Seat;
+use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
@@ -274,7 +274,7 @@ impl<T: Transports> Communicator<T> {
     /// # Safety
     /// The request's regions stay valid, and are not written by anybody else, until the handle is done.
     pub unsafe fn start(&self, request: &Request) -> Result<Handle<T>> {
-        let op = self.prepare(request)?;
+        let op = Arc::new(self.collective(request, self.admit(request)?));
         self.inner.engine.submit(Arc::clone(&op));
         Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
     }
@@ -284,8 +284,10 @@ impl<T: Transports> Communicator<T> {
     /// # Safety
     /// The request's regions are valid, and not written by anybody else, during the call.
     pub unsafe fn run(&self, request: &Request) -> Result<()> {
-        let op = self.prepare(request)?;
-        self.inner.engine.run(&op, None)
+        match self.drive(request, None)? {
+            Some(op) => self.inner.engine.wait(&op, None),
+            None => Ok(()),
+        }
     }
 
     /// As [`run`](Self::run), but when `limit` has passed hands back the operation, still under way: for callers that
@@ -297,13 +299,31 @@ impl<T: Transports> Communicator<T> {
         if self.is_trivial(request)? {
             return Ok(None);
         }
-        let op = self.prepare(request)?;
-        let _ = self.inner.engine.run(&op, Some(limit));
+        let Some(op) = self.drive(request, Some(limit))? else { return Ok(None) };
         match op.result() {
             Some(result) => result.clone().map(|()| None),
             // The limit has passed; or a driver panicked, as waiting on the handle will tell.
             None => Ok(Some(Handle { engine: Arc::clone(&self.inner.engine), op })),
         }
+    }
+
+    /// Starts a collective and helps until it is over or `limit` has passed. `None`: it went well and needed no operation.
+    fn drive(&self, request: &Request, limit: Option<Duration>) -> Result<Option<Arc<OpState>>> {
+        let ready = self.admit(request)?;
+        let op = || Arc::new(self.collective(request, Arc::clone(&ready)));
+        if ready.is_plain && request.gate.is_none() {
+            let (input, output) = (request.input, request.output);
+            let call = Immediate { ready: &ready, input, output, call: request.call(), op: &op };
+            match self.inner.engine.run_now(self.inner.index, &call, limit) {
+                Tried::Done => return Ok(None),
+                Tried::Later(op) => return Ok(Some(op)),
+                Tried::NotNow => {}
+            }
+        }
+        let op = op();
+        // The operation knows how it ended.
+        let _ = self.inner.engine.run(&op, limit);
+        Ok(Some(op))
     }
 
     /// Whether a call was over as soon as it was made: one rank's data is already where it is to be. Never waits.
@@ -419,15 +439,20 @@ impl<T: Transports> Communicator<T> {
         OpState::new(call, work, self.inner.index, Arc::clone(&self.inner.name), self.inner.rank, timeout)
     }
 
-    fn prepare(&self, request: &Request) -> Result<Arc<OpState>> {
+    /// Checks and counts a call, and finds its plan.
+    fn admit(&self, request: &Request) -> Result<Arc<Ready>> {
         self.check_open(request.collective.name())?;
         self.check(request)?;
         let ready = self.plan(request)?;
         self.inner.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(ready)
+    }
+
+    fn collective(&self, request: &Request, ready: Arc<Ready>) -> OpState {
         let work = Work::Collective { ready, input: request.input, output: request.output };
         let mut op = self.op(request.call(), work, request.timeout);
         op.gate.clone_from(&request.gate);
-        Ok(Arc::new(op))
+        op
     }
 
     fn plan(&self, request: &Request) -> Result<Arc<Ready>> {

@@ -13,6 +13,7 @@ pub mod error;
 pub mod gate;
 pub mod memory;
 pub mod plan;
+pub mod process;
 pub mod reduce;
 pub mod settings;
 pub mod store;

@@ -107,6 +107,13 @@ pub trait Bell: Send + Sync {
 pub trait NodeLocal: Send {
     /// Queues a phase. Phases run in the order submitted; several may be in flight.
     fn submit(&mut self, run: PhaseRun) -> Result<()>;
+    /// Runs a phase on the spot, polling at most `patience` times in vain; for callers whose group has nothing under way
+    /// here. `Ok(false)`: it is under way as if submitted.
+    fn run_now(&mut self, run: PhaseRun, patience: u32) -> Result<bool> {
+        let _ = patience;
+        self.submit(run)?;
+        Ok(false)
+    }
     fn send(&mut self, message: Message) -> Result<()>;
     fn recv(&mut self, message: Message) -> Result<()>;
     /// Whether a message that no receive was posted for has begun to come from a peer with `key`. Until it has, polls

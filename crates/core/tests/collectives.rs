@@ -12,7 +12,7 @@ use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
 use smddp_core::gate::{Gate, Words};
-use smddp_core::plan::select::Tuning;
+use smddp_core::plan::select::{Override, Tuning};
 use smddp_core::settings::Settings;
 use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
 use smddp_core::{Collective, DType, Error, GroupShape, ReduceOp, Region};
@@ -113,6 +113,22 @@ fn reductions_equal_the_single_process_result() {
         let want = |i: usize| value(n - 1, me * count + i);
         assert!(out.iter().enumerate().all(|(i, &v)| v == want(i)), "reduce_scatter on {shape}");
         assert!(input.iter().enumerate().all(|(i, &v)| v == value(me, i)), "input clobbered");
+    });
+}
+
+#[test]
+fn calls_of_several_phases_go_on_where_their_callers_stopped() {
+    let two_phase = Override::parse_all("all_reduce=two_phase").unwrap();
+    let tuning = Tuning { overrides: two_phase, ..Tuning::default() };
+    let groups = groups(&GroupShape::even(1, 3), 11, &tuning);
+    on_all(&groups, |g| {
+        for call in 0..300 {
+            let mut a: Vec<i64> = (0..9).map(|i| value(g.rank(), i + call)).collect();
+            g.all_reduce(&mut a, ReduceOp::Sum).unwrap();
+            let sum = |i: usize| (0..3).map(|r| value(r, i + call)).sum::<i64>();
+            assert!(a.iter().enumerate().all(|(i, &v)| v == sum(i)), "call {call}: {a:?}");
+        }
+        assert_eq!(g.last_algorithm(), "two_phase");
     });
 }
 

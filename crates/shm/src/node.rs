@@ -32,6 +32,8 @@ pub struct ShmNode {
     stuck_on: Option<usize>,
     peers: Peers,
     bell: Arc<dyn Bell>,
+    /// Marks of phases that were run on the spot: nobody asks for them.
+    at_once: Vec<Ctx>,
     /// The last call, by its number, if it was one in which some rank reads nothing of the others.
     unread: Option<(u64, PackedCall)>,
     /// Why nothing works any more.
@@ -54,6 +56,7 @@ impl ShmNode {
             sleeper: Sleeper::default(),
             stuck_on: None,
             peers,
+            at_once: Vec::with_capacity(1),
             unread: None,
             failed: None,
         }
@@ -138,6 +141,29 @@ impl ShmNode {
         Ok((consumed == Step::Moved || published == Step::Moved, [consumed, published]))
     }
 
+    /// Publishes and consumes the one exchange that is under way, as far as `patience` goes. Whether it is over.
+    fn exchange_now(&mut self, mut patience: u32) -> Result<bool> {
+        if self.publish() != Step::Moved {
+            return Ok(false);
+        }
+        loop {
+            let step = self.phases.consume(&self.segment, &mut self.ring, &mut self.at_once)?;
+            if self.phases.is_empty() {
+                self.at_once.clear();
+                self.notify();
+                return Ok(true);
+            }
+            let Step::Blocked(peer) = step else { continue };
+            while !self.ring.has_published(&*self.segment, peer) {
+                if patience == 0 || abort::is_raised(&*self.segment) {
+                    return Ok(false);
+                }
+                patience -= 1;
+                std::hint::spin_loop();
+            }
+        }
+    }
+
     fn publish(&mut self) -> Step {
         let step = self.phases.publish(&self.segment, &mut self.ring);
         if step == Step::Moved {
@@ -205,6 +231,17 @@ impl NodeLocal for ShmNode {
             self.unread = call.unpack().filter(|c| c.collective.rooted()).map(|_| (number, call));
         }
         Ok(())
+    }
+
+    fn run_now(&mut self, run: PhaseRun, patience: u32) -> Result<bool> {
+        self.submit(run)?;
+        if !self.phases.is_one_exchange() || !self.messages.is_idle() {
+            return Ok(false);
+        }
+        match self.exchange_now(patience) {
+            Ok(over) => Ok(over),
+            Err(error) => Err(self.fail(error)),
+        }
     }
 
     fn send(&mut self, message: Message) -> Result<()> {

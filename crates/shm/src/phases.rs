@@ -107,6 +107,15 @@ impl Phases {
         self.queue.is_empty()
     }
 
+    /// Whether all that is queued is one exchange, of which nothing was published.
+    pub(crate) fn is_one_exchange(&self) -> bool {
+        let Some(Run { run, first }) = self.queue.front() else { return false };
+        self.queue.len() == 1
+            && self.publishing.run == 0
+            && first.cuts == 1
+            && first.end == moves_of(run).len()
+    }
+
     /// Number of the first unfinished phase, and its call.
     pub(crate) fn oldest(&self) -> Option<(u64, PackedCall)> {
         let first = self.queue.front()?;

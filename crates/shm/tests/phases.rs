@@ -5,12 +5,14 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
+
 use common::*;
 use proptest::prelude::*;
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
-use smddp_core::transport::{Arith, Ctx, NodeLocal};
+use smddp_core::transport::{Arith, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
 use smddp_shm::Geometry;
 
@@ -35,6 +37,8 @@ struct Case {
     spins: Vec<usize>,
     /// Phases submitted at once.
     window: usize,
+    /// Polls in vain of a phase that is run on the spot, a rank; `None`: it submits all of them.
+    now: Vec<Option<u32>>,
 }
 
 /// Elements around the sizes at which something changes: inline, one slot, several.
@@ -66,9 +70,13 @@ fn case() -> impl Strategy<Value = Case> {
         .prop_flat_map(|(size, slots, window)| {
             let phases = prop::collection::vec(phase(size), 1..6);
             let spins = prop::collection::vec(prop_oneof![Just(0usize), Just(3), Just(200)], size);
-            (Just((size, slots, window)), phases, spins)
+            let patience = prop_oneof![Just(None), Just(Some(0)), Just(Some(5)), Just(Some(100_000))];
+            (Just((size, slots, window)), phases, spins, prop::collection::vec(patience, size))
         })
-        .prop_map(|((size, slots, window), raw, spins)| build(size, slots, window, raw, spins))
+        .prop_map(|((size, slots, window), raw, spins, now)| Case {
+            now,
+            ..build(size, slots, window, raw, spins)
+        })
 }
 
 fn build(size: usize, slots: usize, window: usize, raw: Vec<RawPhase>, spins: Vec<usize>) -> Case {
@@ -87,7 +95,8 @@ fn build(size: usize, slots: usize, window: usize, raw: Vec<RawPhase>, spins: Ve
         }
         phases.push(Phase { moves: built, arith: arith(dtype, op, size) });
     }
-    Case { size, geometry: Geometry { slot: 4096, slots }, phases, input, output, spins, window }
+    let geometry = Geometry { slot: 4096, slots };
+    Case { size, geometry, phases, input, output, spins, window, now: vec![None; size] }
 }
 
 /// Bytes that are small numbers of every dtype used here often enough, and never not a number by accident of pattern.
@@ -147,8 +156,16 @@ fn execute(case: &Case) -> Vec<Memory> {
         while done.len() < plans.len() {
             while next < plans.len() && next < done.len() + case.window {
                 let arith = case.phases[next].arith;
-                node.submit(run(&plans[next], buffers, arith, call(next), next as u64)).unwrap();
+                let phase = run(&plans[next], buffers, arith, call(next), next as u64);
                 next += 1;
+                match case.now[rank].filter(|_| done.len() == next - 1) {
+                    Some(patience) if node.run_now(phase.clone(), patience).unwrap() => done.push(phase.ctx),
+                    Some(_) => {}
+                    None => node.submit(phase).unwrap(),
+                }
+            }
+            if done.len() == next {
+                continue;
             }
             done.extend(
                 drive(&mut node, 1.min(next - done.len()), case.spins[rank])
@@ -191,6 +208,57 @@ fn every_kind_of_move_at_every_edge_of_inline_and_slot() {
             }
         }
     }
+}
+
+#[test]
+fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
+    let plan = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8))]);
+    let over = on_ranks(2, SMALL, |rank, mut node| {
+        let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
+        let buffers = memory.buffers();
+        let phase = |i| run(&plan, buffers, arith(DType::U8, ReduceOp::Sum, 2), call(8), i);
+        if rank == 1 {
+            // Nobody answers yet.
+            assert_eq!(node.run_now(phase(0), 3), Ok(false));
+            assert_eq!(node.waiting_for(), [0]);
+            assert_eq!(drive(&mut node, 1, 0).unwrap(), [Ctx(0)]);
+        } else {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert_eq!(node.run_now(phase(0), 0), Ok(true), "the other has published");
+        }
+        // Several exchanges are no matter of a moment.
+        let long = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8)); 200]);
+        assert_eq!(node.run_now(PhaseRun { plan: long, ..phase(1) }, 1_000_000), Ok(false));
+        assert_eq!(drive(&mut node, 1, 50).unwrap(), [Ctx(1)]);
+        memory.output
+    });
+    assert_eq!(over, [vec![2; 8], vec![2; 8]]);
+}
+
+#[test]
+fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
+    let to_1 = one_phase(vec![span_move(Who::One(0), Who::One(1), Span::input(0, 8), Span::output(0, 8))]);
+    let sender_is_through = std::sync::atomic::AtomicBool::new(false);
+    on_ranks(2, SMALL, |rank, mut node| {
+        let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
+        let buffers = memory.buffers();
+        let phase = |i| run(&to_1, buffers, arith(DType::U8, ReduceOp::Sum, 2), call(8), i);
+        let phases = SMALL.slots as u64 + 1;
+        if rank == 0 {
+            (0..phases).for_each(|i| node.submit(phase(i)).unwrap());
+            // One more than there are slots: asleep until rank 1 has consumed the first.
+            drive(&mut node, phases as usize, 0).unwrap();
+            sender_is_through.store(true, Ordering::SeqCst);
+        } else {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert_eq!(node.run_now(phase(0), 0), Ok(true));
+            let until = std::time::Instant::now() + SLEEP * 2;
+            while !sender_is_through.load(Ordering::SeqCst) && std::time::Instant::now() < until {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            (1..phases).for_each(|i| assert_eq!(node.run_now(phase(i), 0), Ok(true)));
+        }
+    });
 }
 
 #[test]

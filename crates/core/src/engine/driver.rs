@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::group::{Group, Seat, group_of};
+use crate::engine::group::{Group, Immediate, Seat, Tried, group_of};
 use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
@@ -122,6 +122,19 @@ impl<T: Transports> Driver<T> {
         if let Err(error) = result {
             self.fail(index, &error);
         }
+    }
+
+    /// Runs a call of group `index` on the spot if nothing comes before it.
+    pub fn run_now(&mut self, index: usize, call: &Immediate<'_>, patience: u32) -> Tried {
+        let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return Tried::NotNow };
+        let (tried, result) = group.run_now(call, patience);
+        if matches!(tried, Tried::Later(_)) && !self.busy.contains(&index) {
+            self.busy.push(index);
+        }
+        if let Err(error) = result {
+            self.fail(index, &error);
+        }
+        tried
     }
 
     /// Starts what can start, polls everything once, and goes on with what that completed. True when anything moved.

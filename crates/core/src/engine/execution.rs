@@ -86,6 +86,22 @@ pub struct Start {
     pub mark: u64,
 }
 
+impl Start {
+    /// The phase at place `at` of a [plain](Ready::is_plain) schedule.
+    pub fn phase(&self, at: usize) -> PhaseRun {
+        let step = self.ready.graph(0).phases[at];
+        PhaseRun {
+            plan: Arc::clone(self.ready.plan(0)),
+            step,
+            shift: 0,
+            buffers: self.buffers,
+            arith: self.arith,
+            call: self.call,
+            ctx: Ctx(self.mark | u64::from(step)),
+        }
+    }
+}
+
 impl Execution {
     pub fn new(start: Start, mut work: Workspace) -> Execution {
         let window = start.ready.window();
@@ -110,6 +126,21 @@ impl Execution {
             on_fabric: 0,
             phases_done: 0,
         }
+    }
+
+    /// Of a [plain](Ready::is_plain) schedule, whose phases before place `at` are done and whose phase there is with the
+    /// transport.
+    pub fn resumed(start: Start, work: Workspace, at: usize) -> Execution {
+        let mut execution = Execution::new(start, work);
+        execution.open_rounds();
+        for place in 0..at {
+            let step = execution.ready.graph(0).phases[place];
+            execution.finish_step(0, step);
+        }
+        execution.wave = at * execution.ready.schedule.lag;
+        execution.phase = at + 1;
+        execution.phases_done = at;
+        execution
     }
 
     /// Takes the storage back.

@@ -56,6 +56,9 @@ pub struct Ready {
     tail: Option<Graph>,
     /// Phases of a round, at most.
     pub phases: usize,
+    /// Nothing but phases, one after the other, in one round and without scratch: such a call can run on its caller's
+    /// stack.
+    pub is_plain: bool,
 }
 
 impl Ready {
@@ -63,7 +66,10 @@ impl Ready {
         let body = Graph::new(&schedule.body);
         let tail = schedule.tail.as_ref().map(|t| Graph::new(t));
         let phases = body.phases.len().max(tail.as_ref().map_or(0, |t| t.phases.len()));
-        Ready { schedule, body, tail, phases }
+        let one_round = schedule.full_rounds == 1 && tail.is_none();
+        let only_phases = phases > 0 && phases == schedule.body.steps.len();
+        let is_plain = one_round && only_phases && schedule.scratch_stride() == 0;
+        Ready { schedule, body, tail, phases, is_plain }
     }
 
     pub fn graph(&self, round: usize) -> &Graph {

@@ -15,8 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use crate::call::Collective;
+use crate::call::{Call, Collective};
 use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
+use crate::engine::graph::Ready;
 use crate::engine::numbers::Stream;
 use crate::engine::op::{OpState, Work};
 use crate::engine::staging::{Loan, Staging};
@@ -44,6 +45,25 @@ const MESSAGES: usize = 1 << 15;
 /// Group index of a mark.
 pub fn group_of(ctx: Ctx) -> usize {
     (ctx.0 >> 48) as usize
+}
+
+/// A call of a [plain](Ready::is_plain) schedule whose caller waits for it.
+pub struct Immediate<'a> {
+    pub ready: &'a Arc<Ready>,
+    pub input: Region,
+    pub output: Region,
+    pub call: Call,
+    /// Makes the operation, should the call not be over at once.
+    pub op: &'a dyn Fn() -> Arc<OpState>,
+}
+
+/// What became of an [`Immediate`].
+pub enum Tried {
+    Done,
+    /// It is under way, or has failed, as this operation.
+    Later(Arc<OpState>),
+    /// It was not begun: other work comes first.
+    NotNow,
 }
 
 struct Active {
@@ -285,6 +305,40 @@ impl<L: NodeLocal> Group<L> {
         }
     }
 
+    /// Runs a call on the spot, where nothing is under way (G1); an error is the group's. The transport may poll
+    /// `patience` times in vain.
+    pub fn run_now(&mut self, call: &Immediate<'_>, patience: u32) -> (Tried, Result<()>) {
+        if self.failed.is_some() || self.is_busy() {
+            return (Tried::NotNow, Ok(()));
+        }
+        let start = Start {
+            ready: Arc::clone(call.ready),
+            buffers: Buffers { input: call.input, output: call.output, scratch: Region::EMPTY },
+            arith: self.arith(&call.call),
+            call: call.call.pack(),
+            group: self.seat.id,
+            seq: self.next_seq,
+            mark: self.mark(),
+        };
+        self.next_seq += 1;
+        for at in 0..call.ready.phases {
+            let outcome = self.seat.local.run_now(start.phase(at), patience);
+            if matches!(outcome, Ok(true)) {
+                continue;
+            }
+            let op = (call.op)();
+            op.seq.store(start.seq, Ordering::Relaxed);
+            let execution = Execution::resumed(start, std::mem::take(&mut self.spare), at);
+            self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
+            return (Tried::Later(op), outcome.map(|_| ()));
+        }
+        (Tried::Done, Ok(()))
+    }
+
+    fn arith(&self, call: &Call) -> Arith {
+        Arith { dtype: call.dtype, op: call.op, world: self.seat.shape.size() as u32 }
+    }
+
     fn begin(&mut self, op: Arc<OpState>, staging: &mut Staging) -> Result<Active> {
         let Work::Collective { ready, input, output } = &op.work else {
             return Err(Error::Internal("a message in the queue of collectives".to_owned()));
@@ -293,7 +347,7 @@ impl<L: NodeLocal> Group<L> {
         let start = Start {
             ready: Arc::clone(ready),
             buffers: Buffers { input: *input, output: *output, scratch: loan.region },
-            arith: Arith { dtype: op.call.dtype, op: op.call.op, world: self.seat.shape.size() as u32 },
+            arith: self.arith(&op.call),
             call: op.call.pack(),
             group: self.seat.id,
             seq: op.seq.load(Ordering::Relaxed),

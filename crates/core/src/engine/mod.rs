@@ -28,11 +28,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::process;
 use crate::settings::Settings;
 use crate::transport::{Bell, Fabric, Transports};
 use callbacks::Callbacks;
 use driver::{Bed, Driver};
-use group::Seat;
+use group::{Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
 use op::OpState;
 
@@ -40,6 +41,8 @@ use op::OpState;
 const CALLER: Pace = Pace { spins: u32::MAX, yields: 500 };
 /// The progress thread shares its core with the user's compute: it hardly spins.
 const THREAD: Pace = Pace { spins: 20, yields: 50 };
+/// A transport that looks for one thing alone looks so often in the time of a driver's turn.
+const LOOKS_PER_SPIN: u32 = 4;
 /// A clock read costs as much as a poll; a turn copies at most about a slot.
 const TURNS_PER_LOOK: u32 = 64;
 
@@ -96,12 +99,12 @@ impl<T: Transports> Engine<T> {
                 reason: e.to_string(),
                 hint: "Raise the process limit (ulimit -u)".to_owned(),
             })?;
-        Ok(Engine { shared, thread: Mutex::new(Some(thread)), process: std::process::id() })
+        Ok(Engine { shared, thread: Mutex::new(Some(thread)), process: process::id() })
     }
 
     /// Whether this is the process that made the engine: a forked child inherits the memory, not the thread.
     pub fn is_ours(&self) -> bool {
-        self.process == std::process::id()
+        self.process == process::id()
     }
 
     /// Ranks of this node outnumber its cores: nobody may spin.
@@ -209,6 +212,23 @@ impl<T: Transports> Engine<T> {
                 self.wait_seated(None, op, limit)
             }
         }
+    }
+
+    /// Runs a call on its caller's stack, without an operation, where nobody drives and its group has nothing under way;
+    /// an operation that it becomes was helped as by [`run`](Self::run).
+    pub fn run_now(&self, group: usize, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
+        let Ok(mut driver) = self.shared.driver.try_lock() else { return Tried::NotNow };
+        self.shared.take_inbox(&mut driver);
+        let patience = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
+        let tried = driver.run_now(group, call, patience);
+        match &tried {
+            Tried::Later(op) => {
+                // The operation knows how it ended.
+                let _ = self.wait_seated(Some(driver), op, limit);
+            }
+            Tried::Done | Tried::NotNow => self.finish_help(driver),
+        }
+        tried
     }
 
     /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.
