@@ -111,6 +111,36 @@ def training() -> dict[str, Any]:
     return run_suite(TRAINING)
 
 
+def backends_by_device() -> dict[str, Any]:
+    """This backend for one kind of memory, another for the other, in one group and in a part of it. On a GPU only."""
+    if not ON_GPU:
+        return {"cases": {}}
+    choose_device()
+    torch.set_num_threads(1)
+    found = {}
+    for backend in ("cpu:smddp,cuda:nccl", "cpu:gloo,cuda:smddp"):
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=40))
+            here, there = (part.split(":")[1] for part in backend.split(","))
+            for group in (None, dist.new_group(list(range(dist.get_world_size())))):
+                for device, name in (("cpu", here), (DEVICE, there)):
+                    assert dist.get_backend_config(group) == backend
+                    assert (group or dist.group.WORLD)._get_backend(torch.device(device)).name() == name
+                    tensor = torch.full((1000,), dist.get_rank() + 1.0, device=device)
+                    dist.all_reduce(tensor, group=group)
+                    is_all(tensor, total())
+                    parts = [torch.zeros_like(tensor) for _ in range(dist.get_world_size())]
+                    dist.all_gather(parts, tensor, group=group)
+                    is_all(torch.cat(parts), total())
+            dist.barrier()
+            dist.destroy_process_group()
+            found[backend] = ""
+        except Exception:  # noqa: BLE001
+            found[backend] = traceback.format_exc()
+            break
+    return {"cases": found}
+
+
 def misuse() -> dict[str, Any]:
     return run_suite(MISUSE)
 

@@ -75,6 +75,8 @@ STEPS = [
     Step("training, 4 nodes", "training", [0, 1, 2, 3], 50),
     Step("streams, 1 connection", "streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     Step("collectives, 1 rank", "collectives", [0], 40),
+    Step("backends by device, 1 rank", "backends_by_device", [0], 40),
+    Step("backends by device, 2 ranks", "backends_by_device", [0, 0], 45, SHARED, as_hosts, optional=True),
     Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
     Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
     Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
