@@ -210,6 +210,41 @@ impl Drop for Stream {
     }
 }
 
+/// Device memory of our own.
+pub(crate) struct DeviceMemory {
+    device: Arc<Device>,
+    pub(crate) address: u64,
+}
+
+impl DeviceMemory {
+    /// The device must have been entered.
+    pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<DeviceMemory> {
+        let mut address = 0;
+        // SAFETY: a place for the address, freed in drop.
+        let status = unsafe { (device.driver.memory_allocate)(&raw mut address, bytes) };
+        if status != sys::SUCCESS {
+            return Err(Error::Resource {
+                what: "staging for CUDA tensors".to_owned(),
+                resource: "device memory",
+                reason: format!("{bytes} bytes: {}", device.driver.explain(status)),
+                hint:
+                    "Lower SMDDP_CUDA_SLOT or SMDDP_CUDA_SLOTS, or make the group before the device is full"
+                        .to_owned(),
+            });
+        }
+        Ok(DeviceMemory { device: Arc::clone(device), address })
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: allocated in `new`; its user drops it only when the device is done with it.
+            let _ = unsafe { (self.device.driver.memory_free)(self.address) };
+        }
+    }
+}
+
 /// Orders streams among each other.
 pub(crate) struct Event {
     device: Arc<Device>,

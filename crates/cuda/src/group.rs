@@ -12,10 +12,10 @@ use smddp_core::{Collective, DType, Error, ReduceOp, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, wait};
-use crate::hierarchical;
+use crate::hierarchical::{self, Hierarchy};
 use crate::nccl::{self, NcclComm};
 use crate::past::{Events, Past};
-use crate::stager::Stager;
+use crate::stager::{Scratch, Stager};
 use crate::watch::Watched;
 
 /// How often a host that waits for the device looks.
@@ -140,7 +140,8 @@ impl<T: Transports> DeviceGroup<T> {
             Path::Staged | Path::Alone => None,
         };
         let stager = match path {
-            Path::Staged | Path::Hierarchical => Some(make_stager(&device, &settings)),
+            Path::Staged => Some(make_stager(&device, &settings, Scratch::None)),
+            Path::Hierarchical => Some(make_stager(&device, &settings, Scratch::OnDevice)),
             Path::Nccl | Path::Alone => None,
         };
         let stager = agreed(&host, stager.transpose(), "making its staging")?;
@@ -220,7 +221,10 @@ impl<T: Transports> DeviceGroup<T> {
         let started = started.and_then(|handle| self.end_of(call, stream, handle));
         if let Err(error @ Error::Transport { .. }) = &started {
             // Part of the call may be enqueued; the others must not wait for the rest.
-            self.host.abort(&error.to_string());
+            match &self.nccl {
+                Some(nccl) => nccl.fail(error),
+                None => self.host.abort(&error.to_string()),
+            }
         }
         if let Ok(Started { handle: Some(handle), .. }) = &started {
             parts.last = Some(handle.clone());
@@ -351,17 +355,19 @@ impl<T: Transports> DeviceGroup<T> {
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {
         let (Some(rail), Some(stager)) = (&self.rail, &mut parts.stager) else { return Err(missing()) };
-        let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
-        let by_nccl = !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
-            && call.dtype != DType::I16
-            && !averages_integers;
-        if call.collective != Collective::AllReduce || !by_nccl {
+        if !hierarchical::carries(call) {
             return stager.enqueue(&self.host, call, stream);
         }
-        self.device.copy_on_device(call.output.address, call.input.address, call.input.bytes, stream)?;
-        let shape = self.host.shape();
-        let place = (shape.local_of(self.host.rank()), shape.local_size(self.host.rank()));
-        hierarchical::all_reduce(self.nccl()?, rail, stager, call, place, stream)
+        let (shape, rank) = (self.host.shape(), self.host.rank());
+        let is_source = match call.collective {
+            Collective::AllReduce => true,
+            Collective::Broadcast => call.root == rank,
+            _ => false,
+        };
+        if is_source {
+            self.device.copy_on_device(call.output.address, call.input.address, call.input.bytes, stream)?;
+        }
+        Hierarchy { nccl: self.nccl()?, rail, stager, shape, rank, stream }.enqueue(call)
     }
 }
 
@@ -461,6 +467,6 @@ fn meet<T: Transports>(
     agreed(host, met, "meeting for NCCL")
 }
 
-fn make_stager(device: &Arc<Device>, settings: &Settings) -> Result<Stager> {
-    Stager::new(device, settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"))
+fn make_stager(device: &Arc<Device>, settings: &Settings, scratch: Scratch) -> Result<Stager> {
+    Stager::new(device, settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"), scratch)
 }

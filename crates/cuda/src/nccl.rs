@@ -161,6 +161,29 @@ impl NcclComm {
         check(&self.nccl, name, status)
     }
 
+    /// Enqueues calls that NCCL launches together.
+    pub(crate) fn enqueue_all(&self, calls: &[DeviceCall], stream: Stream) -> Result<()> {
+        let [first, more @ ..] = calls else { return Ok(()) };
+        if more.is_empty() {
+            return self.enqueue(first, stream);
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ended.load(Ordering::Acquire) {
+            return Err(missing());
+        }
+        let name = first.collective.name();
+        // SAFETY: takes nothing; ended below, whatever happens between.
+        check(&self.nccl, name, unsafe { (self.nccl.group_start)() })?;
+        let issued = calls.iter().try_for_each(|call| {
+            // SAFETY: as in `enqueue`.
+            let status = unsafe { self.issue(call, stream)? };
+            check(&self.nccl, name, status)
+        });
+        // SAFETY: begun above.
+        let ended = check(&self.nccl, name, unsafe { (self.nccl.group_end)() });
+        issued.and(ended)
+    }
+
     /// # Safety
     /// The call's memory is the device's, of the lengths its collective wants, until the stream is past it.
     unsafe fn issue(&self, call: &DeviceCall, stream: Stream) -> Result<sys::Status> {

@@ -13,7 +13,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::{Device, Event, Stream, wait};
+use crate::device::{Device, DeviceMemory, Event, Stream, wait};
 use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
 
@@ -66,10 +66,18 @@ impl Rows {
     }
 }
 
+/// Whether slots have memory on the device too, half as much as on the host.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scratch {
+    None,
+    OnDevice,
+}
+
 pub(crate) struct Stager {
     device: Arc<Device>,
     words: SharedWords,
     slots: Vec<Slot>,
+    scratch: Option<DeviceMemory>,
     next: usize,
     half: usize,
     to_host: Stream,
@@ -84,12 +92,17 @@ pub(crate) struct Stager {
 
 impl Stager {
     /// `count` slots of `bytes`; the device must have been entered.
-    pub(crate) fn new(device: &Arc<Device>, count: usize, bytes: usize) -> Result<Stager> {
+    pub(crate) fn new(device: &Arc<Device>, count: usize, bytes: usize, scratch: Scratch) -> Result<Stager> {
+        let count = count.clamp(1, SLOTS);
         let slot = |_| Ok(Slot { memory: Pinned::new(device, bytes)?, free: Event::new(device)?, value: 0 });
         let mut stager = Stager {
             device: Arc::clone(device),
             words: SharedWords::new(device)?,
-            slots: (0..count.clamp(1, SLOTS)).map(slot).collect::<Result<_>>()?,
+            slots: (0..count).map(slot).collect::<Result<_>>()?,
+            scratch: match scratch {
+                Scratch::None => None,
+                Scratch::OnDevice => Some(DeviceMemory::new(device, count * (bytes / 2))?),
+            },
             next: 0,
             half: bytes / 2,
             to_host: Stream::new(device)?,
@@ -159,23 +172,42 @@ impl Stager {
         self.slots.len()
     }
 
-    /// Elements of a call in place that one piece holds.
-    pub(crate) fn columns(&self, size: usize) -> usize {
-        (self.half / size / ALIGN * ALIGN).max(1)
+    /// Columns of a piece of `rows` rows.
+    pub(crate) fn columns(&self, call: &DeviceCall, rows: usize) -> Result<usize> {
+        let size = call.dtype.size();
+        let columns = (self.half / (rows * size) / ALIGN * ALIGN).max(1);
+        if columns * rows * size > self.half {
+            return Err(Error::Argument {
+                op: call.collective.name().to_owned(),
+                argument: "SMDDP_CUDA_SLOT",
+                expected: format!("room for an element of each of {rows} ranks twice"),
+                given: format!("{} bytes", 2 * self.half),
+                hint: "Raise it".to_owned(),
+            });
+        }
+        Ok(columns)
     }
 
-    /// Enqueues a call in place of one piece behind `stream`'s work, which goes on without it. The slot it passes
-    /// through, to be told to [`join`](Self::join) before it is used again, [`depth`](Self::depth) pieces later.
+    /// The address of the device memory of the slot that is next, which has room for all rows of a piece; 0 without.
+    pub(crate) fn scratch(&self) -> u64 {
+        self.scratch.as_ref().map_or(0, |memory| memory.address + (self.next * self.half) as u64)
+    }
+
+    /// Enqueues a call of one piece behind `stream`'s work, which goes on without it; its rows go to `outputs`. The slot
+    /// it passes through, to be told to [`join`](Self::join) before it is used again, [`depth`](Self::depth) pieces later.
     pub(crate) fn fork<T: Transports>(
         &mut self,
         host: &Communicator<T>,
         call: &DeviceCall,
+        outputs: &[u64],
         stream: sys::Stream,
     ) -> Result<(usize, Handle<T>)> {
         self.follow(stream)?;
         let rows = Rows::of(call, host.rank(), host.size());
         let slot = self.next;
-        self.piece(host, call, &rows, 0, call.count).map(|handle| (slot, handle))
+        let row = call.count * call.dtype.size();
+        let inputs = |r: usize| call.input.address + (r * row) as u64;
+        self.piece(host, call, &rows, call.count, (&inputs, &|r| outputs[r])).map(|handle| (slot, handle))
     }
 
     /// Lets `stream` wait for the piece in this slot.
@@ -197,51 +229,43 @@ impl Stager {
     ) -> Result<Option<Handle<T>>> {
         let rows = Rows::of(call, host.rank(), host.size());
         let size = call.dtype.size();
-        let most = call.most_rows(host.size());
-        let columns = (self.half / (most * size) / ALIGN * ALIGN).max(1);
-        if columns * most * size > self.half {
-            return Err(Error::Argument {
-                op: call.collective.name().to_owned(),
-                argument: "SMDDP_CUDA_SLOT",
-                expected: format!("room for an element of each of {most} ranks twice"),
-                given: format!("{} bytes", 2 * self.half),
-                hint: "Raise it".to_owned(),
-            });
-        }
+        let columns = self.columns(call, call.most_rows(host.size()))?;
+        let row = call.count * size;
         let mut last = None;
         let mut from = 0;
         while from < call.count {
             let count = columns.min(call.count - from);
-            last = Some(self.piece(host, call, &rows, from, count)?);
+            let at = |start: u64, r: usize| start + (r * row + from * size) as u64;
+            let inputs = |r: usize| at(call.input.address, r);
+            let outputs = |r: usize| at(call.output.address, r);
+            last = Some(self.piece(host, call, &rows, count, (&inputs, &outputs))?);
             from += count;
         }
         Ok(last)
     }
 
+    /// `count` columns, of rows at these addresses.
     fn piece<T: Transports>(
         &mut self,
         host: &Communicator<T>,
         call: &DeviceCall,
         rows: &Rows,
-        from: usize,
         count: usize,
+        (inputs, outputs): (&dyn Fn(usize) -> u64, &dyn Fn(usize) -> u64),
     ) -> Result<Handle<T>> {
         let (slot, gate) = self.take_slot();
         let memory = self.slots[slot].memory.region();
-        let size = call.dtype.size();
-        let (row, width) = (call.count * size, count * size);
+        let width = count * call.dtype.size();
         let input = memory.slice(0, rows.input * width);
         let output = if rows.in_place { input } else { memory.slice(self.half, rows.output * width) };
 
         self.to_host.wait(&self.slots[slot].free)?;
         for r in 0..rows.copied_in {
-            let at = call.input.address + (r * row + from * size) as u64;
-            self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), at, width)?;
+            self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), inputs(r), width)?;
         }
         let handle = self.exchange(host, &call.request(count, input, output), gate)?;
         for r in 0..rows.copied_out {
-            let at = call.output.address + (r * row + from * size) as u64;
-            self.to_device.copy_to_device(at, output.slice(r * width, width).as_ptr(), width)?;
+            self.to_device.copy_to_device(outputs(r), output.slice(r * width, width).as_ptr(), width)?;
         }
         self.slots[slot].free.record(self.to_device.raw)?;
         Ok(handle)
@@ -341,6 +365,7 @@ impl Stager {
         for (_, memory) in self.borrowed.drain(..) {
             std::mem::forget(memory);
         }
+        std::mem::forget(self.scratch.take());
         self.words.leave_behind();
     }
 }

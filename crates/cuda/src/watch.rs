@@ -111,6 +111,14 @@ impl<T: Transports> Watched<T> {
         Ok(())
     }
 
+    /// A call was enqueued in part: ends it on all ranks.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.shared.tell(error);
+        let mut state = self.shared.lock();
+        state.failure.get_or_insert_with(|| error.clone());
+        self.shared.changed.notify_all();
+    }
+
     /// What the group failed with, as seen from here.
     pub(crate) fn failure(&self) -> Option<Error> {
         self.shared.lock().failure.clone()
@@ -159,6 +167,10 @@ impl<T: Transports> Shared<T> {
     fn watch(&self) {
         let mut state = self.lock();
         while !state.ending {
+            if let Some(error) = state.failure.clone() {
+                drop(state);
+                return self.fail(&error);
+            }
             if state.calls.is_empty() {
                 state = self.wait(state, None);
                 continue;
@@ -172,9 +184,7 @@ impl<T: Transports> Shared<T> {
             calls.append(&mut state.calls);
             state.calls = calls;
             if let Some(error) = found {
-                state.failure = Some(error.clone());
-                drop(state);
-                return self.fail(&error);
+                state.failure.get_or_insert(error);
             }
         }
     }
@@ -208,6 +218,11 @@ impl<T: Transports> Shared<T> {
     fn fail(&self, error: &Error) {
         tracing::warn!(%error, group = self.host.name(), "ending NCCL's calls");
         // First what tells the other ranks and releases streams that wait for words, then the kernels.
+        self.tell(error);
+        self.nccl.end(true);
+    }
+
+    fn tell(&self, error: &Error) {
         let reason = error.to_string();
         if self.host.failure().is_none() {
             self.host.abort(&reason);
@@ -215,6 +230,5 @@ impl<T: Transports> Shared<T> {
         if let Some(rail) = self.rail.as_ref().filter(|r| r.failure().is_none()) {
             rail.abort(&reason);
         }
-        self.nccl.end(true);
     }
 }

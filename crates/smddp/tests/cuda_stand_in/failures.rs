@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use smddp::{Collective, DType, Error};
 
+use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
 
@@ -171,6 +172,82 @@ fn a_driver_call_that_fails_is_told_on_all_ranks() {
                 assert!(job.comes_to_rest(), "a stream waits for ever after {name}");
                 told(&job, &group);
                 rank.barrier(&format!("{name}-{nth}-over"));
+            }
+        }
+    });
+}
+
+/// In the node's part, where no other rank has come, and on the rail, where the ranks of the other node have not.
+#[test]
+fn an_abort_releases_every_call_over_nccl_and_host() {
+    let nodes = &[2, 2];
+    children("failures::an_abort_releases_every_call_over_nccl_and_host", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        for collective in CARRIED {
+            for who in [1, 2] {
+                let name = format!("{collective}-{who}");
+                let group = job.group(&name, &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "2")]);
+                // Of the other node, so that a broadcast has what to wait for.
+                let late = Case::of(collective, DType::F32, 100_000, 2, &job);
+                let memory = (rank.rank < who).then(|| late.start(&job, &group));
+                rank.barrier(&format!("{name}-started"));
+                if rank.rank == 0 {
+                    let until = Instant::now() + Duration::from_secs(20);
+                    while job.control.parked() == 0 && Instant::now() < until {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    assert!(job.control.parked() > 0, "{name}: nothing waits for ranks that have not come");
+                    group.device.abort("a test");
+                }
+                assert!(job.comes_to_rest(), "{name}: the stream still waits");
+                rank.barrier(&name);
+                if let Some(memory) = memory {
+                    late.free(&job, &memory);
+                }
+                let error = told(&job, &group);
+                assert!(matches!(error, Error::Aborted { .. }), "{name}: {error}");
+                rank.barrier(&format!("{name}-over"));
+            }
+        }
+    });
+}
+
+/// Each call of NCCL and of the driver fails once, in the first chunk or a later one.
+#[test]
+fn a_call_that_fails_between_nccl_and_host_is_told_on_all_ranks() {
+    const CALLS: [(Collective, &str); 10] = [
+        (Collective::AllReduce, "ncclReduceScatter"),
+        (Collective::AllReduce, "ncclAllGather"),
+        (Collective::ReduceScatter, "ncclGroupStart"),
+        (Collective::ReduceScatter, "ncclReduce"),
+        (Collective::ReduceScatter, "ncclGroupEnd"),
+        (Collective::ReduceScatter, "cuMemcpyDtoHAsync_v2"),
+        (Collective::AllGather, "ncclBroadcast"),
+        (Collective::AllGather, "ncclGroupEnd"),
+        (Collective::AllGather, "cuStreamWaitValue32_v2"),
+        (Collective::AllGather, "cuStreamWaitEvent"),
+    ];
+    let nodes = &[2, 2];
+    let test = "failures::a_call_that_fails_between_nccl_and_host_is_told_on_all_ranks";
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        for (collective, name) in CALLS {
+            for nth in [1, 3] {
+                let label = format!("{collective}-{name}-{nth}");
+                let group = job.group(&label, &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "2")]);
+                rank.barrier(&label);
+                let case = Case::of(collective, DType::F32, 60_000, 0, &job);
+                if rank.rank == 0 {
+                    job.control.fail(name, nth, 1);
+                }
+                let outcome = case.try_start(&job, &group);
+                if rank.rank == 0 {
+                    let error = outcome.err().unwrap_or_else(|| panic!("{label} did not fail"));
+                    assert!(matches!(error, Error::Transport { .. }), "{label}: {error}");
+                }
+                assert!(job.comes_to_rest(), "a stream waits for ever after {label}");
+                told(&job, &group);
+                rank.barrier(&format!("{label}-over"));
             }
         }
     });

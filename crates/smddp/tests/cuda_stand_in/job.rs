@@ -20,6 +20,8 @@ pub fn children(test: &str, nodes: &[usize], more: &[(&str, &str)]) -> Children 
 pub struct Job {
     rank: usize,
     nodes: Vec<usize>,
+    /// Node of this rank, and number in it.
+    place: (usize, usize),
     store: Arc<dyn Store>,
     pub driver: Arc<Driver>,
     pub control: Control,
@@ -47,6 +49,12 @@ impl Job {
         Job::start_on(rank, nodes, local as i32)
     }
 
+    /// As `start`, on nodes of equally many ranks that are dealt out in turn.
+    pub fn interleaved(rank: &Rank, nodes: &[usize]) -> Job {
+        let place = (rank.rank % nodes.len(), rank.rank / nodes.len());
+        Job { place, ..Job::start_on(rank, nodes, place.1 as i32) }
+    }
+
     pub fn start_on(rank: &Rank, nodes: &[usize], device: i32) -> Job {
         let paths = smddp_standin::paths();
         smddp::cuda::use_driver(paths.cuda.as_os_str()).unwrap();
@@ -60,7 +68,8 @@ impl Job {
             assert_eq!((driver.stream_create)(&raw mut stream, 1, 0), SUCCESS);
         }
         let store = store(rank);
-        Job { rank: rank.rank, nodes: nodes.to_vec(), store, driver, control, device, context, stream }
+        let place = place(nodes, rank.rank);
+        Job { rank: rank.rank, nodes: nodes.to_vec(), place, store, driver, control, device, context, stream }
     }
 
     pub fn rank(&self) -> usize {
@@ -86,7 +95,7 @@ impl Job {
     }
 
     pub fn try_group(&self, name: &str, more: &[(&str, &str)]) -> Result<Group> {
-        let (node, local) = place(&self.nodes, self.rank);
+        let (node, local) = self.place;
         let mut settings = Settings::from_vars([]).unwrap();
         settings.set("SMDDP_NODE_ID", &format!("node{node}")).unwrap();
         settings.set("SMDDP_NCCL", smddp_standin::paths().nccl.to_str().unwrap()).unwrap();

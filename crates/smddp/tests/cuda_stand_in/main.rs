@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod hierarchical;
 mod job;
 mod reference;
 

@@ -19,9 +19,34 @@ pub const COLLECTIVES: [Collective; 8] = [
 /// What stands in outputs before: no result holds it.
 const BEFORE: i64 = -77;
 
-/// Element `i` of what rank `rank` passes; small enough to be exact in every type, sums included.
+/// Element `i` of what rank `rank` passes; small enough to be exact in every type of 32 bits or more, sums included.
 fn element(rank: usize, i: usize) -> i64 {
     ((rank + 1) * 100 + i % 89) as i64
+}
+
+/// As [`element`], for a type and a reduction over up to 4 ranks whose result the type holds exactly.
+fn small(dtype: DType, op: ReduceOp, rank: usize, i: usize) -> i64 {
+    match (dtype, op) {
+        (DType::Bool, _) => i64::from((rank + i).is_multiple_of(3)),
+        // Means of 4 are whole.
+        (_, ReduceOp::Avg) => 4 * (1 + (rank + i) % 3) as i64,
+        _ => (1 + (rank + i) % 3) as i64,
+    }
+}
+
+fn reduced(dtype: DType, op: ReduceOp, values: &[i64]) -> i64 {
+    let it = values.iter().copied();
+    let whole = match op {
+        ReduceOp::Sum => it.sum(),
+        ReduceOp::Avg => it.sum::<i64>() / values.len() as i64,
+        ReduceOp::Product => it.product(),
+        ReduceOp::Min => it.min().unwrap_or(0),
+        ReduceOp::Max => it.max().unwrap_or(0),
+        ReduceOp::BitAnd => it.fold(-1, |a, b| a & b),
+        ReduceOp::BitOr => it.fold(0, |a, b| a | b),
+        ReduceOp::BitXor => it.fold(0, |a, b| a ^ b),
+    };
+    if dtype == DType::Bool { whole.min(1) } else { whole }
 }
 
 fn row(rank: usize, from: usize, count: usize) -> Vec<i64> {
@@ -29,10 +54,18 @@ fn row(rank: usize, from: usize, count: usize) -> Vec<i64> {
 }
 
 fn bytes(dtype: DType, numbers: &[i64]) -> Vec<u8> {
+    fn all<const N: usize>(numbers: &[i64], one: impl Fn(i64) -> [u8; N]) -> Vec<u8> {
+        numbers.iter().flat_map(|&n| one(n)).collect()
+    }
     match dtype {
-        DType::F32 => numbers.iter().flat_map(|&n| (n as f32).to_le_bytes()).collect(),
-        DType::I64 => numbers.iter().flat_map(|&n| n.to_le_bytes()).collect(),
-        other => panic!("no reference for {other}"),
+        DType::Bool | DType::U8 | DType::I8 => all(numbers, |n| [n as u8]),
+        DType::I16 => all(numbers, |n| (n as i16).to_le_bytes()),
+        DType::I32 => all(numbers, |n| (n as i32).to_le_bytes()),
+        DType::I64 => all(numbers, i64::to_le_bytes),
+        DType::F16 => all(numbers, |n| half::f16::from_f64(n as f64).to_le_bytes()),
+        DType::BF16 => all(numbers, |n| half::bf16::from_f64(n as f64).to_le_bytes()),
+        DType::F32 => all(numbers, |n| (n as f32).to_le_bytes()),
+        DType::F64 => all(numbers, |n| (n as f64).to_le_bytes()),
     }
 }
 
@@ -80,6 +113,24 @@ impl Case {
             Collective::Barrier | Collective::SendRecv => panic!("{collective} moves nothing"),
         };
         Case { call: call(collective, dtype, count, root), input, before, after, in_place }
+    }
+
+    /// all_reduce, or reduce_scatter, by any operation of any type on up to 4 ranks.
+    pub fn reducing(collective: Collective, dtype: DType, op: ReduceOp, count: usize, job: &Job) -> Case {
+        let (me, n) = (job.rank(), job.size());
+        let is_whole = collective == Collective::AllReduce;
+        let length = if is_whole { count } else { n * count };
+        let of = |rank: usize| (0..length).map(move |i| small(dtype, op, rank, i));
+        let result = |i: usize| {
+            let values: Vec<i64> = (0..n).map(|rank| small(dtype, op, rank, i)).collect();
+            reduced(dtype, op, &values)
+        };
+        let first = if is_whole { 0 } else { me * count };
+        let input: Vec<i64> = of(me).collect();
+        let before = if is_whole { input.clone() } else { vec![0; count] };
+        let after = (first..first + count).map(result).collect();
+        let call = DeviceCall { op, ..call(collective, dtype, count, 0) };
+        Case { call, input, before, after, in_place: is_whole }
     }
 
     /// all_gather of `count + rank` elements from each.
