@@ -21,6 +21,9 @@ use crate::watch::Watched;
 /// How often a host that waits for the device looks.
 const WAIT_STEP: Duration = Duration::from_micros(50);
 
+/// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
+const MULTIPROCESSORS: u32 = 8;
+
 /// A range of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
@@ -134,7 +137,8 @@ impl<T: Transports> DeviceGroup<T> {
         device.enter()?;
         let nccl = match path {
             Path::Nccl | Path::Hierarchical => {
-                let met = meet(&host, &device, &settings, &library_dirs)?;
+                let limit = (path == Path::Hierarchical).then_some(MULTIPROCESSORS);
+                let met = meet(&host, &device, &settings, &library_dirs, limit)?;
                 Some(Watched::new(&host, rail.as_ref(), met, &device)?)
             }
             Path::Staged | Path::Alone => None,
@@ -185,7 +189,9 @@ impl<T: Transports> DeviceGroup<T> {
             Path::Staged => "staged through the host",
             Path::Alone => "one rank",
         };
-        let more: Vec<String> = nccl.into_iter().chain(staged).collect();
+        let limit =
+            (self.path == Path::Hierarchical).then(|| format!("at most {MULTIPROCESSORS} multiprocessors"));
+        let more: Vec<String> = nccl.into_iter().chain(limit).chain(staged).collect();
         format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
     }
 
@@ -449,6 +455,7 @@ fn meet<T: Transports>(
     device: &Arc<Device>,
     settings: &Settings,
     dirs: &[PathBuf],
+    max_ctas: Option<u32>,
 ) -> Result<NcclComm> {
     let shape = host.shape();
     let (me, node) = (host.rank(), shape.ranks_on(shape.node_of(host.rank())));
@@ -463,7 +470,8 @@ fn meet<T: Transports>(
     let first = node[0] as usize;
     theirs.copy_from_slice(&ids[first * id.len()..(first + 1) * id.len()]);
     let place = (shape.local_of(me), node.len());
-    let met = NcclComm::connect(&library, device, smddp_nccl_sys::UniqueId(theirs), place, host.timeout());
+    let id = smddp_nccl_sys::UniqueId(theirs);
+    let met = NcclComm::connect(&library, device, id, place, max_ctas, host.timeout());
     agreed(host, met, "meeting for NCCL")
 }
 

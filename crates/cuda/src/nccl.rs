@@ -75,18 +75,20 @@ pub(crate) struct NcclComm {
 unsafe impl Sync for NcclComm {}
 
 impl NcclComm {
-    /// Meets the other ranks; gives up after `limit` and leaves the thread that waits behind.
+    /// Meets the other ranks; gives up after `limit` and leaves the thread that waits behind. `max_ctas` limits the
+    /// multiprocessors it uses (None: NCCL's choice).
     pub(crate) fn connect(
         nccl: &Arc<Nccl>,
         device: &Arc<Device>,
         id: UniqueId,
         (rank, size): (usize, usize),
+        max_ctas: Option<u32>,
         limit: Duration,
     ) -> Result<NcclComm> {
         let (tell, told) = mpsc::channel();
         let (library, place) = (Arc::clone(nccl), Arc::clone(device));
         let meet = move || {
-            let mut config = Config::blocking(None);
+            let mut config = Config::blocking(max_ctas);
             let mut comm = Raw(std::ptr::null_mut());
             let made = place.enter().and_then(|()| {
                 // SAFETY: places for the communicator and its configuration; the device's context is this thread's.

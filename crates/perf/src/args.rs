@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use smddp::{Collective, DType, ReduceOp};
 use smddp_core::settings::parse_bytes;
 
@@ -19,6 +19,7 @@ Examples:
   smddp-perf all_reduce --np 2 --min 4 --max 256M --dtype f32,bf16
   smddp-perf all_reduce --np 4 --nodes 2 --plot all_reduce.svg
   mpirun -n 4 smddp-perf all_gather --json result.json
+  smddp-perf all_reduce --device cuda --np 2 --nodes 2 --max 256M
   smddp-perf plan all_reduce --nodes 4 --local 2 --bytes 16M
   smddp-perf info";
 
@@ -81,6 +82,12 @@ impl Command {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    Cpu,
+    Cuda,
+}
+
 #[derive(Args, Debug, Clone)]
 pub struct Bench {
     /// Start this many ranks on this machine (not needed under mpirun, torchrun or srun)
@@ -128,6 +135,12 @@ pub struct Bench {
     /// What the rows are called in the CSV
     #[arg(long, value_name = "NAME", default_value = "smddp")]
     pub label: String,
+    /// Whose memory the tensors are in: cpu or cuda
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
+    /// With --device cuda: take the driver from this file. For tests.
+    #[arg(long, hide = true)]
+    pub driver: Option<PathBuf>,
     /// Given by the starter to the ranks it starts.
     #[arg(long, hide = true)]
     pub started: bool,
@@ -228,6 +241,10 @@ impl Bench {
             return Err(
                 "sendrecv needs at least 2 ranks: give --np 2, or start it with mpirun -n 2".to_owned()
             );
+        }
+        let has_none = matches!(collective, Collective::SendRecv | Collective::Barrier);
+        if self.device == Device::Cuda && has_none {
+            return Err(format!("--device cuda: {collective} is measured on the CPU only"));
         }
         if let Some(dtype) = self.dtype.iter().find(|d| self.max < d.size()) {
             return Err(format!("--max {} holds no element of {dtype} ({} bytes)", self.max, dtype.size()));

@@ -8,7 +8,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use smddp::{Collective, DType, ReduceOp, Settings, World};
 
-use crate::args::Bench;
+use crate::args::{Bench, Device};
+use crate::device::Gpu;
 use crate::measure::{Row, measure};
 use crate::report::{self, Header};
 use crate::workload::Kind;
@@ -71,17 +72,31 @@ fn check(collective: Collective, options: &Bench, world: usize) -> Result<(), St
 
 fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result<(), Failure> {
     let jobs = jobs(collective, options);
-    let header = header(world);
+    let mut header = header(world);
+    let gpu = match options.device {
+        Device::Cpu => None,
+        Device::Cuda => Some(Gpu::open(world, options.driver.as_deref())?),
+    };
+    if let Some(gpu) = &gpu {
+        header.device = gpu.describe();
+    }
     let mut output = Output::new(world.rank() == 0, options, collective, &header, jobs.len())?;
     let mut rows = Vec::with_capacity(jobs.len());
     for (kind, dtype, bytes) in jobs {
         output.begin(kind, dtype, bytes);
-        if let Some(row) = measure(world, kind, dtype, bytes, options.budget)? {
+        let measured = match &gpu {
+            Some(gpu) => gpu.measure(world, kind, dtype, bytes, options.budget),
+            None => measure(world, kind, dtype, bytes, options.budget),
+        };
+        if let Some(row) = measured? {
             output.row(&row)?;
             rows.push(row);
         }
     }
     output.finish(&header, &rows)?;
+    if let Some(gpu) = &gpu {
+        gpu.end();
+    }
     let wrong = rows.iter().filter(|r| r.right == Some(false)).count();
     if wrong > 0 {
         return Err(Failure::Wrong { wrong, rows: rows.len() });
@@ -119,6 +134,7 @@ fn header(world: &World) -> Header {
         },
         transports: world.describe(),
         cpu: info::cpu_line(),
+        device: String::new(),
     }
 }
 

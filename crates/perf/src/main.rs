@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chart;
 mod compare;
+mod device;
 mod info;
 mod launch;
 mod measure;

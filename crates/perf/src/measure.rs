@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use smddp::{Collective, Communicator, DType, ReduceOp, Result};
 
+use crate::device::OnDevice;
 use crate::workload::{Kind, Sample, Workload, bus_factor, shape};
 
 /// Aim for the length of a batch, seconds.
@@ -35,6 +36,8 @@ pub struct Row {
     /// Every rank's result was right; `None` where there is none.
     pub right: Option<bool>,
     pub algorithm: String,
+    /// Where the calls were on CUDA memory.
+    pub device: Option<OnDevice>,
 }
 
 impl Row {
@@ -82,6 +85,7 @@ pub fn measure(
         fastest: times.fastest,
         right: (kind.collective != Collective::Barrier).then_some(times.right),
         algorithm: times.algorithm,
+        device: None,
     }))
 }
 
@@ -118,15 +122,19 @@ fn timed<T: Sample>(
     }
     slowest(comm, &mut times)?;
     times.sort_by(f64::total_cmp);
-    let mut all_right = [i32::from(right)];
-    comm.all_reduce(&mut all_right, ReduceOp::Min)?;
     Ok(Times {
         calls: calls * batches,
         median: times[batches / 2],
         fastest: times[0],
-        right: all_right == [1],
+        right: all_right(comm, right)?,
         algorithm,
     })
+}
+
+pub fn all_right(comm: &Communicator, mine: bool) -> Result<bool> {
+    let mut all = [i32::from(mine)];
+    comm.all_reduce(&mut all, ReduceOp::Min)?;
+    Ok(all == [1])
 }
 
 /// Seconds a call on this rank, over `calls` calls behind a barrier.
@@ -140,13 +148,13 @@ fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usiz
 }
 
 /// Replaces every time by the slowest rank's; returns the first.
-fn slowest(comm: &Communicator, times: &mut [f64]) -> Result<f64> {
+pub fn slowest(comm: &Communicator, times: &mut [f64]) -> Result<f64> {
     comm.all_reduce(times, ReduceOp::Max)?;
     Ok(times[0])
 }
 
 /// Calls in a batch and batches, for a call that takes about `estimate` seconds.
-fn repetitions(estimate: f64, budget: f64) -> (usize, usize) {
+pub fn repetitions(estimate: f64, budget: f64) -> (usize, usize) {
     let estimate = estimate.max(1e-9);
     let calls = ((BATCH / estimate) as usize).clamp(CALLS.0, CALLS.1);
     let batches = ((budget / (estimate * calls as f64)) as usize).clamp(BATCHES.0, BATCHES.1);

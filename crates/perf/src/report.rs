@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use smddp::Collective;
 
 use crate::Failure;
+use crate::device::OnDevice;
 use crate::measure::Row;
 
 /// What the job is, as far as it was found.
@@ -22,6 +23,8 @@ pub struct Header {
     /// Transports, provider, rails.
     pub transports: String,
     pub cpu: String,
+    /// How calls on CUDA memory go; empty: they were on the CPU's.
+    pub device: String,
 }
 
 impl Header {
@@ -32,10 +35,20 @@ impl Header {
         }
         let _ = writeln!(t, "# found each other by {}", self.bootstrap);
         let _ = writeln!(t, "# {}", self.cpu);
+        if !self.device.is_empty() {
+            let _ = writeln!(t, "# {}", self.device);
+            t.push_str("# host: the host's part of a call; copies: those to and from pinned memory alone, both ways at once;\n");
+            t.push_str("# on host: the same call on the CPU's memory; of bound: the call over the longer of these two\n");
+        }
         t.push_str("# time: median and fastest batch of about 1 ms, slowest rank; bandwidths in 1e9 bytes/s, of the median\n#\n");
+        let more = if self.device.is_empty() {
+            String::new()
+        } else {
+            format!(" {:>9} {:>11} {:>11} {:>8}", "host us", "copies us", "on host us", "of bound")
+        };
         let _ = writeln!(
             t,
-            "# {:>10} {:>12} {:>9} {:>7} {:>5} {:>11} {:>11} {:>9} {:>9} {:>7}  algorithm",
+            "# {:>10} {:>12} {:>9} {:>7} {:>5} {:>11} {:>11} {:>9} {:>9} {:>7}{more}  algorithm",
             "bytes", "elements", "type", "op", "root", "median us", "fastest us", "algbw", "busbw", "check"
         );
         t
@@ -46,7 +59,7 @@ pub fn line(row: &Row) -> String {
     let reduces = if row.collective.reduces() { row.op.name() } else { "-" };
     let root = if row.collective.rooted() { row.root.to_string() } else { "-".to_owned() };
     format!(
-        "{:>12} {:>12} {:>9} {:>7} {:>5} {:>11.2} {:>11.2} {:>9.3} {:>9.3} {:>7}  {}",
+        "{:>12} {:>12} {:>9} {:>7} {:>5} {:>11.2} {:>11.2} {:>9.3} {:>9.3} {:>7}{}  {}",
         row.bytes,
         row.count,
         row.dtype.name(),
@@ -57,8 +70,16 @@ pub fn line(row: &Row) -> String {
         row.algbw(),
         row.busbw(),
         verdict(row),
+        row.device.as_ref().map(|d| device_columns(d, row.median)).unwrap_or_default(),
         row.algorithm
     )
+}
+
+fn device_columns(device: &OnDevice, median: f64) -> String {
+    let us = |time: Option<f64>| time.map_or("-".to_owned(), |t| format!("{:.2}", t * 1e6));
+    let bound = device.bound().map_or("-".to_owned(), |b| format!("{:.2}", median / b));
+    let host = Some(device.host);
+    format!(" {:>9} {:>11} {:>11} {bound:>8}", us(host), us(device.copies), us(device.on_host))
 }
 
 /// The closing line: how many rows were right, and the mean bandwidth as nccl-tests prints it.
@@ -88,12 +109,15 @@ pub fn as_json(header: &Header, rows: &[Row]) -> Value {
                 "median_us": r.median * 1e6, "fastest_us": r.fastest * 1e6,
                 "algbw_GBps": r.algbw(), "busbw_GBps": r.busbw(),
                 "correct": r.right, "algorithm": r.algorithm,
+                "host_us": r.device.as_ref().map(|d| d.host * 1e6),
+                "copies_us": r.device.as_ref().and_then(|d| d.copies).map(|t| t * 1e6),
+                "on_host_us": r.device.as_ref().and_then(|d| d.on_host).map(|t| t * 1e6),
             })
         })
         .collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"), "ranks": header.world, "shape": header.shape,
-        "bootstrap": header.bootstrap, "transports": header.transports, "cpu": header.cpu, "rows": rows,
+        "bootstrap": header.bootstrap, "transports": header.transports, "cpu": header.cpu, "device": header.device, "rows": rows,
     })
 }
 
@@ -169,6 +193,7 @@ mod tests {
             fastest: 0.002,
             right: Some(true),
             algorithm: "hierarchical(sharded)".to_owned(),
+            device: None,
         }
     }
 

@@ -61,14 +61,14 @@ impl Sample for bool {
 }
 
 /// A vector that begins at a page boundary.
-struct Aligned<T> {
+pub struct Aligned<T> {
     store: Vec<T>,
     start: usize,
     len: usize,
 }
 
 impl<T: Sample> Aligned<T> {
-    fn new(len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         let slack = ALIGN / size_of::<T>();
         let store = vec![T::default(); len + slack];
         let start = store.as_ptr().align_offset(ALIGN).min(slack);
@@ -79,7 +79,7 @@ impl<T: Sample> Aligned<T> {
         &self.store[self.start..self.start + self.len]
     }
 
-    fn get_mut(&mut self) -> &mut [T] {
+    pub fn get_mut(&mut self) -> &mut [T] {
         &mut self.store[self.start..self.start + self.len]
     }
 }
@@ -148,6 +148,12 @@ impl<'a, T: Sample> Workload<'a, T> {
             Collective::Barrier => (0, 0),
         };
         Workload { comm, kind, block, x: Aligned::new(x), y: Aligned::new(y) }
+    }
+
+    /// The large buffer and the other one. Valid as long as the workload; whoever writes to them does so between calls.
+    pub fn regions(&mut self) -> (Region, Region) {
+        // SAFETY: the caller keeps to what the line above says.
+        unsafe { (Region::of(self.x.get_mut()), Region::of(self.y.get_mut())) }
     }
 
     /// One call. Allocates nothing itself.

@@ -5,6 +5,10 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 fn run(line: &str) -> Output {
+    command(line).output().unwrap_or_else(|e| panic!("{line}: {e}"))
+}
+
+fn command(line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smddp-perf"));
     command.args(line.split(' '));
     // What an outer launcher or the caller's settings say is not meant for these jobs.
@@ -16,7 +20,7 @@ fn run(line: &str) -> Output {
             command.env_remove(name);
         }
     }
-    command.output().unwrap_or_else(|e| panic!("{line}: {e}"))
+    command
 }
 
 fn text(output: &Output) -> String {
@@ -93,6 +97,9 @@ fn what_cannot_be_done_is_said_with_a_status() {
     for (line, status, part) in [
         ("all_reduce --np 2 --min 1M --max 1K", 2, "--max"),
         ("all_reduce --np 2 --dtype f33", 2, "bf16"),
+        ("all_reduce --np 2 --device tpu", 2, "cuda"),
+        ("barrier --np 2 --device cuda", 2, "on the CPU only"),
+        ("all_reduce --np 2 --device cuda --driver /nonexistent/libcuda.so", 1, "/nonexistent/libcuda.so"),
         ("plan all_reduce --algorithm magic", 2, "known here"),
         ("compare /nonexistent.csv", 1, "/nonexistent.csv"),
         ("all_reduce --np 2 --max 16 --limit 60 --json /nonexistent/x.json", 1, "/nonexistent/x.json"),
@@ -110,4 +117,41 @@ fn info_and_plan_need_no_job() {
     assert!(text(&info).contains("SMDDP_TIMEOUT") && text(&info).contains("Processor"), "{}", text(&info));
     let plan = run("plan all_reduce --nodes 3 --local 2 --bytes 1M");
     assert!(text(&plan).contains("rank 5") && text(&plan).contains("modelled time"), "{}", text(&plan));
+}
+
+/// On the stand-in for CUDA and NCCL, whose times mean nothing.
+fn on_device(line: &str, nccl: &str) -> Value {
+    let driver = smddp_standin::paths();
+    let line = format!("{line} --device cuda --driver {}", driver.cuda.display());
+    let mut command = command(&format!("{line} --json - --limit 120 --budget 0.001"));
+    command.env("SMDDP_NCCL", &driver.nccl).env("SMDDP_CUDA", nccl).env("SMDDP_CUDA_SLOT", "64K");
+    let output = command.output().unwrap_or_else(|e| panic!("{line}: {e}"));
+    assert!(output.status.success(), "{line}: {}", text(&output));
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", text(&output)))
+}
+
+#[test]
+fn cuda_memory_is_measured_on_every_way() {
+    // Ranks, nodes, setting, the way, whether there are copies and the same on the host.
+    for (np, nodes, setting, way, copies, on_host) in [
+        (1, 1, "nccl", "nccl", false, false),
+        (2, 1, "auto", "nccl", false, false),
+        (2, 2, "auto", "staged", true, true),
+        (4, 2, "auto", "nccl and staged", true, false),
+    ] {
+        for collective in ["all_reduce", "all_gather", "reduce_scatter"] {
+            let line = format!("{collective} --np {np} --nodes {nodes} --min 64 --max 256K --factor 4096");
+            let result = on_device(&line, setting);
+            assert!(result["device"].as_str().unwrap().contains("CUDA device 0"), "{result}");
+            let rows = result["rows"].as_array().unwrap();
+            assert_eq!(rows.len(), 2, "{line}: {rows:?}");
+            for row in rows {
+                assert_eq!(row["correct"], true, "{line}: {row}");
+                assert_eq!(row["algorithm"], way, "{line}: {row}");
+                assert!(row["host_us"].as_f64().unwrap() > 0.0, "{line}: {row}");
+                assert_eq!(row["copies_us"].is_number(), copies, "{line}: {row}");
+                assert_eq!(row["on_host_us"].is_number(), on_host, "{line}: {row}");
+            }
+        }
+    }
 }

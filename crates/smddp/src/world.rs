@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
 use smddp_core::{Error, Result};
+use smddp_cuda::DeviceOptions;
 
 use crate::connect::{GroupOptions, connect};
-use crate::{Communicator, library_dirs};
+use crate::{Communicator, DeviceGroup, library_dirs};
 
 /// How long leaving MPI waits for the other ranks.
 const FINALIZE_LIMIT: Duration = Duration::from_secs(30);
@@ -104,6 +105,38 @@ impl World {
             library_dirs: self.dirs.clone(),
         })?;
         Ok(Some(group))
+    }
+
+    /// The world's calls on memory of this CUDA device. Every rank calls it.
+    pub fn on_device(&self, device: i32) -> Result<DeviceGroup> {
+        DeviceGroup::new(DeviceOptions {
+            host: self.communicator.clone(),
+            rail: self.rail()?,
+            device,
+            settings: self.settings.clone(),
+            library_dirs: self.dirs.clone(),
+        })
+    }
+
+    /// The ranks with this one's local rank, one a node; none where nodes have different numbers of ranks, or one.
+    fn rail(&self) -> Result<Option<Communicator>> {
+        let number = self.groups.fetch_add(1, Ordering::Relaxed);
+        let shape = self.shape();
+        if shape.node_count() == 1 || shape.even_local_size().is_none_or(|local| local == 1) {
+            return Ok(None);
+        }
+        let local = self.local_rank();
+        let rail = connect(GroupOptions {
+            name: format!("rail {local}"),
+            scope: format!("rail/{number}/{local}"),
+            rank: shape.node_of(self.rank()),
+            size: shape.node_count(),
+            store: Arc::clone(&self.store),
+            timeout: self.timeout(),
+            settings: self.settings.clone(),
+            library_dirs: self.dirs.clone(),
+        })?;
+        Ok(Some(rail))
     }
 }
 
