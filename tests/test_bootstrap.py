@@ -94,6 +94,22 @@ def test_mpi_that_somebody_else_has_initialised(job: object) -> None:
         assert {r["sum by MPI"] for r in ranks.reports} == {1}
 
 
+def beside_an_older_libfabric() -> dict:
+    import ctypes
+
+    # As an MPI loads it: its symbols are everybody's.
+    theirs = ctypes.CDLL("libfabric.so.1", ctypes.RTLD_GLOBAL).fi_version()
+    return numpy_job() | {"theirs": [theirs >> 16, theirs & 0xFFFF]}
+
+
+def test_another_libfabric_in_the_process_is_not_called() -> None:
+    """Debian's Open MPI brings one that is too old, and the package has to find a newer one beside it."""
+    if "libfabric.so.1" not in subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout:
+        pytest.skip("this machine's loader knows no libfabric")
+    for report in conftest.run(beside_an_older_libfabric, 2, nodes=[0, 1]).check().reports:
+        assert report["sum"] == 1.0, report
+
+
 @pytest.mark.parametrize("mode", ["mpi", "env"])
 def test_the_way_can_be_chosen(mode: str) -> None:
     env = {"SMDDP_BOOTSTRAP": mode, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(conftest.free_port())}

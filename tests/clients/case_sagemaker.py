@@ -102,7 +102,7 @@ def test_torch_distributed(hosts: int, tmp_path: Path) -> None:
 
 
 def test_mpi(tmp_path: Path) -> None:
-    """mpi, 1 host x 2 ranks: what ModelTrainer's MPI configuration becomes, too."""
+    """mpi, 1 host x 2 ranks."""
     more = {"distribution": {"mpi": {"enabled": True, "processes_per_host": 2}}}
     job = jobs.run(tmp_path, asked(tmp_path, "PyTorch", "places.py", **more))
     assert [place["LOCAL_RANK"] for place in places(job, 2)] == ["0", "1"]

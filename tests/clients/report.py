@@ -15,6 +15,7 @@ PAGE = HERE.parents[1] / "docs/clients.md"
 HEAD = "| client | what was done | result | date |\n| --- | --- | --- | --- |"
 GROUPS = {
     "sagemaker": "SageMaker: the SDK and the training toolkit, on emulated hosts",
+    "modeltrainer": "SageMaker's SDK from version 3 on: ModelTrainer's launchers, on emulated hosts",
     "frameworks": "Frameworks, 2 ranks on CPU",
     "ray": "Ray Train, 2 workers on CPU",
     "containers": "The image and the manifests in docker/, without Docker and a cluster",
@@ -22,9 +23,14 @@ GROUPS = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Pinned packages of all environments."""
-    lines = [line for file in HERE.glob("*.txt") for line in file.read_text().splitlines()]
+ENVIRONMENTS = {"sagemaker": ["sdk", "toolkit"], "modeltrainer": ["modeltrainer", "toolkit"], "slurm": []}
+"""of a group, where not its own"""
+
+
+def versions(group: str) -> dict[str, str]:
+    """Pinned packages of a group's environments."""
+    files = [HERE / f"{name}.txt" for name in ENVIRONMENTS.get(group, [group])]
+    lines = [line for file in files for line in file.read_text().splitlines()]
     pinned = (line.split("==") for line in lines if "==" in line)
     return {name.partition("[")[0]: version for name, version in pinned}
 
@@ -32,9 +38,9 @@ def versions() -> dict[str, str]:
 def client(group: str, text: str) -> tuple[str, str]:
     """(client and version, what was done) of a case's first line."""
     if group == "sagemaker":
-        return "SDK {sagemaker}, toolkit {sagemaker-training}".format_map(versions()), text
+        return "SDK {sagemaker}, toolkit {sagemaker-training}".format_map(versions(group)), text
     name, _, what = text.partition(": ")
-    version = slurm_version() if group == "slurm" else versions().get(name, "")
+    version = slurm_version() if group == "slurm" else versions(group).get(name, "")
     return f"{name} {version}".strip(), what
 
 

@@ -2,12 +2,16 @@
 //!
 //! - **L1** places are tried in the order of [`places`]; the first library that loads and is new enough wins.
 //! - **L2** a library named by the user is the only place: a wrong path is an error, never a silent other choice.
-//! - **L3** a library in use is never unloaded: its threads and exit handlers may outlive every endpoint.
+//! - **L3** a library binds its own symbols: where the process has another libfabric (an MPI's, say), calls within ours
+//!   would otherwise go to that one.
+//! - **L4** a library in use is never unloaded: its threads and exit handlers may outlive every endpoint.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
+
+use libloading::os::unix;
 
 use crate::abi::{fi_fabric_attr, fi_info, fid_fabric};
 
@@ -39,6 +43,10 @@ impl fmt::Display for Version {
 pub const MINIMUM: Version = Version { major: 1, minor: 18 };
 /// What `fi_getinfo` is asked for (A3).
 pub const API_VERSION: u32 = MINIMUM.raw();
+
+/// Flags of dlopen on Linux with glibc.
+const RTLD_NOLOAD: c_int = 4;
+const RTLD_DEEPBIND: c_int = if cfg!(target_env = "gnu") { 8 } else { 0 };
 
 const SONAME: &str = "libfabric.so.1";
 const EFA_PREFIXES: [&str; 2] = ["/opt/amazon/efa/lib64", "/opt/amazon/efa/lib"];
@@ -97,7 +105,7 @@ type OpenFabric = unsafe extern "C" fn(*mut fi_fabric_attr, *mut *mut fid_fabric
 type StrError = unsafe extern "C" fn(c_int) -> *const c_char;
 type GetVersion = unsafe extern "C" fn() -> u32;
 
-/// A loaded libfabric: its exported functions. Never unloaded (L3).
+/// A loaded libfabric: its exported functions. Never unloaded (L4).
 #[derive(Debug)]
 pub struct Library {
     pub version: Version,
@@ -148,8 +156,9 @@ impl Library {
 
 fn open(name: &std::ffi::OsStr) -> Result<Library, String> {
     // SAFETY: runs the library's initialisers; libfabric's only register its providers.
-    let handle = unsafe { libloading::Library::new(name) }
-        .map_err(|e| format!("could not be loaded ({})", innermost(&e)))?;
+    let handle: libloading::Library = unsafe { unix::Library::open(Some(name), flags()) }
+        .map_err(|e| format!("could not be loaded ({})", innermost(&e)))?
+        .into();
     // SAFETY: fi_version has this type in every libfabric.
     let version = Version::from_raw(unsafe { symbol::<GetVersion>(&handle, c"fi_version")?() });
     if version < MINIMUM {
@@ -168,6 +177,15 @@ fn open(name: &std::ffi::OsStr) -> Result<Library, String> {
             _handle: ManuallyDrop::new(handle),
         })
     }
+}
+
+/// How to load (L3). Only where it is needed: what replaces malloc or the like in a process does not reach a library that
+/// binds its own.
+fn flags() -> c_int {
+    // SAFETY: loads nothing.
+    let another = unsafe { unix::Library::open(Some(SONAME), unix::RTLD_LAZY | RTLD_NOLOAD) };
+    let deep = if another.is_ok() { RTLD_DEEPBIND } else { 0 };
+    unix::RTLD_NOW | unix::RTLD_LOCAL | deep
 }
 
 fn innermost(error: &libloading::Error) -> String {
