@@ -485,8 +485,12 @@ impl<T: Transports> Communicator<T> {
         Ok(ready)
     }
 
-    /// Ranks, reduction and lengths, before anything moves.
     fn check(&self, request: &Request) -> Result<()> {
+        self.check_call(request, request.input.len(), request.output.len())
+    }
+
+    /// Ranks, reduction and lengths in bytes, before anything moves; the memory may be elsewhere than the request says.
+    pub fn check_call(&self, request: &Request, input_bytes: usize, output_bytes: usize) -> Result<()> {
         let name = request.collective.name();
         if request.collective.reduces() && !request.op.supports(request.dtype) {
             return Err(Error::Unsupported { op: name.to_owned(), reduce: request.op, dtype: request.dtype });
@@ -508,8 +512,7 @@ impl<T: Transports> Communicator<T> {
         }
         let (input, output) = self.lengths(request)?;
         let size = request.dtype.size();
-        for (argument_name, want, given) in
-            [("input", input, request.input.len()), ("output", output, request.output.len())]
+        for (argument_name, want, given) in [("input", input, input_bytes), ("output", output, output_bytes)]
         {
             if want.checked_mul(size) != Some(given) {
                 return Err(argument(

@@ -8,7 +8,7 @@ use smddp_core::communicator::{Blocks, Communicator, Handle};
 use smddp_core::error::Site;
 use smddp_core::settings::Settings;
 use smddp_core::transport::Transports;
-use smddp_core::{Collective, DType, Error, ReduceOp, Result};
+use smddp_core::{Collective, DType, Error, ReduceOp, Region, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, wait};
@@ -134,7 +134,7 @@ impl<T: Transports> DeviceGroup<T> {
         if matches!(path, Path::Nccl | Path::Hierarchical) {
             refuse_shared_device(&host, &bus_id)?;
         }
-        device.enter()?;
+        let parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
         let nccl = match path {
             Path::Nccl | Path::Hierarchical => {
                 let limit = (path == Path::Hierarchical).then_some(MULTIPROCESSORS);
@@ -143,13 +143,7 @@ impl<T: Transports> DeviceGroup<T> {
             }
             Path::Staged | Path::Alone => None,
         };
-        let stager = match path {
-            Path::Staged => Some(make_stager(&device, &settings, Scratch::None)),
-            Path::Hierarchical => Some(make_stager(&device, &settings, Scratch::OnDevice)),
-            Path::Nccl | Path::Alone => None,
-        };
-        let stager = agreed(&host, stager.transpose(), "making its staging")?;
-        let (events, before) = (Events::new(&device), Event::new(&device)?);
+        let events = Events::new(&device);
         let group = DeviceGroup {
             host,
             rail,
@@ -159,7 +153,7 @@ impl<T: Transports> DeviceGroup<T> {
             nccl,
             process: std::process::id(),
             events,
-            parts: Mutex::new(Parts { stager, before, last: None }),
+            parts: Mutex::new(parts),
         };
         tracing::info!(group = group.host.name(), "{}", group.describe());
         Ok(group)
@@ -202,9 +196,8 @@ impl<T: Transports> DeviceGroup<T> {
     /// The ranges are memory of the group's device, not used otherwise until `stream` is past the call; both are
     /// streams of that device.
     pub unsafe fn start(&self, call: &DeviceCall, stream: u64, behind: Option<u64>) -> Result<Started<T>> {
-        if call.collective.rooted() {
-            self.host.shape().check_rank(call.collective.name(), "root", call.root)?;
-        }
+        let request = call.request(call.count, Region::EMPTY, Region::EMPTY);
+        self.host.check_call(&request, call.input.bytes, call.output.bytes)?;
         let stream = stream as sys::Stream;
         let mut parts = self.enter(call.collective.name(), stream)?;
         if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
@@ -475,6 +468,13 @@ fn meet<T: Transports>(
     agreed(host, met, "meeting for NCCL")
 }
 
-fn make_stager(device: &Arc<Device>, settings: &Settings, scratch: Scratch) -> Result<Stager> {
-    Stager::new(device, settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"), scratch)
+fn make_parts<T: Transports>(path: Path, device: &Arc<Device>, settings: &Settings) -> Result<Parts<T>> {
+    device.enter()?;
+    let (count, bytes) = (settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"));
+    let stager = match path {
+        Path::Staged => Some(Stager::new(device, count, bytes, Scratch::None)?),
+        Path::Hierarchical => Some(Stager::new(device, count, bytes, Scratch::OnDevice)?),
+        Path::Nccl | Path::Alone => None,
+    };
+    Ok(Parts { stager, before: Event::new(device)?, last: None })
 }

@@ -12,6 +12,16 @@ use crate::device::Device;
 
 const PAGE: usize = 4096;
 
+fn unpinned(bytes: usize, reason: &str) -> Error {
+    Error::Resource {
+        what: "staging for CUDA tensors".to_owned(),
+        resource: "pinned memory",
+        reason: format!("{bytes} bytes: {reason}"),
+        hint: "Lower SMDDP_CUDA_SLOT or SMDDP_CUDA_SLOTS, or raise the limit of locked memory (ulimit -l)"
+            .to_owned(),
+    }
+}
+
 /// A mapping registered with the device. Cached as ordinary memory: the host reads every byte of it.
 pub(crate) struct Pinned {
     device: Arc<Device>,
@@ -22,19 +32,11 @@ impl Pinned {
     /// The device must have been entered.
     pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned> {
         let len = bytes.max(1).next_multiple_of(PAGE);
-        let fail = |reason: String| Error::Resource {
-            what: "staging for CUDA tensors".to_owned(),
-            resource: "pinned memory",
-            reason: format!("{len} bytes: {reason}"),
-            hint:
-                "Lower SMDDP_CUDA_SLOT or SMDDP_CUDA_SLOTS, or raise the limit of locked memory (ulimit -l)"
-                    .to_owned(),
-        };
         // SAFETY: a new mapping at an address the kernel chooses.
         let start = unsafe {
             mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
         }
-        .map_err(|e| fail(e.to_string()))?;
+        .map_err(|e| unpinned(len, &e.to_string()))?;
         // A forked child must not take the pages' place while the device writes to them.
         // SAFETY: the mapping just made.
         let advised = unsafe { madvise(start, len, Advice::LinuxDontFork) };
@@ -43,7 +45,7 @@ impl Pinned {
         if advised.is_err() || status != sys::SUCCESS {
             // SAFETY: mapped above, used by nobody.
             let _ = unsafe { munmap(start, len) };
-            return Err(fail(device.driver.explain(status)));
+            return Err(unpinned(len, &device.driver.explain(status)));
         }
         // SAFETY: mapped until drop (R1); the stager hands out disjoint pieces.
         Ok(Pinned { device: Arc::clone(device), region: unsafe { Region::new(start.cast(), len) } })
@@ -85,7 +87,9 @@ impl SharedWords {
         let status = unsafe {
             (device.driver.host_register)(page, size_of::<Words>(), sys::HOST_REGISTER_PORTABLE_MAPPED)
         };
-        device.check("registering words", status)?;
+        if status != sys::SUCCESS {
+            return Err(unpinned(size_of::<Words>(), &device.driver.explain(status)));
+        }
         let mut shared = SharedWords { device: Arc::clone(device), words, base: 0, is_left: false };
         // SAFETY: registered just now; a place for the address.
         let status = unsafe { (device.driver.host_device_pointer)(&raw mut shared.base, page, 0) };

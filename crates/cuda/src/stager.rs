@@ -392,7 +392,7 @@ impl DeviceCall {
     }
 
     /// The same call on `count` elements of host memory.
-    fn request(&self, count: usize, input: Region, output: Region) -> Request {
+    pub(crate) fn request(&self, count: usize, input: Region, output: Region) -> Request {
         Request {
             op: self.op,
             root: self.root,

@@ -6,6 +6,7 @@
 mod failures;
 mod hierarchical;
 mod job;
+mod misuse;
 mod reference;
 
 use std::sync::Arc;

@@ -163,6 +163,10 @@ impl Case {
         Case { call: DeviceCall { op, ..self.call.clone() }, ..self.clone() }
     }
 
+    pub fn with_root(&self, root: usize) -> Case {
+        Case { call: DeviceCall { root, ..self.call.clone() }, ..self.clone() }
+    }
+
     pub fn start(&self, job: &Job, group: &Group) -> Placed {
         self.try_start(job, group).unwrap()
     }

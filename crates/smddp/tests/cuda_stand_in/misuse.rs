@@ -1,0 +1,179 @@
+//! Bad input: a clear error on every rank, nothing enqueued, nothing hangs.
+
+use smddp::cuda::{DeviceCall, Memory};
+use smddp::{Collective, DType, Error, ReduceOp};
+
+use crate::job::{Group, Job, children};
+use crate::reference::{COLLECTIVES, Case};
+
+/// A group that a refused call has left as it was.
+fn still_works(job: &Job, group: &Group) {
+    let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, job);
+    let memory = case.start(job, group);
+    job.synchronize();
+    case.check(job, &memory);
+}
+
+fn memory_of_the_wrong_length(test: &str, nodes: &[usize]) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let room = job.memory(&[0; 4096]);
+        let bytes = |bytes: usize| Memory { bytes, ..room };
+        let (count, size) = (100, job.size());
+        for collective in COLLECTIVES {
+            let (block, all) = (4 * count, 4 * count * size);
+            let (input, output) = match collective {
+                Collective::AllGather | Collective::Gather => (block, all),
+                Collective::ReduceScatter | Collective::Scatter => (all, block),
+                Collective::AllToAll => (all, all),
+                _ => (block, block),
+            };
+            for (input, output, named) in
+                [(input - 4, output, "input"), (input, output - 1, "output"), (input + 4, output, "input")]
+            {
+                let call = DeviceCall {
+                    collective,
+                    dtype: DType::F32,
+                    op: ReduceOp::Sum,
+                    // Each rank tries as root: the others have less to give.
+                    root: rank.rank,
+                    count,
+                    input: bytes(input),
+                    output: bytes(output),
+                    counts: None,
+                    splits: None,
+                    timeout: None,
+                };
+                // SAFETY: inside of `room`, which is freed after the stream was waited for.
+                let refused = unsafe { group.device.start(&call, job.stream_address(), None) };
+                match refused.err() {
+                    Some(Error::Argument { argument, op, .. }) => {
+                        assert_eq!((argument, op.as_str()), (named, collective.name()));
+                    }
+                    other => panic!("{collective}, {input} and {output} bytes: {other:?}"),
+                }
+            }
+        }
+        still_works(&job, &group);
+        job.free(room);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn memory_of_the_wrong_length_is_refused_by_nccl() {
+    memory_of_the_wrong_length("misuse::memory_of_the_wrong_length_is_refused_by_nccl", &[2]);
+}
+
+#[test]
+fn memory_of_the_wrong_length_is_refused_between_nodes() {
+    memory_of_the_wrong_length("misuse::memory_of_the_wrong_length_is_refused_between_nodes", &[1, 1]);
+}
+
+#[test]
+fn memory_of_the_wrong_length_is_refused_between_nodes_of_2() {
+    memory_of_the_wrong_length("misuse::memory_of_the_wrong_length_is_refused_between_nodes_of_2", &[2, 2]);
+}
+
+#[test]
+fn no_such_root() {
+    children("misuse::no_such_root", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let case = Case::of(Collective::Broadcast, DType::F32, 10, 0, &job).with_root(2);
+        let refused = case.try_start(&job, &group).err().unwrap();
+        assert!(matches!(refused, Error::Argument { argument: "root", .. }), "{refused}");
+        still_works(&job, &group);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn an_nccl_that_is_too_old_is_named_with_what_is_needed() {
+    let old = [("SMDDP_STANDIN_NCCL_VERSION", "21703")];
+    children("misuse::an_nccl_that_is_too_old_is_named_with_what_is_needed", &[2], &old).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let refused = job.try_group("world", &[]).err().unwrap().to_string();
+        assert!(refused.contains("2.17.3") && refused.contains("2.18"), "{refused}");
+        rank.barrier("over");
+        job.end();
+    });
+}
+
+#[test]
+fn a_driver_that_is_not_there_is_named() {
+    children("misuse::a_driver_that_is_not_there_is_named", &[1], &[]).run(|_| {
+        let error = smddp::cuda::use_driver("/nowhere/libcuda.so.1".as_ref()).unwrap_err();
+        assert!(matches!(error, Error::Library { .. }), "{error}");
+        assert!(error.to_string().contains("/nowhere/libcuda.so.1"), "{error}");
+    });
+}
+
+/// What fails on one rank while the group is made is told there as it is, and elsewhere with that rank's number.
+fn told_on_all(
+    test: &str,
+    nodes: &[usize],
+    (who, function, nth, code): (usize, &str, u64, i32),
+    words: [&str; 2],
+) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        rank.barrier("before");
+        if rank.rank == who {
+            job.control.fail(function, nth, code);
+        }
+        let error = job.try_group("world", &[]).err().unwrap().to_string();
+        let other = format!("rank {who}");
+        let expected = if rank.rank == who { words } else { [other.as_str(), "failed in"] };
+        assert!(expected.iter().all(|word| error.contains(word)), "rank {}: {error}", rank.rank);
+        rank.barrier("told");
+        // The next try finds nothing in its way.
+        let group = job.group("again", &[]);
+        still_works(&job, &group);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn out_of_device_memory() {
+    let test = "misuse::out_of_device_memory";
+    told_on_all(test, &[2, 2], (1, "cuMemAlloc_v2", 1, 2), ["device memory", "CUDA_ERROR_OUT_OF_MEMORY"]);
+}
+
+const UNPINNED: [&str; 2] = ["CUDA_ERROR_OUT_OF_MEMORY", "ulimit -l"];
+
+#[test]
+fn out_of_pinned_memory_for_words() {
+    let test = "misuse::out_of_pinned_memory_for_words";
+    told_on_all(test, &[1, 1], (1, "cuMemHostRegister_v2", 1, 2), UNPINNED);
+}
+
+#[test]
+fn out_of_pinned_memory_for_slots() {
+    let test = "misuse::out_of_pinned_memory_for_slots";
+    told_on_all(test, &[1, 1], (1, "cuMemHostRegister_v2", 3, 2), UNPINNED);
+}
+
+#[test]
+fn a_device_that_does_not_open() {
+    let test = "misuse::a_device_that_does_not_open";
+    told_on_all(
+        test,
+        &[2],
+        (1, "cuDevicePrimaryCtxRetain", 1, 101),
+        ["opening the device", "CUDA_ERROR_INVALID_DEVICE"],
+    );
+}
+
+#[test]
+fn an_nccl_that_does_not_meet() {
+    let test = "misuse::an_nccl_that_does_not_meet";
+    told_on_all(test, &[2, 2], (2, "ncclGetUniqueId", 1, 3), ["NCCL", "internal error"]);
+}
