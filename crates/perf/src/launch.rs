@@ -29,8 +29,9 @@ pub fn follow_the_starter() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Gives this rank a core of its own, as mpirun does, when there are as many cores as ranks: two ranks that the kernel
-/// has put on one core measure its scheduler.
+/// Gives this rank its share of the cores, when there are as many cores as ranks: two ranks that the kernel has put on one
+/// core measure its scheduler. Not one core each where there are more: a host that waits for a device keeps the
+/// progress thread off a core that the two share.
 pub fn bind() {
     let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<usize>().ok());
     let (Some(rank), Some(size)) = (number("RANK"), number("WORLD_SIZE")) else { return };
@@ -39,8 +40,9 @@ pub fn bind() {
     if size > cores.len() {
         return;
     }
+    let share = cores.len() / size;
     let mut own = rustix::thread::CpuSet::new();
-    own.set(cores[rank % cores.len()]);
+    cores.iter().skip(rank % size * share).take(share).for_each(|&core| own.set(core));
     // A refusal costs precision, nothing else.
     let _ = rustix::thread::sched_setaffinity(None, &own);
 }
