@@ -13,6 +13,7 @@ use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, wait};
 use crate::hierarchical::{self, Hierarchy};
+use crate::meeting;
 use crate::nccl::{self, NcclComm};
 use crate::past::{Events, Past};
 use crate::stager::{Scratch, Stager};
@@ -464,8 +465,8 @@ fn meet<T: Transports>(
     theirs.copy_from_slice(&ids[first * id.len()..(first + 1) * id.len()]);
     let place = (shape.local_of(me), node.len());
     let id = smddp_nccl_sys::UniqueId(theirs);
-    let met = NcclComm::connect(&library, device, id, place, max_ctas, host.timeout());
-    agreed(host, met, "meeting for NCCL")
+    let meeting = NcclComm::meet(&library, device, id, place, max_ctas);
+    agreed(host, meeting::outcome(host, node, meeting), "meeting for NCCL")
 }
 
 fn make_parts<T: Transports>(path: Path, device: &Arc<Device>, settings: &Settings) -> Result<Parts<T>> {

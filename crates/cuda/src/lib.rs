@@ -17,6 +17,7 @@
 mod device;
 mod group;
 mod hierarchical;
+mod meeting;
 mod nccl;
 mod past;
 mod pinned;

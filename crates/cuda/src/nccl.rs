@@ -74,17 +74,44 @@ pub(crate) struct NcclComm {
 // SAFETY: as for `Raw`.
 unsafe impl Sync for NcclComm {}
 
+/// Ranks on their way to a communicator. Dropped early, the thread that waits for them is left behind.
+pub(crate) struct Meeting {
+    nccl: Arc<Nccl>,
+    device: Arc<Device>,
+    rank: usize,
+    size: usize,
+    told: mpsc::Receiver<Result<Raw>>,
+}
+
+impl Meeting {
+    /// Waits so long; none: not all have come yet.
+    pub(crate) fn wait(&self, step: Duration) -> Option<Result<NcclComm>> {
+        let met = match self.told.recv_timeout(step) {
+            Err(mpsc::RecvTimeoutError::Timeout) => return None,
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(missing()),
+            Ok(met) => met,
+        };
+        Some(met.map(|raw| NcclComm {
+            nccl: Arc::clone(&self.nccl),
+            device: Arc::clone(&self.device),
+            raw,
+            rank: self.rank,
+            size: self.size,
+            turn: Mutex::new(()),
+            ended: AtomicBool::new(false),
+        }))
+    }
+}
+
 impl NcclComm {
-    /// Meets the other ranks; gives up after `limit` and leaves the thread that waits behind. `max_ctas` limits the
-    /// multiprocessors it uses (None: NCCL's choice).
-    pub(crate) fn connect(
+    /// Begins to meet the other ranks. `max_ctas` limits the multiprocessors it uses (None: NCCL's choice).
+    pub(crate) fn meet(
         nccl: &Arc<Nccl>,
         device: &Arc<Device>,
         id: UniqueId,
         (rank, size): (usize, usize),
         max_ctas: Option<u32>,
-        limit: Duration,
-    ) -> Result<NcclComm> {
+    ) -> Result<Meeting> {
         let (tell, told) = mpsc::channel();
         let (library, place) = (Arc::clone(nccl), Arc::clone(device));
         let meet = move || {
@@ -108,22 +135,7 @@ impl NcclComm {
                 hint: "Raise the process limit (ulimit -u)".to_owned(),
             }
         })?;
-        let raw = told.recv_timeout(limit).map_err(|_| Error::Transport {
-            transport: "NCCL",
-            reason: format!(
-                "not all of {size} ranks met within {:.0} s; this is rank {rank} of them",
-                limit.as_secs_f64()
-            ),
-        })??;
-        Ok(NcclComm {
-            nccl: Arc::clone(nccl),
-            device: Arc::clone(device),
-            raw,
-            rank,
-            size,
-            turn: Mutex::new(()),
-            ended: AtomicBool::new(false),
-        })
+        Ok(Meeting { nccl: Arc::clone(nccl), device: Arc::clone(device), rank, size, told })
     }
 
     pub(crate) fn version(&self) -> String {

@@ -177,3 +177,10 @@ fn an_nccl_that_does_not_meet() {
     let test = "misuse::an_nccl_that_does_not_meet";
     told_on_all(test, &[2, 2], (2, "ncclGetUniqueId", 1, 3), ["NCCL", "internal error"]);
 }
+
+/// NCCL itself would wait for the rank that does not come until the group's time limit.
+#[test]
+fn an_nccl_that_fails_on_one_rank() {
+    let test = "misuse::an_nccl_that_fails_on_one_rank";
+    told_on_all(test, &[3], (1, "ncclCommInitRankConfig", 1, 3), ["NCCL", "internal error"]);
+}
