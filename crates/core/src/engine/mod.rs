@@ -214,9 +214,13 @@ impl<T: Transports> Engine<T> {
         }
     }
 
-    /// Runs a call on its caller's stack, without an operation, where nobody drives and its group has nothing under way;
-    /// an operation that it becomes was helped as by [`run`](Self::run).
+    /// Runs a call on its caller's stack, without an operation, where nobody drives or wants to and its group has nothing
+    /// under way; an operation that it becomes was helped as by [`run`](Self::run).
     pub fn run_now(&self, group: usize, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
+        // Calls without a pause would keep the seat from whoever waits for it.
+        if self.shared.wanted.load(Ordering::Relaxed) > 0 {
+            return Tried::NotNow;
+        }
         let Ok(mut driver) = self.shared.driver.try_lock() else { return Tried::NotNow };
         self.shared.take_inbox(&mut driver);
         let patience = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
