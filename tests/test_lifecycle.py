@@ -236,6 +236,8 @@ def interrupted() -> dict:
     import torch
     import torch.distributed as dist
 
+    # A shell has what it starts in the background ignore interrupts, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start(600)  # Beyond the test's own limit: nothing but the interrupt can end these waits.
     summed()
     if dist.get_rank() == 0:
