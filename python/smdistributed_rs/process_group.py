@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         self._seat = seat
         self._devices = frozenset(devices)
         self._others = others
+        self._served = self._devices.union(others)
         self._registered: list[tuple[str, Any, Any]] = []
         self._group_name = self._group_desc = ""
         if HAS_BACKENDS:
@@ -225,8 +226,8 @@ def _by_device(name: str) -> Callable[..., Any]:
     ours = getattr(SmddpProcessGroup, name)
 
     def call(self: MixedProcessGroup, *args: Any, **options: Any) -> Work:
-        device = _device(args)
-        if device is None or device in self._devices:
+        first = next(_tensors(args), None)
+        if first is None or first.device.type in self._devices:
             return ours(self, *args, **options)
         return getattr(self._plain, _callable(name))(*args, **options)
 
@@ -234,11 +235,20 @@ def _by_device(name: str) -> Callable[..., Any]:
 
 
 def _through_torch(name: str) -> Callable[..., Any]:
+    """Where torch has no way to a backend for a call's tensors, it is ours to say what is wrong with them."""
+    ours = getattr(SmddpProcessGroup, name)
+
     def call(self: HookedProcessGroup, *args: Any, **options: Any) -> Work:
+        # For tensors of meta, torch does nothing and reports success.
+        if not all(tensor.device.type in self._served for tensor in _tensors(args)):
+            return ours(self, *args, **options)
         _latest.work = None
-        wrapped = getattr(self._plain, _callable(name))(*args, **options)
-        ours, _latest.work = _latest.work, None
-        return wrapped if ours is None else ours
+        try:
+            wrapped = getattr(self._plain, _callable(name))(*args, **options)
+        except NotImplementedError:
+            return ours(self, *args, **options)
+        work, _latest.work = _latest.work, None
+        return wrapped if work is None else work
 
     return _as(name, call)
 
@@ -253,13 +263,13 @@ def _callable(name: str) -> str:
     return "recv_anysource" if name == "recvAnysource" else name
 
 
-def _device(args: Any) -> str | None:
-    """The type of the device of the first tensor among arguments, which may be lists, or lists of lists."""
+def _tensors(args: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, which may be lists, or lists of lists."""
     for arg in args:
-        found = arg.device.type if isinstance(arg, Tensor) else _device(arg) if isinstance(arg, (list, tuple)) else None
-        if found is not None:
-            return found
-    return None
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
 
 
 for _name in METHODS:
