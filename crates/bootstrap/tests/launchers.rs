@@ -343,10 +343,11 @@ fn a_rank_that_ends_or_never_comes_does_not_hang_the_job() {
     });
 }
 
-/// A port with room above it for our store's.
-fn port() -> String {
+/// A master port of this job alone as long as the listener lives; our store listens on others.
+fn port() -> (std::net::TcpListener, String) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port().to_string()
+    let port = listener.local_addr().unwrap().port().to_string();
+    (listener, port)
 }
 
 fn plain(pairs: &[(&str, &str)]) -> Command {
@@ -361,7 +362,7 @@ fn variables_alone_make_a_job() {
     // By the host's own name, thus not on the loopback.
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     for addr in ["127.0.0.1", "localhost", &name] {
-        let port = port();
+        let (_held, port) = port();
         let children: Vec<Child> = ["2", "0", "1"]
             .iter()
             .map(|rank| {
@@ -387,7 +388,7 @@ fn variables_alone_make_a_job() {
 
 #[test]
 fn ranks_that_contradict_one_another_are_all_told() {
-    let port = port();
+    let (_held, port) = port();
     let with = |rank, size| {
         let pairs = [
             ("RANK", rank),
@@ -410,7 +411,7 @@ fn ranks_that_contradict_one_another_are_all_told() {
 
 #[test]
 fn ranks_that_do_not_come_are_named() {
-    let port = port();
+    let (_held, port) = port();
     let with = |rank| {
         let pairs = [
             ("RANK", rank),

@@ -50,7 +50,8 @@ pub fn bind() {
 /// Starts `np` copies of this program with this command line, spread over `nodes` emulated nodes; waits for them.
 pub fn run(np: usize, nodes: usize, limit: Duration) -> Result<(), Failure> {
     let program = std::env::current_exe().map_err(|e| Failure::Start(format!("own path unknown: {e}")))?;
-    let port = free_port()?;
+    let master = free_port()?;
+    let port = master.local_addr().map_err(no_port)?.port();
     let mut ranks = Ranks { children: Vec::with_capacity(np) };
     for rank in 0..np {
         let place = Place::new(rank, np, nodes);
@@ -87,9 +88,13 @@ impl Place {
     }
 }
 
-fn free_port() -> Result<u16, Failure> {
-    let bound = TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr());
-    Ok(bound.map_err(|e| Failure::Start(format!("no free port on 127.0.0.1: {e}")))?.port())
+/// A port of this job alone, as long as the listener lives: the library's own store listens on others.
+fn free_port() -> Result<TcpListener, Failure> {
+    TcpListener::bind(("127.0.0.1", 0)).map_err(no_port)
+}
+
+fn no_port(error: std::io::Error) -> Failure {
+    Failure::Start(format!("no free port on 127.0.0.1: {error}"))
 }
 
 struct Ranks {

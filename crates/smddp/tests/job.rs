@@ -20,14 +20,13 @@ struct End {
     output: String,
 }
 
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// Runs `role` on ranks spread over nodes of these sizes.
 fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
     let size: usize = nodes.iter().sum();
-    let port = free_port().to_string();
+    // Held until the job has ended: it tells this job from those of tests beside it (our store listens elsewhere).
+    let master = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = master.local_addr().unwrap().port().to_string();
     let mut children: Vec<Child> = Vec::new();
     for (node, &locals) in nodes.iter().enumerate() {
         for local in 0..locals {
