@@ -89,6 +89,8 @@ pub struct Call {
     pub root: u32,
     pub count: u64,
     pub uneven: bool,
+    /// On memory that the node's ranks share ([`crate::shared`]); on all ranks or on none.
+    pub shared: bool,
 }
 
 /// A [`Call`] in 16 bytes, as it travels in message and slot headers.
@@ -98,14 +100,15 @@ pub struct PackedCall {
     pub collective: u8,
     pub dtype: u8,
     pub op: u8,
-    pub uneven: u8,
+    /// [`UNEVEN`] and [`SHARED`].
+    pub form: u8,
     pub root: u32,
     pub count: u64,
 }
 
 impl Call {
     pub fn new(collective: Collective, dtype: DType, count: u64) -> Call {
-        Call { collective, dtype, op: ReduceOp::Sum, root: 0, count, uneven: false }
+        Call { collective, dtype, op: ReduceOp::Sum, root: 0, count, uneven: false, shared: false }
     }
 
     pub fn pack(&self) -> PackedCall {
@@ -113,7 +116,7 @@ impl Call {
             collective: self.collective as u8,
             dtype: self.dtype as u8,
             op: if self.collective.reduces() { self.op as u8 } else { 0 },
-            uneven: u8::from(self.uneven),
+            form: (u8::from(self.uneven) * UNEVEN) | (u8::from(self.shared) * SHARED),
             root: if self.collective.rooted() { self.root } else { 0 },
             count: self.count,
         }
@@ -125,7 +128,15 @@ impl Call {
     }
 }
 
+/// Bits of [`PackedCall::form`].
+const UNEVEN: u8 = 1;
+const SHARED: u8 = 2;
+
 impl PackedCall {
+    pub fn is_shared(&self) -> bool {
+        self.form & SHARED != 0
+    }
+
     /// `None` when a byte names nothing known: the peer runs another version, or memory was overwritten.
     pub fn unpack(&self) -> Option<Call> {
         Some(Call {
@@ -134,7 +145,8 @@ impl PackedCall {
             op: ReduceOp::from_code(self.op)?,
             root: self.root,
             count: self.count,
-            uneven: self.uneven != 0,
+            uneven: self.form & UNEVEN != 0,
+            shared: self.is_shared(),
         })
     }
 }
@@ -161,6 +173,9 @@ impl fmt::Display for Call {
         }
         if self.collective.rooted() {
             write!(f, ", root {}", self.root)?;
+        }
+        if self.shared {
+            write!(f, ", in shared memory")?;
         }
         f.write_str(")")
     }

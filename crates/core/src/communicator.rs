@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use crate::call::{Call, Collective};
@@ -17,11 +17,14 @@ use crate::error::{Error, Result, Site};
 use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::select::{self, CallShape, Tuning};
+use crate::shared::{OwnParts, Shared};
 use crate::topology::GroupShape;
-use crate::transport::{Fabric, MsgKey, Transports};
+use crate::transport::{Fabric, MsgKey, NodeLocal, Transports};
 
 /// Plans kept; beyond that the cache starts anew.
 const PLANS_KEPT: usize = 256;
+/// Bytes below which a call on shared memory goes through slots, as any other: two meetings cost more than a copy.
+const SHARED_FROM: usize = 16 << 10;
 /// How long destroying a group waits for work that is under way.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -67,7 +70,7 @@ impl Request {
         }
     }
 
-    fn call(&self) -> Call {
+    fn call(&self, shared: bool) -> Call {
         Call {
             collective: self.collective,
             dtype: self.dtype,
@@ -75,6 +78,7 @@ impl Request {
             root: self.root as u32,
             count: if self.splits.is_some() { 0 } else { self.count as u64 },
             uneven: self.counts.is_some() || self.splits.is_some(),
+            shared,
         }
     }
 }
@@ -105,6 +109,7 @@ struct Inner<T: Transports> {
     closed: AtomicBool,
     /// What the group had failed with, once it is taken down: `index` may be another group's from then on.
     ended: OnceLock<Option<Error>>,
+    shared: OwnParts,
 }
 
 impl<T: Transports> Inner<T> {
@@ -130,6 +135,27 @@ pub struct Communicator<T: Transports> {
 impl<T: Transports> Clone for Communicator<T> {
     fn clone(&self) -> Self {
         Communicator { inner: Arc::clone(&self.inner) }
+    }
+}
+
+/// Shared memory that is entered in a group: dropped, it leaves. No call on it may be under way then.
+pub struct SharedEntry<T: Transports> {
+    group: Weak<Inner<T>>,
+    number: u64,
+}
+
+impl<T: Transports> Drop for SharedEntry<T> {
+    fn drop(&mut self) {
+        let Some(group) = self.group.upgrade() else { return };
+        group.shared.leave(self.number);
+        if !group.closed.load(Ordering::Acquire) && group.engine.is_ours() {
+            let leave = |local: &mut T::Local| {
+                local.leave_shared(self.number);
+                Ok(())
+            };
+            // A group that is gone has forgotten the memory already.
+            let _ = group.engine.with_local(group.index, leave);
+        }
     }
 }
 
@@ -205,6 +231,7 @@ impl<T: Transports> Communicator<T> {
             aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             ended: OnceLock::new(),
+            shared: OwnParts::default(),
         };
         Ok(Communicator { inner: Arc::new(inner) })
     }
@@ -313,7 +340,8 @@ impl<T: Transports> Communicator<T> {
         let op = || Arc::new(self.collective(request, Arc::clone(&ready)));
         if ready.is_plain && request.gate.is_none() {
             let (input, output) = (request.input, request.output);
-            let call = Immediate { ready: &ready, input, output, call: request.call(), op: &op };
+            let call =
+                Immediate { ready: &ready, input, output, call: request.call(ready.is_shared), op: &op };
             match self.inner.engine.run_now(self.inner.index, &call, limit) {
                 Tried::Done => return Ok(None),
                 Tried::Later(op) => return Ok(Some(op)),
@@ -449,8 +477,9 @@ impl<T: Transports> Communicator<T> {
     }
 
     fn collective(&self, request: &Request, ready: Arc<Ready>) -> OpState {
+        let call = request.call(ready.is_shared);
         let work = Work::Collective { ready, input: request.input, output: request.output };
-        let mut op = self.op(request.call(), work, request.timeout);
+        let mut op = self.op(call, work, request.timeout);
         op.gate.clone_from(&request.gate);
         op
     }
@@ -463,6 +492,7 @@ impl<T: Transports> Communicator<T> {
             root: if request.collective.rooted() { request.root } else { 0 },
             counts: request.counts.clone(),
             splits: request.splits.clone(),
+            shared: self.is_shared(request),
         };
         let mut plans = self.inner.plans.lock().map_err(|_| poisoned())?;
         if let Some((_, ready)) = plans.last.as_ref().filter(|(last, _)| *last == key) {
@@ -476,13 +506,32 @@ impl<T: Transports> Communicator<T> {
                 if plans.made.len() >= PLANS_KEPT {
                     plans.made.clear();
                 }
-                let ready = Arc::new(Ready::new(schedule));
+                let ready = Arc::new(Ready::new(schedule, key.shared));
                 plans.made.insert(key.clone(), Arc::clone(&ready));
                 ready
             }
         };
         plans.last = Some((key, Arc::clone(&ready)));
         Ok(ready)
+    }
+
+    /// Whether a call works in memory that its node's ranks share, which must pay what ranks tell one another first.
+    fn is_shared(&self, request: &Request) -> bool {
+        request.collective == Collective::AllReduce
+            && request.output.len() >= SHARED_FROM
+            && self.inner.shared.contain(request.output)
+    }
+
+    /// Enters memory that this group's ranks share. Every rank does so with the same number before any calls on it.
+    pub fn enter_shared(&self, shared: Shared) -> Result<SharedEntry<T>> {
+        self.check_open("sharing memory")?;
+        if self.inner.shape.node_count() > 1 {
+            return Err(Error::Internal("memory shared by ranks of several nodes".to_owned()));
+        }
+        let (number, own) = (shared.number, shared.own());
+        self.inner.engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
+        self.inner.shared.enter(number, own);
+        Ok(SharedEntry { group: Arc::downgrade(&self.inner), number })
     }
 
     fn check(&self, request: &Request) -> Result<()> {

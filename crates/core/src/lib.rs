@@ -16,6 +16,7 @@ pub mod plan;
 pub mod process;
 pub mod reduce;
 pub mod settings;
+pub mod shared;
 pub mod store;
 pub mod testing;
 pub mod topology;

@@ -15,6 +15,7 @@ use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::plan::{Buf, Plan, Span};
+use crate::shared::Shared;
 
 /// The engine's own mark on a submitted piece of work; comes back unchanged when it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -113,6 +114,16 @@ pub trait NodeLocal: Send {
         let _ = patience;
         self.submit(run)?;
         Ok(false)
+    }
+    /// Takes note of memory that the node's ranks share. A run whose call is [marked](PackedCall::is_shared) has all its data
+    /// in such memory on every rank, and works there.
+    fn enter_shared(&mut self, shared: Shared) -> Result<()> {
+        let _ = shared;
+        Err(Error::Internal("this transport cannot share memory".to_owned()))
+    }
+    /// Forgets it.
+    fn leave_shared(&mut self, number: u64) {
+        let _ = number;
     }
     fn send(&mut self, message: Message) -> Result<()>;
     fn recv(&mut self, message: Message) -> Result<()>;

@@ -26,7 +26,7 @@ enum Sent {
 }
 
 const NO_KEY: MsgKey = MsgKey { group: 0, seq: 0, tag: 0 };
-const NO_CALL: PackedCall = PackedCall { collective: 0, dtype: 0, op: 0, uneven: 0, root: 0, count: 0 };
+const NO_CALL: PackedCall = PackedCall { collective: 0, dtype: 0, op: 0, form: 0, root: 0, count: 0 };
 
 impl<D: Domain> FabricEndpoint<D> {
     pub(crate) fn start_send(&mut self, m: &Message) -> Result<()> {

@@ -306,7 +306,7 @@ mod tests {
             collective: b[0],
             dtype: b[1],
             op: b[2],
-            uneven: b[3],
+            form: b[3],
             root,
             count,
         })

@@ -108,7 +108,7 @@ impl Job {
             let output = unsafe { Region::of(&mut d.output) };
             // SAFETY: as above.
             let input = if d.input.is_empty() { output } else { unsafe { Region::of(&mut d.input) } };
-            let ready = Arc::new(Ready::new(schedule));
+            let ready = Arc::new(Ready::new(schedule, false));
             let work = Work::Collective { ready, input, output };
             let op = Arc::new(OpState::new(call, work, 0, "sim".into(), rank, Duration::from_secs(3600)));
             r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();

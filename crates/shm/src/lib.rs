@@ -27,11 +27,15 @@ mod buffer;
 #[cfg(not(loom))]
 mod cut;
 #[cfg(not(loom))]
+mod direct;
+#[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
 mod geometry;
 #[cfg(not(loom))]
 mod handover;
+#[cfg(not(loom))]
+mod memfd;
 #[cfg(not(loom))]
 mod messages;
 #[cfg(not(loom))]
@@ -42,6 +46,8 @@ mod peers;
 mod phases;
 #[cfg(not(loom))]
 mod segment;
+#[cfg(not(loom))]
+mod shared;
 
 #[cfg(all(test, loom))]
 mod loom_tests;
@@ -55,3 +61,5 @@ pub use handover::{Listener, Membership};
 pub use mask::MAX_LOCAL;
 #[cfg(not(loom))]
 pub use node::ShmNode;
+#[cfg(not(loom))]
+pub use shared::{Card, SharedBuffer};

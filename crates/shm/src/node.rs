@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
+use smddp_core::shared::Shared;
 use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun};
 use smddp_core::{Error, Result};
 
@@ -242,6 +243,19 @@ impl NodeLocal for ShmNode {
             Ok(over) => Ok(over),
             Err(error) => Err(self.fail(error)),
         }
+    }
+
+    fn enter_shared(&mut self, shared: Shared) -> Result<()> {
+        self.check()?;
+        if shared.parts.len() != self.ranks.len() || shared.own != self.me {
+            return Err(Error::Internal(format!("{} parts of shared memory", shared.parts.len())));
+        }
+        self.phases.entered().enter(shared);
+        Ok(())
+    }
+
+    fn leave_shared(&mut self, number: u64) {
+        self.phases.entered().leave(number);
     }
 
     fn send(&mut self, message: Message) -> Result<()> {

@@ -10,10 +10,12 @@ use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::plan::{Buf, Move, Op, Span, Who};
 use smddp_core::reduce::combine;
+use smddp_core::shared::Place;
 use smddp_core::transport::{Arith, Ctx, PhaseRun};
 use smddp_core::{Error, Region, Result};
 
 use crate::cut::{Cutter, Group, aligned, includes, travels};
+use crate::direct::{self, Direct, Entered};
 use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
 use crate::ring::Ring;
@@ -32,6 +34,8 @@ pub(crate) enum Step {
 struct Run {
     run: PhaseRun,
     first: Group,
+    /// Where the data lies, of a call on shared memory: it runs by `direct`.
+    place: Option<Place>,
 }
 
 /// The moves of a phase that was checked when it was submitted.
@@ -77,6 +81,8 @@ pub(crate) struct Phases {
     consuming: Consuming,
     sources: Vec<Region>,
     submitted: u64,
+    entered: Entered,
+    direct: Direct,
 }
 
 impl Phases {
@@ -99,8 +105,15 @@ impl Phases {
             },
             sources: Vec::with_capacity(size),
             submitted: 0,
+            entered: Entered::default(),
+            direct: Direct::default(),
             ranks,
         }
+    }
+
+    /// The memory that the ranks share.
+    pub(crate) fn entered(&mut self) -> &mut Entered {
+        &mut self.entered
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -109,7 +122,7 @@ impl Phases {
 
     /// Whether all that is queued is one exchange, of which nothing was published.
     pub(crate) fn is_one_exchange(&self) -> bool {
-        let Some(Run { run, first }) = self.queue.front() else { return false };
+        let Some(Run { run, first, .. }) = self.queue.front() else { return false };
         self.queue.len() == 1
             && self.publishing.run == 0
             && first.cuts == 1
@@ -130,7 +143,11 @@ impl Phases {
     /// Queues a phase; its number.
     pub(crate) fn submit(&mut self, run: PhaseRun) -> Result<u64> {
         check(&run, self.me, self.ranks.len())?;
-        let first = self.cutter.group(moves_of(&run), 0);
+        let place = if run.call.is_shared() { Some(self.place(&run)?) } else { None };
+        let mut first = self.cutter.group(moves_of(&run), 0);
+        if place.is_some() {
+            first.cuts = direct::EXCHANGES;
+        }
         if self.queue.is_empty() {
             self.consuming.start(first, 0);
         }
@@ -138,20 +155,46 @@ impl Phases {
             self.publishing.group = first;
             self.publishing.cut = 0;
         }
-        self.queue.push_back(Run { run, first });
+        self.queue.push_back(Run { run, first, place });
         self.submitted += 1;
         Ok(self.submitted - 1)
+    }
+
+    /// Where the data of a call on shared memory lies.
+    fn place(&self, run: &PhaseRun) -> Result<Place> {
+        let wrong = |what: &str| Error::Internal(format!("phase {} of {}: {what}", run.step, run.call));
+        match moves_of(run) {
+            [m] if (m.from, m.to) == (Who::All, Who::All) && m.src == m.dst => {
+                let data = run.buffers.at(m.dst, run.shift);
+                self.entered
+                    .place(data)
+                    .ok_or_else(|| wrong("its data is not in memory that the ranks share"))
+            }
+            _ => Err(wrong("in shared memory only one combination for all, in place, can run")),
+        }
     }
 
     /// Publishes one exchange, when there is one and its slot is free.
     pub(crate) fn publish(&mut self, segment: &Segment, ring: &mut Ring) -> Step {
         let at = &mut self.publishing;
-        let Some(Run { run, .. }) = self.queue.get(at.run) else { return Step::Idle };
+        let Some(Run { run, place, .. }) = self.queue.get(at.run) else { return Step::Idle };
         if ring.is_full() {
             return Step::Idle;
         }
         let moves = moves_of(run);
-        if at.group.writes {
+        if let Some(place) = place {
+            // D2: the second exchange waits until this rank's share is done, which consuming the first one is.
+            if at.cut > 0 && (at.run > 0 || self.consuming.cut == 0) {
+                return Step::Idle;
+            }
+            if let Some(peer) = ring.in_the_way(segment) {
+                return Step::Blocked(peer);
+            }
+            ring.publish(segment, |head: &mut SlotHead| {
+                head.call = run.call;
+                head.inline[..size_of::<Place>()].copy_from_slice(bytemuck::bytes_of(place));
+            });
+        } else if at.group.writes {
             if let Some(peer) = ring.in_the_way(segment) {
                 return Step::Blocked(peer);
             }
@@ -186,10 +229,11 @@ impl Phases {
         ring: &mut Ring,
         done: &mut Vec<Ctx>,
     ) -> Result<Step> {
-        let Some(Run { run, .. }) = self.queue.front() else { return Ok(Step::Idle) };
+        let Some(Run { run, place, .. }) = self.queue.front() else { return Ok(Step::Idle) };
         if ring.consumed() == ring.published() {
             return Ok(Step::Idle);
         }
+        let direct = place.map(|own| Sharing { own, entered: &self.entered, direct: &mut self.direct });
         let mut work = Work {
             me: self.me,
             ranks: &self.ranks,
@@ -200,7 +244,11 @@ impl Phases {
             budget: self.budget,
             moved: false,
         };
-        if let Some(step) = work.consume(&mut self.consuming)? {
+        let step = match direct {
+            Some(sharing) => work.share(&mut self.consuming, sharing)?,
+            None => work.consume(&mut self.consuming)?,
+        };
+        if let Some(step) = step {
             return Ok(step);
         }
         ring.consume(segment);
@@ -219,6 +267,7 @@ impl Phases {
             self.consuming.start(next, 0);
         } else {
             done.push(run.ctx);
+            self.direct.forget();
             self.queue.pop_front();
             self.publishing.run -= 1;
             if let Some(next) = self.queue.front() {
@@ -291,7 +340,44 @@ struct Work<'a> {
     moved: bool,
 }
 
+/// What a call on shared memory works with besides.
+struct Sharing<'a> {
+    own: Place,
+    entered: &'a Entered,
+    direct: &'a mut Direct,
+}
+
 impl Work<'_> {
+    /// As [`consume`](Self::consume), of a call on shared memory.
+    fn share(&mut self, at: &mut Consuming, sharing: Sharing<'_>) -> Result<Option<Step>> {
+        let Sharing { own, entered, direct } = sharing;
+        if let Some(peer) = self.missing(Who::All, at)? {
+            return Ok(Some(Step::Blocked(peer)));
+        }
+        let [m] = moves_of(self.run) else { return Ok(None) };
+        if at.cut > 0 {
+            return Ok(None);
+        }
+        while direct.known() < self.ranks.len() {
+            let rank = direct.known();
+            let theirs = if rank == self.me { own } else { self.place_of(rank) };
+            if !direct.learn(entered, theirs, own, m.dst.len) {
+                let at = |place: Place| format!("{} number {}", self.run.call, place.number);
+                return Err(disagree(at(own), self.ranks[rank], at(theirs)));
+            }
+        }
+        let over = direct.work(self.run.arith, m.finish, self.me, m.dst.len, self.budget);
+        Ok(if over { None } else { Some(Step::Moved) })
+    }
+
+    /// What `rank` says in its slot's head of where its data lies.
+    fn place_of(&self, rank: usize) -> Place {
+        let index = self.ring.index(self.ring.consumed());
+        self.segment
+            .slot(rank, index)
+            .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<Place>()]))
+    }
+
     /// `None` when the exchange is complete.
     fn consume(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
         let moves = moves_of(self.run);
@@ -376,12 +462,11 @@ impl Work<'_> {
 }
 
 pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {
-    Error::Mismatch {
-        site: Site::unknown(),
-        ours: ours.to_string(),
-        peer: peer as usize,
-        theirs: theirs.to_string(),
-    }
+    disagree(ours.to_string(), peer, theirs.to_string())
+}
+
+fn disagree(ours: String, peer: u32, theirs: String) -> Error {
+    Error::Mismatch { site: Site::unknown(), ours, peer: peer as usize, theirs }
 }
 
 /// Whether a phase can run as it is: so that nothing later panics on a broken plan.

@@ -13,15 +13,15 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
-use rustix::process::{Resource, getrlimit};
+use rustix::fs::{FallocateFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags};
 use smddp_core::Region;
 
 use crate::error::ShmError;
 use crate::geometry::{Geometry, Header, Layout, MAGIC, VERSION};
 use crate::layout::{AbortCell, Alerts, Control, Frame, INLINE, Line, Memory, SlotHead};
 use crate::mask::MAX_LOCAL;
+use crate::memfd::{self, out_of_memory};
 use crate::sync::AtomicU32;
 
 pub(crate) struct Segment {
@@ -34,26 +34,11 @@ unsafe impl Send for Segment {}
 // SAFETY: as above.
 unsafe impl Sync for Segment {}
 
-fn out_of_memory(wanted: usize, reason: impl std::fmt::Display) -> ShmError {
-    ShmError::Memory { wanted, reason: reason.to_string() }
-}
-
 impl Segment {
     /// A new segment, and the file to hand to the others. Allocates local rank 0's share.
     pub(crate) fn create(layout: Layout, group: u64, pid_space: u64) -> Result<(Segment, OwnedFd), ShmError> {
         let total = layout.total();
-        // Beyond the limit the kernel would kill this process with a signal instead of returning an error.
-        if let Some(limit) = getrlimit(Resource::Fsize).current
-            && limit < total as u64
-        {
-            return Err(out_of_memory(total, format!("the limit on file size (ulimit -f) is {limit} bytes")));
-        }
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("smddp-group", flags)
-            .map_err(|e| ShmError::system("memfd_create", e))?;
-        rustix::fs::ftruncate(&file, total as u64).map_err(|e| out_of_memory(total, e))?;
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(|e| ShmError::system("sealing a memfd", e))?;
+        let file = memfd::create("smddp-group", total)?;
         let segment = Segment::map(&file, layout)?;
         segment.allocate(&file, 0)?;
         // SAFETY: the header is the first thing in the mapping, nobody else has it yet.
@@ -84,21 +69,7 @@ impl Segment {
     }
 
     fn map(file: impl AsFd, layout: Layout) -> Result<Segment, ShmError> {
-        let total = layout.total();
-        // SAFETY: a new mapping at an address the kernel chooses touches nothing that exists.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                total,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file,
-                0,
-            )
-        };
-        let base = base.map_err(|e| out_of_memory(total, format!("mmap: {e}")))?;
-        let base = NonNull::new(base.cast()).ok_or_else(|| out_of_memory(total, "mmap gave no address"))?;
-        Ok(Segment { base, layout })
+        Ok(Segment { base: memfd::map(file, layout.total(), MapFlags::empty())?, layout })
     }
 
     /// M2 for the share of `rank`.
@@ -200,9 +171,7 @@ impl Memory for Segment {
 impl Drop for Segment {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and nothing borrows from it any more (M4).
-        if let Err(error) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.layout.total()) } {
-            tracing::warn!(%error, "shared memory could not be unmapped");
-        }
+        unsafe { memfd::unmap(self.base, self.layout.total()) };
     }
 }
 
@@ -275,6 +244,7 @@ mod tests {
 
     #[test]
     fn a_file_that_could_shrink_is_refused() {
+        use rustix::fs::MemfdFlags;
         let file = rustix::fs::memfd_create("open", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         assert!(matches!(Segment::open(&file, 7, 3, 1), Err(ShmError::Refused(_))));
     }

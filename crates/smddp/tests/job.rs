@@ -20,7 +20,6 @@ struct End {
     output: String,
 }
 
-
 /// Runs `role` on ranks spread over nodes of these sizes.
 fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
     let size: usize = nodes.iter().sum();

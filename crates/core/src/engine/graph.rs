@@ -59,17 +59,19 @@ pub struct Ready {
     /// Nothing but phases, one after the other, in one round and without scratch: such a call can run on its caller's
     /// stack.
     pub is_plain: bool,
+    /// Made for memory that the node's ranks share.
+    pub is_shared: bool,
 }
 
 impl Ready {
-    pub fn new(schedule: Schedule) -> Ready {
+    pub fn new(schedule: Schedule, is_shared: bool) -> Ready {
         let body = Graph::new(&schedule.body);
         let tail = schedule.tail.as_ref().map(|t| Graph::new(t));
         let phases = body.phases.len().max(tail.as_ref().map_or(0, |t| t.phases.len()));
         let one_round = schedule.full_rounds == 1 && tail.is_none();
         let only_phases = phases > 0 && phases == schedule.body.steps.len();
         let is_plain = one_round && only_phases && schedule.scratch_stride() == 0;
-        Ready { schedule, body, tail, phases, is_plain }
+        Ready { schedule, body, tail, phases, is_plain, is_shared }
     }
 
     pub fn graph(&self, round: usize) -> &Graph {

@@ -170,6 +170,14 @@ impl<T: Transports> Engine<T> {
         }
     }
 
+    /// Has the group's node transport do something.
+    pub fn with_local<R>(&self, group: usize, use_it: impl FnOnce(&mut T::Local) -> Result<R>) -> Result<R> {
+        self.with_seat(|driver| match driver.group(group) {
+            Some(group) => use_it(&mut group.seat.local),
+            None => Err(Error::Internal(format!("no group {group}"))),
+        })?
+    }
+
     /// Fails the group on every rank.
     pub fn abort(&self, group: usize, error: &Error) -> Result<()> {
         self.with_seat(|driver| driver.fail(group, error))

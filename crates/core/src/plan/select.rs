@@ -34,6 +34,8 @@ pub struct CallShape {
     pub counts: Option<Arc<[usize]>>,
     /// Uneven all_to_all; blocks lie in rank order.
     pub splits: Option<Splits>,
+    /// On memory that the ranks of the node share: all_reduce on one node alone.
+    pub shared: bool,
 }
 
 /// Elements that a rank (sends to, receives from) each rank.
@@ -41,7 +43,7 @@ pub type Splits = (Arc<[usize]>, Arc<[usize]>);
 
 impl CallShape {
     pub fn new(collective: Collective, elem: usize, count: usize) -> CallShape {
-        CallShape { collective, elem, count, root: 0, counts: None, splits: None }
+        CallShape { collective, elem, count, root: 0, counts: None, splits: None, shared: false }
     }
 
     pub fn rooted(collective: Collective, elem: usize, count: usize, root: usize) -> CallShape {
@@ -266,6 +268,9 @@ const TABLE: &[Row] = {
 
 /// The algorithm for a call: the first override that fits it and the group, else the table's.
 pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&'static str> {
+    if call.shared {
+        return Ok(hierarchical::SHARED);
+    }
     let (nodes, bytes) = (shape.node_count(), call.bytes(shape.size()));
     let fits = |o: &&Override| {
         o.collective == call.collective

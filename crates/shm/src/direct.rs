@@ -1,0 +1,163 @@
+//! A call on memory that every rank of the node sees: no slots, each rank works on its share of everybody's data.
+//!
+//! Two exchanges (`ring`) make the call. In the first the ranks tell one another where their data lies; then each
+//! reduces its share from all ranks' data into all ranks' data. The second says that it has.
+//!
+//! Invariants
+//! - **D1** Nobody touches a peer's data before that peer has published the first exchange: it has entered the call, and
+//!   its caller's writes are seen.
+//! - **D2** A rank publishes the second exchange after its last access to any rank's data; the call is over here when
+//!   all ranks' were seen. So whatever a caller does with its data before and after the call does not race.
+//! - **D3** The shares are disjoint and whole cache lines, and cover everything: no two ranks touch the same bytes.
+//! - **D4** Every rank combines in the order of local ranks, once an element, and copies the result: equal bits for all, and the
+//!   bits that the slots give.
+
+use smddp_core::Region;
+use smddp_core::reduce::combine;
+use smddp_core::shared::{Place, Shared, place};
+use smddp_core::transport::Arith;
+
+/// Exchanges of a call.
+pub(crate) const EXCHANGES: usize = 2;
+
+/// Shares begin on cache lines of the data.
+const LINE: usize = 64;
+/// Bytes combined before they are copied to the peers, from a near cache.
+const STEP: usize = 32 << 10;
+
+/// The shared memory that a group's ranks have entered.
+#[derive(Default)]
+pub(crate) struct Entered(Vec<Shared>);
+
+impl Entered {
+    pub(crate) fn enter(&mut self, shared: Shared) {
+        self.0.push(shared);
+    }
+
+    pub(crate) fn leave(&mut self, number: u64) {
+        self.0.retain(|shared| shared.number != number);
+    }
+
+    /// Where this rank's `data` lies.
+    pub(crate) fn place(&self, data: Region) -> Option<Place> {
+        self.0.iter().find_map(|shared| place(shared.number, shared.own(), data))
+    }
+
+    /// The `len` bytes of local rank `rank` at `place`, as it says.
+    fn look_up(&self, rank: usize, place: Place, len: usize) -> Option<Region> {
+        let part = self.0.iter().find(|shared| shared.number == place.number)?.parts.get(rank)?;
+        let offset = usize::try_from(place.offset).ok()?;
+        (offset.checked_add(len)? <= part.len()).then(|| part.slice(offset, len))
+    }
+}
+
+/// One call's data, as far as it is known, and how far this rank's share is done.
+#[derive(Default)]
+pub(crate) struct Direct {
+    /// By local rank; gathered in the first exchange.
+    data: Vec<Region>,
+    sources: Vec<Region>,
+    done: usize,
+}
+
+impl Direct {
+    /// The call is over.
+    pub(crate) fn forget(&mut self) {
+        self.data.clear();
+        self.done = 0;
+    }
+
+    /// Ranks whose data is known.
+    pub(crate) fn known(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Takes what local rank [`known`](Direct::known) says; false when that is no memory that it shares, or not the same as
+    /// `own`.
+    pub(crate) fn learn(&mut self, entered: &Entered, theirs: Place, own: Place, len: usize) -> bool {
+        if theirs.number != own.number {
+            return false;
+        }
+        let found = entered.look_up(self.data.len(), theirs, len);
+        self.data.extend(found);
+        found.is_some()
+    }
+
+    /// Works on the share of rank `me` of `len` bytes until it is done or `budget` bytes were read and written. Whether it
+    /// is done. All ranks' data is known.
+    pub(crate) fn work(&mut self, arith: Arith, finish: bool, me: usize, len: usize, budget: usize) -> bool {
+        let ranks = self.data.len();
+        let (start, share) = share(len, ranks, me);
+        let mut left = budget;
+        while self.done < share {
+            if left == 0 {
+                return false;
+            }
+            let n = STEP.min(share - self.done);
+            let at = start + self.done;
+            self.sources.clear();
+            self.sources.extend(self.data.iter().map(|data| data.slice(at, n)));
+            let own = self.sources[me];
+            combine(arith, finish, own, &self.sources);
+            self.sources
+                .iter()
+                .filter(|data| data.as_ptr() != own.as_ptr())
+                .for_each(|peer| peer.copy_from(own));
+            self.done += n;
+            left = left.saturating_sub(n * ranks);
+        }
+        true
+    }
+}
+
+/// Start and length of the share of `rank` of `len` bytes (D3).
+fn share(len: usize, ranks: usize, rank: usize) -> (usize, usize) {
+    let step = len.div_ceil(ranks).next_multiple_of(LINE);
+    let start = len.min(step * rank);
+    (start, step.min(len - start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn shares_are_disjoint_lines_that_cover_everything(len in 0usize..100_000, ranks in 1usize..20) {
+            let mut next = 0;
+            for rank in 0..ranks {
+                let (start, len_of) = share(len, ranks, rank);
+                prop_assert_eq!(start, next);
+                prop_assert!(start.is_multiple_of(LINE) || start == len);
+                next += len_of;
+            }
+            prop_assert_eq!(next, len);
+        }
+    }
+
+    #[test]
+    fn what_a_peer_says_is_believed_only_within_what_it_shares() {
+        let mut bytes = [[0u8; 128]; 2];
+        let [a, b] = &mut bytes;
+        // SAFETY: nothing is read or written through them.
+        let parts = unsafe { vec![Region::of(a), Region::of(b)] };
+        let mut entered = Entered::default();
+        entered.enter(Shared { number: 3, parts: parts.clone(), own: 0, keep: std::sync::Arc::new(()) });
+        let own = entered.place(parts[0].slice(64, 64)).unwrap();
+        assert_eq!(own, Place { number: 3, offset: 64 });
+        assert_eq!(entered.place(parts[1]), None);
+        let says = |number, offset| {
+            let mut direct = Direct::default();
+            assert!(direct.learn(&entered, own, own, 64));
+            direct.learn(&entered, Place { number, offset }, own, 64).then(|| direct.data[1])
+        };
+        assert_eq!(says(3, 0), Some(parts[1].slice(0, 64)));
+        assert_eq!(says(3, 64), Some(parts[1].slice(64, 64)));
+        for (number, offset) in [(3, 65), (3, u64::MAX), (3, 1 << 40), (4, 0)] {
+            assert_eq!(says(number, offset), None, "{number} {offset}");
+        }
+        entered.leave(3);
+        assert_eq!(entered.place(parts[0]), None);
+    }
+}
