@@ -184,6 +184,21 @@ fn a_call_is_over_when_all_ranks_have_left_the_data() {
     }
 }
 
+/// D2, of a rank that waits for the others to come: it says that it is done no earlier.
+#[test]
+fn a_rank_that_came_first_is_waited_for_too() {
+    let mut job = Job::new(2, 4 * COUNT);
+    job.fill(0, 0, &vec![1.0; COUNT]);
+    job.fill(1, 0, &vec![2.0; COUNT]);
+    job.submit(0, 0, COUNT).unwrap();
+    assert_eq!(job.exhaust(0).unwrap(), vec![]);
+    job.submit(1, 0, COUNT).unwrap();
+    assert_eq!(job.exhaust(1).unwrap(), vec![], "rank 0 has not done its share");
+    assert_eq!(job.exhaust(0).unwrap(), vec![Ctx(5)]);
+    assert_eq!(job.exhaust(1).unwrap(), vec![Ctx(5)]);
+    assert_eq!(job.values(1, 0, COUNT), vec![3.0; COUNT]);
+}
+
 #[test]
 fn ranks_that_disagree_about_the_memory_are_told() {
     // One in shared memory, one not.
