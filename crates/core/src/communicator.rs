@@ -110,6 +110,8 @@ struct Inner<T: Transports> {
     /// What the group had failed with, once it is taken down: `index` may be another group's from then on.
     ended: OnceLock<Option<Error>>,
     shared: OwnParts,
+    /// Shared memory that was ever made in the group.
+    shared_made: AtomicU64,
 }
 
 impl<T: Transports> Inner<T> {
@@ -232,6 +234,7 @@ impl<T: Transports> Communicator<T> {
             closed: AtomicBool::new(false),
             ended: OnceLock::new(),
             shared: OwnParts::default(),
+            shared_made: AtomicU64::new(0),
         };
         Ok(Communicator { inner: Arc::new(inner) })
     }
@@ -520,6 +523,11 @@ impl<T: Transports> Communicator<T> {
         request.collective == Collective::AllReduce
             && request.output.len() >= SHARED_FROM
             && self.inner.shared.contain(request.output)
+    }
+
+    /// A number for memory that the ranks are about to share: the same on all ranks, which share memory in one order.
+    pub fn next_shared(&self) -> u64 {
+        self.inner.shared_made.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Enters memory that this group's ranks share. Every rank does so with the same number before any calls on it.

@@ -18,6 +18,7 @@ const EXAMPLES: &str = "\
 Examples:
   smddp-perf all_reduce --np 2 --min 4 --max 256M --dtype f32,bf16
   smddp-perf all_reduce --np 4 --nodes 2 --plot all_reduce.svg
+  smddp-perf all_reduce --np 2 --shared --min 64K --max 256M
   mpirun -n 4 smddp-perf all_gather --json result.json
   smddp-perf all_reduce --device cuda --np 2 --nodes 2 --max 256M
   smddp-perf plan all_reduce --nodes 4 --local 2 --bytes 16M
@@ -138,6 +139,9 @@ pub struct Bench {
     /// Whose memory the tensors are in: cpu or cuda
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
+    /// Data lies in memory that the ranks of the node share, and is reduced there; all_reduce on the CPU
+    #[arg(long)]
+    pub shared: bool,
     /// With --device cuda: take the driver from this file. For tests.
     #[arg(long, hide = true)]
     pub driver: Option<PathBuf>,
@@ -241,6 +245,12 @@ impl Bench {
             return Err(
                 "sendrecv needs at least 2 ranks: give --np 2, or start it with mpirun -n 2".to_owned()
             );
+        }
+        if self.shared && (collective != Collective::AllReduce || self.device != Device::Cpu) {
+            return Err("--shared is for all_reduce on the CPU: leave it out".to_owned());
+        }
+        if self.shared && self.nodes > 1 {
+            return Err("--shared is for ranks of one node: leave out --nodes".to_owned());
         }
         let has_none = matches!(collective, Collective::SendRecv | Collective::Barrier);
         if self.device == Device::Cuda && has_none {

@@ -108,7 +108,7 @@ fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result
 fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
     let root = options.root;
     if collective == Collective::Barrier {
-        return vec![(Kind { collective, op: ReduceOp::Sum, root }, DType::U8, 0)];
+        return vec![(Kind { collective, op: ReduceOp::Sum, root, shared: false }, DType::U8, 0)];
     }
     let ops = if collective.reduces() { options.op.as_slice() } else { &[ReduceOp::Sum] };
     let mut jobs = Vec::new();
@@ -116,7 +116,7 @@ fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
         for &dtype in &options.dtype {
             let mut bytes = options.min.max(dtype.size());
             while bytes <= options.max {
-                jobs.push((Kind { collective, op, root }, dtype, bytes));
+                jobs.push((Kind { collective, op, root, shared: options.shared }, dtype, bytes));
                 bytes = bytes.saturating_mul(options.factor);
             }
         }

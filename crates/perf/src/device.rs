@@ -129,7 +129,7 @@ impl Gpu {
         block: usize,
         budget: f64,
     ) -> Result<(Row, OnDevice)> {
-        let mut work = Workload::<T>::new(world, kind, count, block);
+        let mut work = Workload::<T>::new(world, kind, count, block)?;
         work.fill();
         let (x, y) = work.regions();
         let (on_x, on_y) = (self.buffer(x.len())?, self.buffer(y.len())?);

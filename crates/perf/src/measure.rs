@@ -104,7 +104,7 @@ fn timed<T: Sample>(
     block: usize,
     budget: f64,
 ) -> Result<Times> {
-    let mut work = Workload::<T>::new(comm, kind, count, block);
+    let mut work = Workload::<T>::new(comm, kind, count, block)?;
     work.fill();
     work.call()?;
     let right = work.check();

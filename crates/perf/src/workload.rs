@@ -3,7 +3,7 @@
 //! Values depend on the element's place (with period 7, which no power of two hides) and on the rank, and are small,
 //! so that results are exact in every type for the numbers of ranks a machine holds.
 
-use smddp::{Collective, Communicator, DType, Element, ReduceOp, Region, Result};
+use smddp::{Collective, Communicator, DType, Element, Error, ReduceOp, Region, Result, SharedMemory};
 
 /// Values repeat after this many elements; prime, so that a block at a wrong place is seen.
 const PERIOD: usize = 7;
@@ -60,11 +60,17 @@ impl Sample for bool {
     }
 }
 
-/// A vector that begins at a page boundary.
+/// Elements that begin at a page boundary.
 pub struct Aligned<T> {
-    store: Vec<T>,
+    store: Store<T>,
+    /// Of the first element.
     start: usize,
     len: usize,
+}
+
+enum Store<T> {
+    Own(Vec<T>),
+    Shared(SharedMemory),
 }
 
 impl<T: Sample> Aligned<T> {
@@ -72,15 +78,38 @@ impl<T: Sample> Aligned<T> {
         let slack = ALIGN / size_of::<T>();
         let store = vec![T::default(); len + slack];
         let start = store.as_ptr().align_offset(ALIGN).min(slack);
-        Aligned { store, start, len }
+        Aligned { store: Store::Own(store), start, len }
+    }
+
+    /// In memory that the ranks of `comm` share.
+    fn shared(comm: &Communicator, len: usize) -> Result<Self> {
+        let store = SharedMemory::new(comm, len * size_of::<T>())?;
+        match store.why_not() {
+            Some(reason) => {
+                Err(Error::Internal(format!("memory that is not shared measures nothing: {reason}")))
+            }
+            None => Ok(Aligned { store: Store::Shared(store), start: 0, len }),
+        }
     }
 
     fn get(&self) -> &[T] {
-        &self.store[self.start..self.start + self.len]
+        match &self.store {
+            Store::Own(store) => &store[self.start..self.start + self.len],
+            // SAFETY: mapped as long as `self` lives, `len` elements long, any bytes are a number (bool: zeros, ones).
+            Store::Shared(store) => unsafe {
+                std::slice::from_raw_parts(store.region().as_ptr().cast(), self.len)
+            },
+        }
     }
 
     pub fn get_mut(&mut self) -> &mut [T] {
-        &mut self.store[self.start..self.start + self.len]
+        match &mut self.store {
+            Store::Own(store) => &mut store[self.start..self.start + self.len],
+            // SAFETY: as above; peers touch it during calls alone.
+            Store::Shared(store) => unsafe {
+                std::slice::from_raw_parts_mut(store.region().as_ptr().cast(), self.len)
+            },
+        }
     }
 }
 
@@ -90,6 +119,8 @@ pub struct Kind {
     pub collective: Collective,
     pub op: ReduceOp,
     pub root: usize,
+    /// Data in memory that the ranks share.
+    pub shared: bool,
 }
 
 /// Elements of the whole buffer (nccl-tests' "size") and of a rank's block, for at most `bytes`; `None` when not even
@@ -138,7 +169,7 @@ pub struct Workload<'a, T> {
 
 impl<'a, T: Sample> Workload<'a, T> {
     /// `total` and `block` as [`shape`] gives them.
-    pub fn new(comm: &'a Communicator, kind: Kind, total: usize, block: usize) -> Self {
+    pub fn new(comm: &'a Communicator, kind: Kind, total: usize, block: usize) -> Result<Self> {
         let (x, y) = match kind.collective {
             Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (total, 0),
             Collective::ReduceScatter | Collective::AllGather => (total, block),
@@ -147,7 +178,8 @@ impl<'a, T: Sample> Workload<'a, T> {
             Collective::Gather | Collective::Scatter => (0, block),
             Collective::Barrier => (0, 0),
         };
-        Workload { comm, kind, block, x: Aligned::new(x), y: Aligned::new(y) }
+        let x = if kind.shared { Aligned::shared(comm, x)? } else { Aligned::new(x) };
+        Ok(Workload { comm, kind, block, x, y: Aligned::new(y) })
     }
 
     /// The large buffer and the other one. Valid as long as the workload; whoever writes to them does so between calls.
@@ -158,7 +190,7 @@ impl<'a, T: Sample> Workload<'a, T> {
 
     /// One call. Allocates nothing itself.
     pub fn call(&mut self) -> Result<()> {
-        let Kind { collective, op, root } = self.kind;
+        let Kind { collective, op, root, .. } = self.kind;
         let (comm, mine) = (self.comm, self.comm.rank() == root);
         match collective {
             Collective::AllReduce => comm.all_reduce(self.x.get_mut(), op),

@@ -21,12 +21,14 @@ mod contact;
 mod dirs;
 mod node;
 mod runtime;
+mod shared;
 mod world;
 
 pub use connect::{GroupOptions, connect};
 pub use dirs::library_dirs;
 pub use node::NodeId;
 pub use runtime::HostTransports;
+pub use shared::{Mapped, SharedMemory};
 pub use smddp_core::communicator::Request;
 pub use smddp_core::element::Element;
 pub use smddp_core::settings::Settings;
