@@ -23,7 +23,7 @@ pub(crate) const EXCHANGES: usize = 2;
 /// Shares begin on cache lines of the data.
 const LINE: usize = 64;
 /// Bytes combined before they are copied to the peers, from a near cache.
-const STEP: usize = 32 << 10;
+const STEP: usize = 16 << 10;
 
 /// The shared memory that a group's ranks have entered.
 #[derive(Default)]

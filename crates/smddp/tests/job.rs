@@ -8,7 +8,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use smddp::{Error, ReduceOp, Settings, World};
+use smddp::{Error, ReduceOp, Settings, SharedMemory, World};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -86,6 +86,8 @@ fn worker() {
         "killed" => killed(),
         "again" => again(),
         "settings" => settings(),
+        "shared" => shared(),
+        "shared or not" => shared_or_not(),
         other => panic!("no role {other}"),
     }
 }
@@ -149,6 +151,77 @@ fn every_collective_on_one_node_and_on_several() {
 fn tagged_messages_do_the_same() {
     let outputs = good_job("collectives", &[2, 1], &[("SMDDP_FABRIC_MODE", "tagged")]);
     assert!(outputs[0].contains("tagged"), "{}", outputs[0]);
+}
+
+#[allow(clippy::mut_from_ref, reason = "memory that peers write to as well")]
+fn floats(memory: &SharedMemory) -> &mut [f32] {
+    let region = memory.region();
+    // SAFETY: mapped as long as `memory` lives; the one slice at a time that the tests use.
+    unsafe { std::slice::from_raw_parts_mut(region.as_ptr().cast(), region.len() / 4) }
+}
+
+fn shared() {
+    let world = World::init().unwrap();
+    let (n, me) = (world.size(), world.rank());
+    let one_node = world.shape().node_count() == 1;
+    for count in [100_000, 5_000, 1_000_003] {
+        let memory = SharedMemory::new(&world, 4 * count + 4 * me).unwrap();
+        assert_eq!(memory.is_shared(), one_node, "{:?}", memory.why_not());
+        let data = &mut floats(&memory)[me..];
+        for round in 0..3 {
+            data.iter_mut().enumerate().for_each(|(i, x)| *x = value(me, i + round) * 0.3);
+            let mut ordinary = data.to_vec();
+            world.all_reduce(data, ReduceOp::Avg).unwrap();
+            assert_eq!(world.last_algorithm() == "shared", one_node);
+            world.all_reduce(&mut ordinary, ReduceOp::Avg).unwrap();
+            assert_ne!(world.last_algorithm(), "shared");
+            assert!(data.iter().zip(&ordinary).all(|(a, b)| a.to_bits() == b.to_bits()), "other bits");
+        }
+        // Every other call takes it as any memory, and so does a call too small to pay.
+        world.broadcast(data, n - 1).unwrap();
+        world.all_reduce(&mut data[..100], ReduceOp::Sum).unwrap();
+        assert_ne!(world.last_algorithm(), "shared");
+    }
+    // What has left is ordinary memory again, whatever comes to lie at its address.
+    let mut after = vec![1f32; 100_000];
+    world.all_reduce(&mut after, ReduceOp::Sum).unwrap();
+    assert_ne!(world.last_algorithm(), "shared");
+    assert!(after.iter().all(|&x| x == n as f32));
+    // SAFETY: there is no memory.
+    assert!(unsafe { SharedMemory::over(&world, None) }.unwrap().is_none());
+}
+
+#[test]
+fn shared_memory_gives_the_same_bits() {
+    for nodes in [&[1][..], &[2], &[4], &[2, 1]] {
+        if nodes == [1] {
+            // Nobody to share with.
+            good_job("shared or not", nodes, &[]);
+            continue;
+        }
+        good_job("shared", nodes, &[]);
+    }
+}
+
+fn shared_or_not() {
+    let world = World::init().unwrap();
+    let memory = SharedMemory::new(&world, 1 << 20).unwrap();
+    let data = floats(&memory);
+    if world.size() == 1 {
+        assert!(!memory.is_shared() && memory.why_not().unwrap().contains("several ranks"));
+        return world.all_reduce(data, ReduceOp::Sum).unwrap();
+    }
+    let mut plain = vec![0f32; data.len()];
+    let given = if world.rank() == 0 { data } else { &mut plain };
+    let error = world.all_reduce(given, ReduceOp::Sum).unwrap_err();
+    println!("error={error}");
+}
+
+#[test]
+fn one_rank_in_shared_memory_and_one_not_are_told() {
+    for output in good_job("shared or not", &[2], &[]) {
+        assert!(output.contains("ranks disagree") && output.contains("in shared memory"), "{output}");
+    }
 }
 
 const MIB: usize = 1 << 20;
