@@ -17,6 +17,7 @@ Importing needs neither torch nor MPI, libfabric or CUDA. Errors are those of `s
 
 import atexit as _atexit
 
+from . import shared
 from ._core import Handle, __version__
 from ._core import stop_callbacks as _stop_callbacks
 from ._launch import export_launcher_variables
@@ -57,6 +58,7 @@ __all__ = [
     "World",
     "__version__",
     "init",
+    "shared",
 ]
 
 _atexit.register(_stop_callbacks)

@@ -28,6 +28,19 @@ class Handle:
         """Calls `callback(error or None)` once the operation is over, on the package's callback thread."""
 
 @final
+class SharedMemory:
+    """Memory of this rank that the other ranks of its group map too, where they can."""
+
+    @staticmethod
+    def allocate(group: Communicator, bytes: int) -> SharedMemory: ...
+    @staticmethod
+    def over(group: Communicator, memory: tuple[int, int, int] | None) -> SharedMemory | None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def why_not(self) -> str | None: ...
+
+@final
 class Communicator:
     """A process group."""
 

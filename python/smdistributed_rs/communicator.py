@@ -10,6 +10,7 @@ returned) and `timeout` in seconds (None: the group's).
 from __future__ import annotations
 
 import atexit
+import ctypes
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,6 +22,7 @@ from ._arrays import View, counted, like, same_dtype, view
 from ._core import Handle
 from ._libraries import library_dirs
 from .errors import ArgumentError
+from .shared import allocate
 
 __all__ = ["Communicator", "World", "init"]
 
@@ -61,6 +63,10 @@ class Communicator:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._inner.set_timeout(seconds)
+
+    def shared_memory(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        """`nbytes` bytes of zeros that all_reduce works on without copies, for numpy.frombuffer; see `shared`."""
+        return allocate(self._inner, nbytes)
 
     def all_reduce(
         self, array: Any, op: str = "sum", *, async_op: bool = False, timeout: float | None = None

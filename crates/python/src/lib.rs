@@ -14,6 +14,7 @@ mod cuda;
 mod dlpack;
 mod errors;
 mod handle;
+mod shared;
 mod store;
 mod torch;
 mod world;
@@ -33,6 +34,8 @@ mod _core {
     use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]
     use super::handle::Handle;
+    #[pymodule_export]
+    use super::shared::SharedMemory;
     #[pymodule_export]
     use super::torch::{AllReduce, reads_options, use_torch};
     #[pymodule_export]

@@ -71,18 +71,18 @@ impl SharedBuffer {
         Ok(SharedBuffer { base, len, file: Some(file), ours: true })
     }
 
-    /// Memory that somebody else mapped over `file`, from its beginning, for sharing.
+    /// Memory over `file`, from its beginning, that somebody else mapped.
     ///
     /// # Safety
-    /// `len` bytes at `base` are such a mapping, and stay it as long as this lives.
+    /// `memory` is such a mapping, and stays it as long as this lives.
     ///
     /// # Errors
-    /// [`ShmError::System`] when the file is shorter than `len`, or has no copy to give.
-    pub unsafe fn over(
-        file: BorrowedFd<'_>,
-        base: NonNull<u8>,
-        len: usize,
-    ) -> Result<SharedBuffer, ShmError> {
+    /// [`ShmError::System`] when the file is shorter than `memory`, or has no copy to give.
+    pub unsafe fn over(file: BorrowedFd<'_>, memory: Region) -> Result<SharedBuffer, ShmError> {
+        let len = memory.len();
+        let Some(base) = NonNull::new(memory.as_ptr()).filter(|_| len > 0) else {
+            return Err(ShmError::Parameters("shared memory of no bytes".to_owned()));
+        };
         let size = rustix::fs::fstat(file).map_err(|e| ShmError::system("fstat", e))?.st_size;
         if (size as u64) < len as u64 {
             return Err(ShmError::system(
@@ -209,13 +209,15 @@ mod tests {
         let theirs = SharedBuffer::new(4096).unwrap();
         let file = theirs.file.as_ref().unwrap();
         // SAFETY: `theirs` outlives it.
-        let over = unsafe { SharedBuffer::over(file.as_fd(), theirs.base, 4096) }.unwrap();
+        let over = unsafe { SharedBuffer::over(file.as_fd(), theirs.region()) }.unwrap();
         let peer = SharedBuffer::of_peer(&over.card().unwrap()).unwrap();
         drop(over);
         put(&peer, 5, 1);
         assert_eq!(get(&theirs, 5), 1);
-        // SAFETY: as above; it is refused.
-        assert!(unsafe { SharedBuffer::over(file.as_fd(), theirs.base, 4097) }.is_err());
+        // SAFETY: nobody accesses it: it is refused.
+        let longer = unsafe { Region::new(theirs.base.as_ptr(), 4097) };
+        // SAFETY: as above.
+        assert!(unsafe { SharedBuffer::over(file.as_fd(), longer) }.is_err());
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Memory that a group's ranks share, for data whose all_reduce is to copy nothing.
 
 use std::os::fd::BorrowedFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
@@ -29,9 +28,8 @@ pub struct SharedMemory {
 #[derive(Clone, Copy, Debug)]
 pub struct Mapped<'a> {
     pub file: BorrowedFd<'a>,
-    /// Where the file's first byte is mapped, for reading and writing.
-    pub base: NonNull<u8>,
-    pub bytes: usize,
+    /// Where it is mapped from its first byte, for reading and writing.
+    pub memory: Region,
 }
 
 impl SharedMemory {
@@ -65,7 +63,7 @@ impl SharedMemory {
     /// [`Error::Transport`] when this rank's file does not fit its mapping; errors of collectives.
     pub unsafe fn over(group: &Communicator, memory: Option<Mapped<'_>>) -> Result<Option<SharedMemory>> {
         // SAFETY: passed on to the caller.
-        let made = memory.map(|m| unsafe { SharedBuffer::over(m.file, m.base, m.bytes) }).transpose();
+        let made = memory.map(|m| unsafe { SharedBuffer::over(m.file, m.memory) }).transpose();
         let card = made.as_ref().ok().and_then(Option::as_ref).map(SharedBuffer::card).transpose()?;
         let shared = SharedMemory::share(group, card);
         let Some(buffer) = made? else { return shared.map(|_| None) };

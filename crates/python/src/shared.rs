@@ -1,0 +1,55 @@
+//! Memory that a group's ranks share.
+
+use std::os::fd::BorrowedFd;
+
+use pyo3::prelude::*;
+use smddp::Mapped;
+
+use crate::arguments::region;
+use crate::communicator::Communicator;
+use crate::errors::raise;
+
+/// Memory of this rank that the other ranks of its group map too, where they can. Whoever uses its address keeps it.
+#[pyclass(frozen, module = "smdistributed_rs._core")]
+pub struct SharedMemory {
+    inner: smddp::SharedMemory,
+}
+
+#[pymethods]
+impl SharedMemory {
+    /// `bytes` of zeros on every rank; all ranks call this.
+    #[staticmethod]
+    fn allocate(py: Python<'_>, group: &Communicator, bytes: usize) -> PyResult<SharedMemory> {
+        let made = py.detach(|| smddp::SharedMemory::new(&group.inner, bytes));
+        Ok(SharedMemory { inner: raise(py, made)? })
+    }
+
+    /// Shares (file descriptor, address, bytes) of memory that maps the file from its beginning, and outlives this; None on
+    /// a rank that has none, and then on all. All ranks call this.
+    #[staticmethod]
+    fn over(
+        py: Python<'_>,
+        group: &Communicator,
+        memory: Option<(i32, usize, usize)>,
+    ) -> PyResult<Option<SharedMemory>> {
+        let mapped = memory.map(|(fd, address, bytes)| {
+            // SAFETY: the caller's file is open during this call.
+            let file = unsafe { BorrowedFd::borrow_raw(fd) };
+            Mapped { file, memory: region((address, bytes)) }
+        });
+        // SAFETY: as the caller promises.
+        let shared = py.detach(|| unsafe { smddp::SharedMemory::over(&group.inner, mapped) });
+        Ok(raise(py, shared)?.map(|inner| SharedMemory { inner }))
+    }
+
+    #[getter]
+    fn address(&self) -> usize {
+        self.inner.region().as_ptr() as usize
+    }
+
+    /// Why the ranks do not share it; None when they do.
+    #[getter]
+    fn why_not(&self) -> Option<&str> {
+        self.inner.why_not()
+    }
+}

@@ -1,0 +1,258 @@
+"""Tensors in memory that the ranks share: results as of ordinary ones, freed with the last tensor, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+
+import conftest
+
+
+def _start() -> tuple[int, int]:
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs  # noqa: F401
+
+    torch.set_num_threads(1)
+    dist.init_process_group("smddp")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _algorithm() -> str:
+    from torch.distributed import distributed_c10d
+
+    from smdistributed_rs.shared import _communicator
+
+    return _communicator("test", distributed_c10d._get_default_group()).last_algorithm()
+
+
+def reduces(one_node: bool) -> None:
+    """Every dtype and reduction, parts at any offset, sync and async, beside the same call on ordinary tensors."""
+    import torch
+    import torch.distributed as dist
+
+    from smdistributed_rs import shared
+
+    rank, _ = _start()
+    floats, whole = (torch.float32, torch.bfloat16, torch.float16, torch.float64), (torch.int32, torch.int64)
+    for dtype in floats + whole:
+        made = shared.empty(300, 1000, dtype=dtype)
+        assert shared.is_shared(made) == one_node
+        assert (made.shape, made.dtype, made.any()) == ((300, 1000), dtype, False)
+        for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.AVG):
+            for part in (made, made[7:], made[rank : 200 + rank], made.view(-1)[13:20013]):
+                part.copy_((torch.arange(part.numel()) % 97 * (rank + 1)).view(part.shape))
+                ordinary = part.clone()
+                work = dist.all_reduce(part, op, async_op=True)
+                work.wait()
+                assert (_algorithm() == "shared") == one_node
+                dist.all_reduce(ordinary, op)
+                assert _algorithm() != "shared"
+                assert torch.equal(part, ordinary), (dtype, op)
+    # Anything else takes it as any tensor.
+    gathered = torch.empty(dist.get_world_size(), *made.shape, dtype=made.dtype)
+    made.fill_(rank)
+    dist.all_gather_into_tensor(gathered, made)
+    assert [int(each.sum()) // made.numel() for each in gathered] == list(range(dist.get_world_size()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 0, 0], [0, 0, 1]], ids=str)
+def test_the_results_are_those_of_ordinary_tensors(nodes: list[int]) -> None:
+    one_node = nodes[-1] == 0
+    conftest.run(reduces, len(nodes), nodes=nodes, limit=120, one_node=one_node).check()
+
+
+@pytest.mark.parametrize("mode", ["SMDDP_TORCH_GROUP=backend", "TORCH_DISTRIBUTED_DEBUG=DETAIL"])
+def test_torchs_hooks_see_the_calls(mode: str) -> None:
+    conftest.run(reduces, 2, env=dict([mode.split("=")]), limit=120, one_node=True).check()
+
+
+def comes_and_goes() -> None:
+    import gc
+
+    import torch
+    import torch.distributed as dist
+
+    from smdistributed_rs import shared
+
+    rank, world = _start()
+
+    def mapped() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("smddp-shared" in line for line in maps)
+
+    assert mapped() == 0
+    for _ in range(50):
+        one = shared.empty(100_000)
+        part = one[10:]
+        del one
+        part.fill_(rank)
+        dist.all_reduce(part)
+        assert part[0] == world * (world - 1) / 2
+        assert mapped() == world
+        del part
+        gc.collect()
+        assert mapped() == 0
+    # A call under way keeps what it needs.
+    one = shared.empty(1_000_000)
+    one.fill_(1)
+    work = dist.all_reduce(one, async_op=True)
+    del one
+    work.wait()
+    del work
+    # A group that is gone does not mind.
+    late = shared.empty(100_000)
+    dist.destroy_process_group()
+    late.fill_(1)
+    assert int(late.sum()) == 100_000
+    del late
+    gc.collect()
+    assert mapped() == 0
+    assert torch.ones(3).sum() == 3
+
+
+def test_memory_is_freed_with_the_last_tensor() -> None:
+    conftest.run(comes_and_goes, 2, limit=120).check()
+
+
+def misuse() -> dict[str, str]:
+    import torch
+    import torch.distributed as dist
+
+    from smdistributed_rs import errors, shared
+
+    rank, _ = _start()
+    said = {}
+    for name, call in {
+        "nothing": lambda: shared.empty(0, 5),
+        "group": lambda: shared.empty(5, group=dist.new_group(backend="gloo")),
+        "too much": lambda: shared.empty(1 << 50),
+    }.items():
+        with pytest.raises(errors.SmddpError) as caught:
+            call()
+        said[name] = str(caught.value)
+    one, other = shared.empty(100_000), torch.zeros(100_000)
+    # The rank that finds it out raises MismatchError, the other is told.
+    with pytest.raises(errors.SmddpError) as mismatch:
+        dist.all_reduce(one if rank == 0 else other)
+    said["mixed"] = str(mismatch.value)
+    return said
+
+
+def test_misuse_is_told() -> None:
+    for said in conftest.run(misuse, 2, limit=120).check().reports:
+        assert "expected elements from 1, given (0, 5)" in said["nothing"]
+        assert "a group of backend smddp" in said["group"]
+        assert "memory" in said["too much"]
+        assert "rank 0 called all_reduce(float32[100000], sum, in shared memory)" in said["mixed"]
+
+
+def _model() -> object:
+    import torch
+
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(120, 120) for _ in range(4)]
+    return torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.Tanh())])
+
+
+def _weights(rank: int, world: int, share: bool, views: bool) -> list[float]:
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from smdistributed_rs import shared
+
+    net = model = _model()
+    if world > 1:
+        # Buckets of several sizes, some below and some above what pays.
+        model = DistributedDataParallel(net, bucket_cap_mb=0.08, gradient_as_bucket_view=views)
+        if share:
+            shared.share_buckets(model)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    data = torch.Generator().manual_seed(7)
+    for _ in range(6):
+        x = torch.randn(12, 120, generator=data)
+        optimizer.zero_grad()
+        part = x[12 * rank // world : 12 * (rank + 1) // world]
+        model(part).square().mean().backward()
+        optimizer.step()
+    if views and share:
+        assert all(shared.is_shared(p.grad) for p in net.parameters())
+        assert _algorithm() == "shared"
+    return [float(p.detach().double().sum()) for p in net.parameters()]
+
+
+def trains(views: bool) -> list[list[float]]:
+    import torch.distributed as dist
+
+    rank, world = _start()
+    found = [_weights(rank, world, share, views) for share in (False, True)]
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["copies", "views"])
+def test_a_model_with_shared_buckets_trains_as_without(views: bool) -> None:
+    reports = conftest.run(trains, 2, limit=120, views=views).check().reports
+    assert len(reports) == 2
+    ordinary, in_shared_memory = reports[0]
+    assert reports[1] == reports[0]
+    # Two ranks: halves are exact, wherever they are taken.
+    assert in_shared_memory == ordinary
+    assert ordinary == pytest.approx(_weights(0, 1, False, False), rel=1e-4, abs=1e-5)
+
+
+def one_rank_cannot() -> dict[str, object]:
+    """Rank 1 has no room in /dev/shm."""
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    from smdistributed_rs import shared
+
+    rank, world = _start()
+    if rank == 1:
+
+        def full(_: object) -> None:
+            raise RuntimeError("unable to write to file: No space left on device")
+
+        torch.UntypedStorage._share_fd_cpu_ = full
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights = _weights(rank, world, share=True, views=False)
+    dist.destroy_process_group()
+    return {
+        "said": {str(w.message) for w in caught if "memory" in str(w.message)}.pop(),
+        "weights": weights,
+        "shared": any(True for _ in shared._known),
+    }
+
+
+def test_a_rank_that_cannot_share_its_buckets_warns_and_all_train_on() -> None:
+    reports = conftest.run(one_rank_cannot, 2, limit=120).check().reports
+    assert "rank(s) [1] had none to share" in reports[0]["said"]
+    assert "No space left on device" in reports[1]["said"]
+    assert (
+        reports[0]["weights"]
+        == reports[1]["weights"]
+        == pytest.approx(_weights(0, 1, False, False), rel=1e-4, abs=1e-5)
+    )
+
+
+def plain_arrays() -> float:
+    import numpy
+
+    import smdistributed_rs
+
+    with smdistributed_rs.init() as world:
+        memory = world.shared_memory(400_000)
+        array = numpy.frombuffer(memory, dtype=numpy.float32)
+        array[:] = world.rank + 1
+        world.all_reduce(array)
+        assert world._inner.last_algorithm() == "shared"
+        return float(array.mean())
+
+
+def test_arrays_without_torch() -> None:
+    assert conftest.run(plain_arrays, 3, limit=60).check().reports == [6.0, 6.0, 6.0]
