@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max", type=int, default=256 << 20, help="bytes")
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing per size")
+    parser.add_argument("--shared", action="store_true", help="tensors in smddp's shared memory; for allreduce")
     parser.add_argument("--csv", required=True)
     return parser.parse_args()
 
@@ -118,6 +119,11 @@ class Case:
         else:
             raise SystemExit(f"--ops {op}: expected allreduce, allgather, reduce_scatter or broadcast")
 
+    def move_to(self, memory: Any) -> None:
+        """To other memory, of a call in place."""
+        memory.copy_(self.buffers[0])
+        self.buffers, self.result = [memory], memory
+
     def right(self, torch: Any) -> bool:
         self.call(*self.buffers)
         return torch.equal(self.result, self.wanted)
@@ -157,7 +163,7 @@ def main() -> int:
     import torch.distributed as dist
 
     if options.backend == "smddp":
-        import smdistributed_rs  # noqa: F401 (registers the backend)
+        import smdistributed_rs
     torch.set_num_threads(1)
     dist.init_process_group(options.backend)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -179,6 +185,8 @@ def main() -> int:
                     blocks = op in ("allgather", "reduce_scatter")
                     if count and not (blocks and count % world):
                         case = Case(torch, dist, op, dtype, count, rank, world)
+                        if options.shared:
+                            case.move_to(smdistributed_rs.shared.empty(count, dtype=dtype))
                         iters, times, good = measure(case, torch, meeting, options.budget)
                         median, best = statistics.median(times), times[0]
                         algbw = size / median / 1e9

@@ -31,6 +31,20 @@ that their load does not decide), then the best of the rounds' medians. Every si
 calls in programs started by the same mpirun (Open MPI 5.0.11; it reduces bfloat16 by a user operation, since MPI has no
 such type).
 """
+SHARED = """
+### Tensors in shared memory
+
+`smdistributed_rs.shared.empty` (torch), `smddp::SharedMemory` (Rust), beside ordinary tensors.
+
+"""
+SHARED_RATIOS = (
+    "--ratio",
+    "smddp (torch)/smddp, shared (torch)",
+    "--ratio",
+    "smddp (Rust)/smddp, shared (Rust)",
+    "--ratio",
+    "Open MPI (C)/smddp, shared (Rust)",
+)
 TWO_NODES = """
 ## Two nodes of 2 ranks, links of 1 Gbit/s
 
@@ -97,6 +111,7 @@ def bytes_table(folder: Path) -> str:
 
 def document(folder: Path, images: Path) -> str:
     one, others, crowded, two = (folder / f"{n}.csv" for n in ("one_node", "others", "crowded", "two_nodes"))
+    training = folder / "training.md"
     parts = [
         INTRODUCTION,
         f"\nMachine: {machine()}.\n",
@@ -104,6 +119,9 @@ def document(folder: Path, images: Path) -> str:
         plot(one, images / "all_reduce_1x2.svg", "all_reduce, 1 node x 2 ranks", "--dtype", "float32"),
         table(one),
         "\nBest medians:\n" + table(one, "--median"),
+        SHARED,
+        table(folder / "shared.csv", *SHARED_RATIOS, "--from", "16K"),
+        "\n### A training step\n\n" + training.read_text() if training.exists() else "",
         "\n### Other collectives\n",
         table(others),
         "\n## One node, more ranks than cores\n",
