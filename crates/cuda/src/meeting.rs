@@ -1,6 +1,6 @@
 //! Meeting for NCCL, which waits for ranks that have failed as for those that are late.
 //!
-//! Each rank tells the others of its node how it went; who hears of a failure leaves, and says so in turn.
+//! Each rank tells the others of its node how it went; who hears of a failure leaves, and names the same rank in turn.
 
 use std::time::{Duration, Instant};
 
@@ -16,28 +16,30 @@ const STEP: Duration = Duration::from_millis(5);
 /// How much longer messages may take than the meeting.
 const GRACE: Duration = Duration::from_secs(5);
 
-const WELL: u8 = 1;
-const FAILED: u8 = 2;
+/// What a rank says when it has met all others; any other number is that of the rank that failed, plus one.
+const WELL: u32 = 0;
 
 /// What another rank tells.
 struct Word<T: Transports> {
     rank: usize,
     /// Written by the receive, which is waited for before this is freed.
-    place: Box<[u8; 1]>,
+    place: Box<[u32; 1]>,
     receive: Result<Handle<T>>,
 }
 
 impl<T: Transports> Word<T> {
     fn await_from(host: &Communicator<T>, rank: usize, limit: Duration) -> Word<T> {
-        let mut place = Box::new([0u8]);
+        let mut place = Box::new([WELL]);
         // SAFETY: `place` stays where it is until `outcome` has waited for the receive.
-        let receive = unsafe { host.start_recv(rank, TAG, DType::U8, Region::of(&mut place[..])) };
+        let receive = unsafe { host.start_recv(rank, TAG, DType::I32, Region::of(&mut place[..])) };
         let receive = receive.inspect(|handle| handle.set_timeout(limit));
         Word { rank, place, receive }
     }
 
-    fn says_failed(&self) -> bool {
-        self.receive.as_ref().is_ok_and(Handle::is_done) && self.place[0] == FAILED
+    /// The rank that failed, by what this one says.
+    fn failed(&self) -> Option<usize> {
+        let said = self.receive.as_ref().is_ok_and(Handle::is_done) && self.place[0] != WELL;
+        said.then(|| self.place[0] as usize - 1)
     }
 }
 
@@ -51,12 +53,15 @@ pub(crate) fn outcome<T: Transports>(
     let (me, limit) = (host.rank(), host.timeout());
     let others = node.iter().map(|&rank| rank as usize).filter(|&rank| rank != me);
     let words: Vec<Word<T>> = others.map(|rank| Word::await_from(host, rank, limit + GRACE)).collect();
-    let met = meeting.and_then(|meeting| wait(&meeting, &words, limit));
+    let met = match meeting {
+        Ok(meeting) => wait(&meeting, &words, limit),
+        Err(error) => Err(Failure { rank: None, error }),
+    };
 
-    let mut verdict = [if met.is_ok() { WELL } else { FAILED }];
-    let tell = |to: &Word<T>, verdict: &mut [u8; 1]| {
+    let mut verdict = [met.as_ref().err().map_or(WELL, |failure| failure.rank.unwrap_or(me) as u32 + 1)];
+    let tell = |to: &Word<T>, verdict: &mut [u32; 1]| {
         // SAFETY: `verdict` outlives the message, which is waited for here.
-        let sent = unsafe { host.start_send(to.rank, TAG, DType::U8, Region::of(&mut verdict[..])) };
+        let sent = unsafe { host.start_send(to.rank, TAG, DType::I32, Region::of(&mut verdict[..])) };
         sent.and_then(|message| message.wait(None))
     };
     let mut told = Ok(());
@@ -67,22 +72,33 @@ pub(crate) fn outcome<T: Transports>(
     for word in &words {
         told = told.and(word.receive.clone().and_then(|receive| receive.wait(None)));
     }
-    let met = met?;
+    let met = met.map_err(|failure| failure.error)?;
     told?;
-    match words.iter().find(|word| word.says_failed()) {
-        Some(word) => Err(left(word.rank)),
+    match words.iter().find_map(Word::failed) {
+        Some(rank) => Err(left(rank)),
         None => Ok(met),
     }
 }
 
-fn wait<T: Transports>(meeting: &Meeting, words: &[Word<T>], limit: Duration) -> Result<NcclComm> {
+/// Why a rank does not meet the others.
+struct Failure {
+    /// The rank that failed first; `None`: this one.
+    rank: Option<usize>,
+    error: Error,
+}
+
+fn wait<T: Transports>(
+    meeting: &Meeting,
+    words: &[Word<T>],
+    limit: Duration,
+) -> std::result::Result<NcclComm, Failure> {
     let since = Instant::now();
     loop {
         if let Some(met) = meeting.wait(STEP) {
-            return met;
+            return met.map_err(|error| Failure { rank: None, error });
         }
-        if let Some(word) = words.iter().find(|word| word.says_failed()) {
-            return Err(left(word.rank));
+        if let Some(rank) = words.iter().find_map(Word::failed) {
+            return Err(Failure { rank: Some(rank), error: left(rank) });
         }
         if since.elapsed() > limit {
             let reason = format!(
@@ -90,7 +106,8 @@ fn wait<T: Transports>(meeting: &Meeting, words: &[Word<T>], limit: Duration) ->
                 words.len() + 1,
                 limit.as_secs_f64()
             );
-            return Err(Error::Transport { transport: "NCCL", reason });
+            let error = Error::Transport { transport: "NCCL", reason };
+            return Err(Failure { rank: None, error });
         }
     }
 }
