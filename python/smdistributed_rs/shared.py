@@ -1,5 +1,5 @@
 """Tensors in memory that the ranks of a node share: an `all_reduce` of one copies nothing, each rank works in the
-memory of all at once. Two to four times as fast as with ordinary tensors, from 16 KiB (docs/performance.md).
+memory of all at once. Two to four times as fast as with ordinary tensors, from 16 KiB (docs/performance-log.md).
 
     gradients = smdistributed_rs.shared.empty(1_000_000)  # every rank, in the same order, like a collective
     torch.distributed.all_reduce(gradients)  # or any part of it
