@@ -100,7 +100,7 @@ pub struct PackedCall {
     pub collective: u8,
     pub dtype: u8,
     pub op: u8,
-    /// [`UNEVEN`] and [`SHARED`].
+    /// Bits: 1 uneven, 2 in shared memory.
     pub form: u8,
     pub root: u32,
     pub count: u64,
