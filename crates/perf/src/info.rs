@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 use smddp::Settings;
+use smddp::slots::Origin;
 use smddp_core::reduce;
 
 use crate::args::InfoArgs;
@@ -110,6 +111,7 @@ fn processor(settings: &Settings) -> Section {
     }
     reduce::use_portable(settings.text("SMDDP_SIMD") == "portable");
     let all: Vec<&str> = reduce::Variant::available().map(|v| v.name()).collect();
+    s.add("shared-memory slots", slots(settings));
     s.add("kernels", format!("{} (this CPU runs {})", reduce::variant().name(), all.join(", ")));
     s
 }
@@ -117,6 +119,16 @@ fn processor(settings: &Settings) -> Section {
 /// One line for the head of a measurement.
 pub fn cpu_line() -> String {
     format!("cpu: {}, {}, kernels: {}", model(), cores_text(), reduce::variant().name())
+}
+
+fn slots(settings: &Settings) -> String {
+    let (geometry, origin) = smddp::slots::known(settings);
+    let why = match origin {
+        Origin::Settings => "as set",
+        Origin::Probe => "found best on this machine",
+        Origin::Usual => "usual; a job of several ranks measures once which are best",
+    };
+    format!("{} of {} KiB ({why})", geometry.slots, geometry.slot >> 10)
 }
 
 fn model() -> String {

@@ -1,7 +1,7 @@
 //! Sizes and offsets of everything in a group's segment.
 
 use bytemuck::{Pod, Zeroable};
-use smddp_core::settings::Settings;
+use smddp_core::plan::select::Tuning;
 
 use crate::layout::{AbortCell, Alerts, Control};
 use crate::mask::MAX_LOCAL;
@@ -30,9 +30,12 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// As the settings `SMDDP_SHM_SLOT` and `SMDDP_SHM_SLOTS` say.
-    pub fn from_settings(settings: &Settings) -> Geometry {
-        Geometry { slot: settings.number("SMDDP_SHM_SLOT"), slots: settings.number("SMDDP_SHM_SLOTS") }
+    /// Where nothing better is known.
+    pub const USUAL: Geometry = Geometry { slot: Tuning::SLOT, slots: 4 };
+
+    /// Bytes of shared memory that a rank needs for it in each group, about.
+    pub fn bytes(self) -> usize {
+        self.slot * self.slots + MESSAGES_LIMIT
     }
 
     /// The nearest geometry that `local_size` ranks can use: whole pages, at most 16 MiB a rank in all.

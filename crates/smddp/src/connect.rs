@@ -23,10 +23,10 @@ use smddp_shm::{Geometry, Listener, Membership, ShmNode};
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
 use crate::node::{NodeId, cores};
 use crate::runtime::{self, HostTransports};
-use crate::{Communicator, library_dirs};
+use crate::{Communicator, library_dirs, slots};
 
-/// Groups of a process that get shared-memory rings of the size set; together within 16 MiB a rank.
-const FULL_RINGS: usize = 3;
+/// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best.
+const FULL_RINGS: usize = 12 << 20;
 /// Bytes of a slot in the groups after those.
 const SMALL_SLOT: usize = 64 << 10;
 
@@ -198,11 +198,17 @@ impl Party<'_> {
 
     /// The first groups of a process get full rings; many more would take too much memory.
     fn geometry(&self) -> Geometry {
-        let full = Geometry::from_settings(&self.options.settings);
-        if self.engine.groups() < FULL_RINGS {
+        let full = match self.shape.ranks_on(self.shape.node_of(self.options.rank)) {
+            [first, second, ..] => {
+                let cores = |rank: u32| &*self.hellos[rank as usize].cores;
+                slots::choose(&self.options.settings, cores(*first), cores(*second))
+            }
+            _ => Geometry::USUAL,
+        };
+        if self.engine.groups() < FULL_RINGS / full.bytes() {
             return full;
         }
-        Geometry { slot: full.slot.min(SMALL_SLOT), slots: full.slots.min(4) }
+        Geometry { slot: full.slot.min(SMALL_SLOT), slots: full.slots.min(Geometry::USUAL.slots) }
     }
 
     fn socket<'a>(&self, first: usize, contacts: &'a [Contact]) -> Result<&'a str> {

@@ -22,6 +22,7 @@ mod dirs;
 mod node;
 mod runtime;
 mod shared;
+pub mod slots;
 mod world;
 
 pub use connect::{GroupOptions, connect};

@@ -80,7 +80,7 @@ impl CallShape {
 pub struct Tuning {
     /// Bytes of a round; 0: chosen by size and shape.
     pub chunk: usize,
-    /// Bytes of a slot of the node's transport.
+    /// Bytes that a slot of the node's transport is taken to have.
     pub slot: usize,
     /// Bytes of a rank's staging memory. A schedule uses at most one of [`Tuning::SHARES`] shares of it.
     pub staging: usize,
@@ -95,7 +95,7 @@ impl Default for Tuning {
     fn default() -> Self {
         Tuning {
             chunk: 0,
-            slot: 512 << 10,
+            slot: Tuning::SLOT,
             staging: 16 << 20,
             staged: false,
             one_owner: 8 << 10,
@@ -105,13 +105,16 @@ impl Default for Tuning {
 }
 
 impl Tuning {
+    /// Bytes of a slot where no setting gives them. The node may use other slots: this decides the rounds, which must be
+    /// the same on all nodes.
+    pub const SLOT: usize = 512 << 10;
     /// Calls that can have their scratch at once.
     pub const SHARES: usize = 4;
 
     pub fn from_settings(settings: &Settings) -> Result<Tuning> {
         Ok(Tuning {
             chunk: settings.number("SMDDP_CHUNK"),
-            slot: settings.number("SMDDP_SHM_SLOT"),
+            slot: settings.number_set("SMDDP_SHM_SLOT").unwrap_or(Tuning::SLOT),
             staging: settings.number("SMDDP_STAGING"),
             overrides: Override::parse_all(settings.text("SMDDP_ALGORITHM"))?,
             ..Tuning::default()

@@ -1,0 +1,219 @@
+//! Which shared-memory slots a node's ranks use: those the settings give, else what a probe at the first start on this
+//! machine found best, else the usual ones.
+//!
+//! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
+//! shared by several. Without such a folder nothing is probed, since it would cost every start.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use smddp_core::settings::Settings;
+use smddp_shm::{Geometry, probe};
+
+/// Grows when what is measured, or what runs, changes.
+const VERSION: u32 = 1;
+/// The usual slots come first.
+const CANDIDATES: [Geometry; 6] = [
+    Geometry::USUAL,
+    Geometry { slot: 128 << 10, slots: 4 },
+    Geometry { slot: 256 << 10, slots: 4 },
+    Geometry { slot: 256 << 10, slots: 8 },
+    Geometry { slot: 512 << 10, slots: 8 },
+    Geometry { slot: 1 << 20, slots: 4 },
+];
+/// Others must take at most so much of the usual slots' time: a machine that others use as well differs by a tenth from one
+/// moment to the next.
+const WORTH: f64 = 0.85;
+/// Taking the segments down comes on top.
+const LIMIT: Duration = Duration::from_millis(75);
+
+/// Where a choice comes from, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Settings,
+    Probe,
+    Usual,
+}
+
+/// What a new group would use, as far as it is known without a probe.
+pub fn known(settings: &Settings) -> (Geometry, Origin) {
+    if let Some(given) = given(settings) {
+        return (given, Origin::Settings);
+    }
+    match cache_file().and_then(|path| remembered(&path, &machine())) {
+        Some(found) => (found, Origin::Probe),
+        None => (Geometry::USUAL, Origin::Usual),
+    }
+}
+
+/// What a new group uses. Probes where nothing is known, for at most 0.1 s, between this rank's cores and those of another
+/// rank of its node.
+pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Geometry {
+    // Two ranks on one core would measure how they take turns.
+    let apart = own_cores.len() > 1 || own_cores != peer_cores;
+    match (known(settings), cache_file()) {
+        ((usual, Origin::Usual), Some(path)) if apart => probed(&path, &machine(), peer_cores, LIMIT)
+            .unwrap_or_else(|why| {
+                tracing::debug!("the usual shared-memory slots are used: {why}");
+                usual
+            }),
+        ((known, _), _) => known,
+    }
+}
+
+fn given(settings: &Settings) -> Option<Geometry> {
+    let (slot, slots) = (settings.number_set("SMDDP_SHM_SLOT"), settings.number_set("SMDDP_SHM_SLOTS"));
+    slot.or(slots)?;
+    let usual = Geometry::USUAL;
+    Some(Geometry { slot: slot.unwrap_or(usual.slot), slots: slots.unwrap_or(usual.slots) })
+}
+
+fn cache_file() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(cache.join("smdistributed_rs/slots"))
+}
+
+/// The processor's kind, and how many cores there are.
+fn machine() -> String {
+    const TELLING: [&str; 9] = [
+        "vendor_id",
+        "cpu family",
+        "model",
+        "model name",
+        "stepping",
+        "cache size",
+        "CPU implementer",
+        "CPU variant",
+        "CPU part",
+    ];
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let first = text.lines().take_while(|line| !line.is_empty());
+    let words: Vec<&str> = first
+        .filter_map(|line| line.split_once(':'))
+        .filter(|(name, _)| TELLING.contains(&name.trim()))
+        .map(|(_, value)| value.trim())
+        .collect();
+    let processors = text.lines().filter(|line| line.starts_with("processor")).count();
+    format!("{VERSION} {processors} x {}", words.join("/").replace('=', "-"))
+}
+
+fn remembered(path: &Path, machine: &str) -> Option<Geometry> {
+    let text = fs::read_to_string(path).ok()?;
+    text.lines().rev().find_map(|line| {
+        let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
+        CANDIDATES.into_iter().find(|&candidate| found == words(candidate))
+    })
+}
+
+fn words(geometry: Geometry) -> String {
+    format!("{} {}", geometry.slot, geometry.slots)
+}
+
+/// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
+fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> Result<Geometry, String> {
+    let said = |what: &'static str| move |e: io::Error| format!("{what} {}: {e}", path.display());
+    let folder = path.parent().unwrap_or(path);
+    fs::create_dir_all(folder).map_err(said("cannot make the folder of"))?;
+    let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(said("cannot write"))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| "another process is measuring".to_owned())?;
+    let times = probe::time(&CANDIDATES, peer_cores, limit).map_err(|e| e.to_string())?;
+    let times = times.ok_or_else(|| format!("no result within {limit:?}"))?;
+    let found = best(&times);
+    tracing::info!(?times, "shared-memory slots: {} of {} bytes", found.slots, found.slot);
+    // One write, so that a reader sees the whole line or none.
+    io::Write::write_all(&mut &file, format!("{machine} = {}\n", words(found)).as_bytes())
+        .map_err(said("cannot write"))?;
+    Ok(found)
+}
+
+/// The usual slots unless others are clearly faster; of those the fastest.
+fn best(times: &[f64]) -> Geometry {
+    let usual = times[0];
+    let fastest = CANDIDATES.into_iter().zip(times).min_by(|a, b| a.1.total_cmp(b.1));
+    match fastest {
+        Some((candidate, &time)) if time < WORTH * usual => candidate,
+        _ => Geometry::USUAL,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::cores;
+
+    fn folder(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("smddp-slots-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        path
+    }
+
+    #[test]
+    fn the_usual_slots_stay_unless_others_are_clearly_faster() {
+        assert_eq!(best(&[1.0, 0.9, 0.9, 0.86, 2.0, 1.0]), Geometry::USUAL);
+        assert_eq!(best(&[1.0, 0.9, 0.8, 0.7, 2.0, 1.0]), CANDIDATES[3]);
+    }
+
+    #[test]
+    fn what_a_probe_found_is_remembered_for_that_kind_of_machine() {
+        let folder = folder("kept");
+        let path = folder.join("deep/slots");
+        assert_eq!(remembered(&path, "1 2 x this"), None);
+        let found = probed(&path, "1 2 x this", &cores(), Duration::from_secs(60)).unwrap();
+        assert_eq!(remembered(&path, "1 2 x this"), Some(found));
+        assert_eq!(remembered(&path, "1 2 x that"), None);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn lines_of_other_versions_machines_and_nonsense_are_passed_over() {
+        let folder = folder("lines");
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("slots");
+        let lines = "1 2 x this = 131072 4\n1 2 x this = 12 4\nnonsense\n1 4 x this = 262144 8\n0 2 x this = 262144 4\n";
+        fs::write(&path, lines).unwrap();
+        assert_eq!(remembered(&path, "1 2 x this"), Some(CANDIDATES[1]));
+        assert_eq!(remembered(&path, "1 4 x this"), Some(CANDIDATES[3]));
+        assert_eq!(remembered(&path, "1 8 x this"), None);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_remembered_when_there_was_no_time_to_tell() {
+        let folder = folder("late");
+        let path = folder.join("slots");
+        assert_eq!(
+            probed(&path, "1 2 x this", &cores(), Duration::ZERO),
+            Err("no result within 0ns".to_owned())
+        );
+        assert_eq!(remembered(&path, "1 2 x this"), None);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn two_processes_do_not_measure_at_the_same_time() {
+        let folder = folder("locked");
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("slots");
+        let holder = File::create(&path).unwrap();
+        flock(&holder, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert_eq!(
+            probed(&path, "1 2 x this", &cores(), LIMIT),
+            Err("another process is measuring".to_owned())
+        );
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn settings_come_first() {
+        let with = |name: &str, value: &str| {
+            known(&Settings::from_vars([(name.to_owned(), value.to_owned())]).unwrap())
+        };
+        assert_eq!(with("SMDDP_SHM_SLOT", "64K"), (Geometry { slot: 64 << 10, slots: 4 }, Origin::Settings));
+        assert_eq!(with("SMDDP_SHM_SLOTS", "7"), (Geometry { slot: 512 << 10, slots: 7 }, Origin::Settings));
+    }
+}
