@@ -1,9 +1,9 @@
 // Measures an MPI library the way `smddp-perf` measures ours, and writes the same CSV columns.
 //
-//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV       (OPS and DTYPES separated by commas)
+//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh]     (OPS and DTYPES separated by commas)
 //
 // Each size is checked first on fresh data. Then batches of about 1 ms of calls on zeros; a batch starts behind a barrier
-// and counts as long as its slowest rank. bfloat16 is reduced by a user operation, since MPI has no such type.
+// and counts as long as its slowest rank. With "fresh" every call has a barrier, and inputs written just before it. bfloat16 is reduced by a user operation, since MPI has no such type.
 #include <mpi.h>
 
 #include <algorithm>
@@ -95,6 +95,12 @@ struct Case {
     for (size_t i = 0; i < block.count(); i++) block.set(i, op == "allgather" ? float((first + i) % 7) : -1);
   }
 
+  // What this rank brings, written again.
+  void renew() {
+    if (op == "allgather") block.clear();
+    else if (op != "broadcast" || rank == 0) whole.clear();
+  }
+
   bool right() const {
     const size_t first = size_t(rank) * block.count();
     if (op == "reduce_scatter") {
@@ -110,7 +116,18 @@ struct Case {
   }
 };
 
-double batch(Case &c, int calls) {
+double batch(Case &c, int calls, bool fresh) {
+  if (fresh) {
+    double sum = 0;
+    for (int i = 0; i < calls; i++) {
+      c.renew();
+      MPI_Barrier(MPI_COMM_WORLD);
+      const double start = MPI_Wtime();
+      c.call();
+      sum += MPI_Wtime() - start;
+    }
+    return sum / calls;
+  }
   MPI_Barrier(MPI_COMM_WORLD);
   const double start = MPI_Wtime();
   for (int i = 0; i < calls; i++) c.call();
@@ -133,8 +150,9 @@ int main(int argc, char **argv) {
   int rank, world;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world);
-  if (argc != 8) {
-    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV\n", argv[0]);
+  const bool fresh = argc == 9 && std::string(argv[8]) == "fresh";
+  if (argc != 8 && !fresh) {
+    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh]\n", argv[0]);
     MPI_Finalize();
     return 2;
   }
@@ -163,12 +181,12 @@ int main(int argc, char **argv) {
         whole.clear();
         block.clear();
         for (int i = 0; i < 3; i++) c.call();
-        double estimate = batch(c, 2);
+        double estimate = batch(c, 2, fresh);
         MPI_Allreduce(MPI_IN_PLACE, &estimate, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         const int calls = std::clamp(int(0.001 / estimate), 1, 20000);
         const int batches = std::clamp(int(budget / (estimate * calls)), 7, 401);
         std::vector<double> times;
-        for (int b = 0; b < batches; b++) times.push_back(batch(c, calls));
+        for (int b = 0; b < batches; b++) times.push_back(batch(c, calls, fresh));
         MPI_Allreduce(MPI_IN_PLACE, times.data(), batches, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         MPI_Allreduce(MPI_IN_PLACE, &good, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
         std::sort(times.begin(), times.end());

@@ -37,6 +37,13 @@ SHARED = """
 `smdistributed_rs.shared.empty` (torch), `smddp::SharedMemory` (Rust), beside ordinary tensors.
 
 """
+FRESH = """
+### On fresh data
+
+Above, nobody writes the inputs between calls, so that a rank which reads a peer's memory finds it in its own cache from the
+call before. Here each rank writes its input before each call, as a program does; only the call is timed, behind a barrier.
+
+"""
 SHARED_RATIOS = (
     "--ratio",
     "smddp (torch)/smddp, shared (torch)",
@@ -124,6 +131,8 @@ def document(folder: Path, images: Path) -> str:
         "\n### A training step\n\n" + training.read_text() if training.exists() else "",
         "\n### Other collectives\n",
         table(others),
+        FRESH,
+        table(folder / "fresh.csv"),
         "\n## One node, more ranks than cores\n",
         plot(crowded, images / "all_reduce_1x4.svg", "all_reduce, 4 ranks on few cores"),
         table(crowded),

@@ -142,6 +142,9 @@ pub struct Bench {
     /// Data lies in memory that the ranks of the node share, and is reduced there; all_reduce on the CPU
     #[arg(long)]
     pub shared: bool,
+    /// Inputs are written anew before each call, which starts behind a barrier; on the CPU
+    #[arg(long)]
+    pub fresh: bool,
     /// With --device cuda: take the driver from this file. For tests.
     #[arg(long, hide = true)]
     pub driver: Option<PathBuf>,
@@ -251,6 +254,12 @@ impl Bench {
         }
         if self.shared && self.nodes > 1 {
             return Err("--shared is for ranks of one node: leave out --nodes".to_owned());
+        }
+        if self.fresh && (collective == Collective::Barrier || self.device != Device::Cpu) {
+            return Err("--fresh is for collectives with data on the CPU: leave it out".to_owned());
+        }
+        if self.label.contains([',', '"', '\n']) {
+            return Err(format!("--label '{}': a label holds no comma, quote or line end", self.label));
         }
         let has_none = matches!(collective, Collective::SendRecv | Collective::Barrier);
         if self.device == Device::Cuda && has_none {

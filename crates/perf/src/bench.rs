@@ -106,9 +106,9 @@ fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result
 
 /// Everything to measure, in the order of the table.
 fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
-    let root = options.root;
+    let kind = |op| Kind { collective, op, root: options.root, shared: options.shared, fresh: options.fresh };
     if collective == Collective::Barrier {
-        return vec![(Kind { collective, op: ReduceOp::Sum, root, shared: false }, DType::U8, 0)];
+        return vec![(kind(ReduceOp::Sum), DType::U8, 0)];
     }
     let ops = if collective.reduces() { options.op.as_slice() } else { &[ReduceOp::Sum] };
     let mut jobs = Vec::new();
@@ -116,7 +116,7 @@ fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
         for &dtype in &options.dtype {
             let mut bytes = options.min.max(dtype.size());
             while bytes <= options.max {
-                jobs.push((Kind { collective, op, root, shared: options.shared }, dtype, bytes));
+                jobs.push((kind(op), dtype, bytes));
                 bytes = bytes.saturating_mul(options.factor);
             }
         }

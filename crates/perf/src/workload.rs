@@ -121,6 +121,8 @@ pub struct Kind {
     pub root: usize,
     /// Data in memory that the ranks share.
     pub shared: bool,
+    /// Inputs are written anew before each call.
+    pub fresh: bool,
 }
 
 /// Elements of the whole buffer (nccl-tests' "size") and of a rank's block, for at most `bytes`; `None` when not even
@@ -276,6 +278,15 @@ impl<'a, T: Sample> Workload<'a, T> {
             Collective::Broadcast => matches(self.x.get(), 0, |i| labelled(i, kind.root, 0)),
             Collective::SendRecv => matches(self.y.get(), 0, |i| labelled(i, (rank + size - 1) % size, 0)),
             Collective::Barrier => true,
+        }
+    }
+
+    /// Writes zeros into what this rank brings to a call, as a program that computes it writes it.
+    pub fn renew(&mut self) {
+        match self.kind.collective {
+            Collective::AllGather | Collective::Gather => self.y.get_mut().fill(T::default()),
+            Collective::Broadcast | Collective::Scatter if self.comm.rank() != self.kind.root => {}
+            _ => self.x.get_mut().fill(T::default()),
         }
     }
 

@@ -93,11 +93,33 @@ fn files_are_written_and_compared() {
 }
 
 #[test]
+fn fresh_inputs_are_measured_for_every_collective() {
+    for collective in [
+        "all_reduce",
+        "reduce_scatter",
+        "all_gather",
+        "all_to_all",
+        "broadcast",
+        "reduce",
+        "gather",
+        "scatter",
+        "sendrecv",
+    ] {
+        let line = format!("{collective} --np 2 --fresh --min 4K --max 64K --budget 0.001 --limit 60");
+        let output = run(&line);
+        assert!(output.status.success(), "{line}: {}", text(&output));
+        assert!(text(&output).contains("3 sizes, 0 wrong"), "{line}: {}", text(&output));
+    }
+}
+
+#[test]
 fn what_cannot_be_done_is_said_with_a_status() {
     for (line, status, part) in [
         ("all_reduce --np 2 --min 1M --max 1K", 2, "--max"),
         ("all_reduce --np 2 --dtype f33", 2, "bf16"),
         ("all_reduce --np 2 --device tpu", 2, "cuda"),
+        ("barrier --np 2 --fresh", 2, "--fresh is for"),
+        ("all_reduce --np 2 --label a,b", 2, "a label holds no comma"),
         ("barrier --np 2 --device cuda", 2, "on the CPU only"),
         ("all_reduce --np 2 --device cuda --driver /nonexistent/libcuda.so", 1, "/nonexistent/libcuda.so"),
         ("plan all_reduce --algorithm magic", 2, "known here"),
