@@ -46,11 +46,11 @@ call before. Here each rank writes its input before each call, as a program does
 """
 SHARED_RATIOS = (
     "--ratio",
-    "smddp (torch)/smddp, shared (torch)",
+    "smddp (torch)/smddp shared (torch)",
     "--ratio",
-    "smddp (Rust)/smddp, shared (Rust)",
+    "smddp (Rust)/smddp shared (Rust)",
     "--ratio",
-    "Open MPI (C)/smddp, shared (Rust)",
+    "Open MPI (C)/smddp shared (Rust)",
 )
 TWO_NODES = """
 ## Two nodes of 2 ranks, links of 1 Gbit/s

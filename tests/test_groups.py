@@ -280,3 +280,37 @@ def test_groups_leave_nothing_in_the_store(shape: str) -> None:
         first, second, many = report["keys"]
         assert first == second < 30, report
         assert many - second <= 3 * 200, report
+
+
+# ---- the current CUDA device
+
+
+def devices_chosen(used_before: bool) -> dict[str, object]:
+    """What was asked of CUDA when it starts, with 2 devices here."""
+    import torch
+    import torch.distributed as dist
+
+    at_start, chosen = [], []
+    torch.cuda._lazy_call = lambda call: at_start.append(call)
+    torch.cuda.is_initialized = lambda: used_before
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.set_device = chosen.append
+    start()
+    dist.new_group([0, 1])
+    before = list(chosen)
+    for call in at_start:
+        call()
+    dist.destroy_process_group()
+    return {"before": before, "at start": chosen}
+
+
+@pytest.mark.parametrize("launcher", ["names local ranks", "does not"])
+def test_cuda_starts_on_the_local_ranks_device(launcher: str) -> None:
+    env = {} if launcher == "names local ranks" else {"LOCAL_RANK": ""}
+    reports = conftest.run(devices_chosen, 4, used_before=False, nodes=[0, 0, 0, 1], env=env).check().reports
+    assert reports == [{"before": [], "at start": [device]} for device in (0, 1, 0, 0)]
+
+
+def test_who_used_cuda_before_has_chosen_a_device() -> None:
+    reports = conftest.run(devices_chosen, 2, used_before=True).check().reports
+    assert reports == [{"before": [], "at start": []}] * 2

@@ -27,7 +27,7 @@ from ._compat import HAS_BACKENDS, check_memory_layout
 from ._libraries import library_dirs
 from ._meeting import Recorder, delete, forget, meet
 from ._new_group import NewGroup, backends_of_others, group_being_made
-from .cuda import CudaSide
+from .cuda import CudaSide, choose_device
 from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
 from .tensors import REDUCTIONS
 
@@ -49,7 +49,15 @@ def create(options: distributed_c10d._DistributedBackendOptions, _: object = Non
     members = list(options.global_ranks_in_group)
     others = backends_of_others(new, options)
     seat = _connect(options.store, options.group_rank, options.group_size, options.timeout, name, members)
+    if "cuda" in new.devices and not dist.is_initialized():
+        choose_device(_local_rank(seat.communicator))
     return _seated(seat, new, others, name)
+
+
+def _local_rank(world: _core.Communicator) -> int:
+    """Among this machine's ranks, as the launcher numbers them; else among those of this node."""
+    given = os.environ.get("LOCAL_RANK", "")
+    return int(given) if given.isdecimal() else world.nodes[: world.rank].count(world.nodes[world.rank])
 
 
 def split(seat: Seat, ranks: list[int], limit: timedelta, name: str, text: str) -> SmddpProcessGroup | None:

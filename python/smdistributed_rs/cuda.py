@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 _NO_LIMIT = timedelta(0)
 
 
+def choose_device(local_rank: int) -> None:
+    """Makes the local rank's device CUDA's current one as soon as CUDA is first used. Who uses CUDA before has chosen;
+    who chooses later, by `torch.cuda.set_device`, has the last word. Programs that use no CUDA see nothing of it."""
+
+    def choose() -> None:
+        count = torch.cuda.device_count()
+        if count:
+            torch.cuda.set_device(local_rank % count)
+
+    # What manual_seed uses: torch itself calls it back when it starts CUDA.
+    if not torch.cuda.is_initialized():
+        torch.cuda._lazy_call(choose)
+
+
 class CudaSide:
     """Made with the group, connected at its first call with CUDA tensors, which all members make."""
 

@@ -130,7 +130,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_CUDA",
         Kind::Choice(&["auto", "nccl", "staged"]),
         "auto",
-        "how tensors in CUDA memory go: by NCCL inside a node and staged between nodes; by NCCL even for one rank; all staged through the host, which lets ranks share a device",
+        "how tensors in CUDA memory go: by NCCL inside a node and staged between nodes; by NCCL alone, also between nodes and for one rank; all staged through the host, which lets ranks share a device",
     ),
     row(
         "SMDDP_NCCL",

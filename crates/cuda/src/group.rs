@@ -64,7 +64,7 @@ pub struct DeviceOptions<T: Transports> {
 /// How a group's calls go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// All ranks are on one node: NCCL does everything.
+    /// NCCL does everything: all ranks are on one node, or the settings say so.
     Nccl,
     /// NCCL inside the node, pinned memory and the rail between nodes.
     Hierarchical,
@@ -138,8 +138,7 @@ impl<T: Transports> DeviceGroup<T> {
         let parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
         let nccl = match path {
             Path::Nccl | Path::Hierarchical => {
-                let limit = (path == Path::Hierarchical).then_some(MULTIPROCESSORS);
-                let met = meet(&host, &device, &settings, &library_dirs, limit)?;
+                let met = meet(&host, &device, &settings, &library_dirs, path)?;
                 Some(Watched::new(&host, rail.as_ref(), met, &device)?)
             }
             Path::Staged | Path::Alone => None,
@@ -179,7 +178,8 @@ impl<T: Transports> DeviceGroup<T> {
             )
         });
         let how = match self.path {
-            Path::Nccl => "one node",
+            Path::Nccl if self.host.shape().node_count() == 1 => "one node",
+            Path::Nccl => "NCCL in a node and between nodes",
             Path::Hierarchical => "NCCL in a node, staged between nodes",
             Path::Staged => "staged through the host",
             Path::Alone => "one rank",
@@ -388,7 +388,7 @@ fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -
     let nodes = host.shape().node_count();
     match (wanted, nodes) {
         ("staged", _) => Path::Staged,
-        ("nccl", 1) => Path::Nccl,
+        ("nccl", _) => Path::Nccl,
         (_, 1) if host.size() == 1 => Path::Alone,
         (_, 1) => Path::Nccl,
         _ if has_rail => Path::Hierarchical,
@@ -443,30 +443,34 @@ fn refuse_shared_device<T: Transports>(host: &Communicator<T>, bus_id: &str) -> 
     Ok(())
 }
 
-/// The communicator of this node's ranks.
+/// The communicator of this node's ranks, or of all where NCCL does everything.
 fn meet<T: Transports>(
     host: &Communicator<T>,
     device: &Arc<Device>,
     settings: &Settings,
     dirs: &[PathBuf],
-    max_ctas: Option<u32>,
+    path: Path,
 ) -> Result<NcclComm> {
-    let shape = host.shape();
-    let (me, node) = (host.rank(), shape.ranks_on(shape.node_of(host.rank())));
+    let me = host.rank();
+    let members: Vec<usize> = match path {
+        Path::Nccl => (0..host.size()).collect(),
+        _ => host.shape().ranks_on(host.shape().node_of(me)).iter().map(|&rank| rank as usize).collect(),
+    };
+    let max_ctas = (path == Path::Hierarchical).then_some(MULTIPROCESSORS);
     let loaded = nccl::library(settings.text("SMDDP_NCCL"), dirs).and_then(|library| {
-        let id = if shape.local_of(me) == 0 { nccl::unique_id(&library)?.0 } else { [0; 128] };
+        let id = if members[0] == me { nccl::unique_id(&library)?.0 } else { [0; 128] };
         Ok((library, id))
     });
     let (library, id) = agreed(host, loaded, "loading NCCL")?;
     let mut ids = vec![0u8; id.len() * host.size()];
     host.all_gather(&id, &mut ids)?;
     let mut theirs = [0u8; 128];
-    let first = node[0] as usize;
+    let first = members[0];
     theirs.copy_from_slice(&ids[first * id.len()..(first + 1) * id.len()]);
-    let place = (shape.local_of(me), node.len());
+    let place = (members.iter().position(|&rank| rank == me).unwrap_or_default(), members.len());
     let id = smddp_nccl_sys::UniqueId(theirs);
     let meeting = NcclComm::meet(&library, device, id, place, max_ctas);
-    agreed(host, meeting::outcome(host, node, meeting), "meeting for NCCL")
+    agreed(host, meeting::outcome(host, &members, meeting), "meeting for NCCL")
 }
 
 fn make_parts<T: Transports>(path: Path, device: &Arc<Device>, settings: &Settings) -> Result<Parts<T>> {

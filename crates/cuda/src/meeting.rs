@@ -1,10 +1,12 @@
 //! Meeting for NCCL, which waits for ranks that have failed as for those that are late.
 //!
-//! Each rank tells the others of its node how it went; who hears of a failure leaves, and names the same rank in turn.
+//! Each rank tells its neighbours how it went; who hears of a failure leaves, and names the same rank in turn. Neighbours are
+//! the other ranks of its node; where several nodes meet, the first ranks of nodes are neighbours too, in a ring.
 
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
+use smddp_core::topology::GroupShape;
 use smddp_core::transport::Transports;
 use smddp_core::{DType, Error, Region, Result};
 
@@ -43,18 +45,19 @@ impl<T: Transports> Word<T> {
     }
 }
 
-/// The communicator of `node`'s ranks; an error as soon as one of them has failed, at the latest when the group's time
-/// limit has passed.
+/// The communicator of `members`, whole nodes; an error as soon as one of them has failed, at the latest when the group's
+/// time limit has passed.
 pub(crate) fn outcome<T: Transports>(
     host: &Communicator<T>,
-    node: &[u32],
+    members: &[usize],
     meeting: Result<Meeting>,
 ) -> Result<NcclComm> {
     let (me, limit) = (host.rank(), host.timeout());
-    let others = node.iter().map(|&rank| rank as usize).filter(|&rank| rank != me);
-    let words: Vec<Word<T>> = others.map(|rank| Word::await_from(host, rank, limit + GRACE)).collect();
+    let neighbours = neighbours(host.shape(), members, me);
+    let await_from = |&rank: &usize| Word::await_from(host, rank, limit + GRACE);
+    let words: Vec<Word<T>> = neighbours.iter().map(await_from).collect();
     let met = match meeting {
-        Ok(meeting) => wait(&meeting, &words, limit),
+        Ok(meeting) => wait(&meeting, &words, limit, members.len()),
         Err(error) => Err(Failure { rank: None, error }),
     };
 
@@ -80,6 +83,19 @@ pub(crate) fn outcome<T: Transports>(
     }
 }
 
+fn neighbours(shape: &GroupShape, members: &[usize], me: usize) -> Vec<usize> {
+    let node = shape.node_of(me);
+    let mut found: Vec<usize> = shape.ranks_on(node).iter().map(|&rank| rank as usize).collect();
+    let nodes = shape.node_count();
+    if members.len() > found.len() && shape.local_of(me) == 0 {
+        found.extend([node + 1, node + nodes - 1].map(|other| shape.ranks_on(other % nodes)[0] as usize));
+    }
+    found.sort_unstable();
+    found.dedup();
+    found.retain(|&rank| rank != me);
+    found
+}
+
 /// Why a rank does not meet the others.
 struct Failure {
     /// The rank that failed first; `None`: this one.
@@ -91,6 +107,7 @@ fn wait<T: Transports>(
     meeting: &Meeting,
     words: &[Word<T>],
     limit: Duration,
+    ranks: usize,
 ) -> std::result::Result<NcclComm, Failure> {
     let since = Instant::now();
     loop {
@@ -101,11 +118,7 @@ fn wait<T: Transports>(
             return Err(Failure { rank: Some(rank), error: left(rank) });
         }
         if since.elapsed() > limit {
-            let reason = format!(
-                "not all of {} ranks of this node met within {:.0} s",
-                words.len() + 1,
-                limit.as_secs_f64()
-            );
+            let reason = format!("not all of {ranks} ranks met within {:.0} s", limit.as_secs_f64());
             let error = Error::Transport { transport: "NCCL", reason };
             return Err(Failure { rank: None, error });
         }
@@ -116,5 +129,41 @@ fn left(rank: usize) -> Error {
     Error::Transport {
         transport: "NCCL",
         reason: format!("rank {rank} failed in meeting for NCCL; its own error says why"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Word of a failure reaches everybody, whoever it happens to, and who waits for a word is sent one.
+    #[test]
+    fn neighbours_are_mutual_and_reach_all() {
+        let shapes =
+            [vec!["a"; 5], vec!["a", "b"], vec!["a", "b", "a", "b", "c", "c", "c"], vec!["a", "b", "c", "d"]];
+        for labels in shapes {
+            let shape = GroupShape::from_labels(&labels);
+            let members: Vec<usize> = (0..labels.len()).collect();
+            let all: Vec<Vec<usize>> = members.iter().map(|&me| neighbours(&shape, &members, me)).collect();
+            for (me, others) in all.iter().enumerate() {
+                assert!(!others.contains(&me));
+                assert!(others.iter().all(|&other| all[other].contains(&me)), "{labels:?}: {all:?}");
+            }
+            let mut reached = vec![0];
+            let mut next = 0;
+            while let Some(&rank) = reached.get(next) {
+                let new: Vec<usize> = all[rank].iter().copied().filter(|r| !reached.contains(r)).collect();
+                reached.extend(new);
+                next += 1;
+            }
+            assert_eq!(reached.len(), labels.len(), "{labels:?}: {all:?}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_meets_alone_has_no_neighbours_elsewhere() {
+        let shape = GroupShape::from_labels(&["a", "b", "a", "b"]);
+        assert_eq!(neighbours(&shape, &[0, 2], 0), vec![2]);
+        assert_eq!(neighbours(&shape, &[1, 3], 3), vec![1]);
     }
 }

@@ -28,10 +28,10 @@ fn told(job: &Job, group: &Group) -> Error {
     panic!("nobody was told");
 }
 
-fn abort_releases_the_stream(test: &str, nodes: &[usize]) {
+fn abort_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
     children(test, nodes, &[]).run(|rank| {
         let job = Job::start(rank, nodes);
-        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA", wanted)]);
         let first = sum(&job, 100);
         let memory = first.start(&job, &group);
         job.synchronize();
@@ -56,17 +56,23 @@ fn abort_releases_the_stream(test: &str, nodes: &[usize]) {
 
 #[test]
 fn an_abort_releases_the_stream() {
-    abort_releases_the_stream("failures::an_abort_releases_the_stream", &[1, 1]);
+    abort_releases_the_stream("failures::an_abort_releases_the_stream", &[1, 1], "auto");
 }
 
 #[test]
 fn an_abort_releases_the_stream_of_nccl_and_host() {
-    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl_and_host", &[2, 2]);
+    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl_and_host", &[2, 2], "auto");
 }
 
 #[test]
 fn an_abort_releases_the_stream_of_nccl() {
-    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl", &[2]);
+    abort_releases_the_stream("failures::an_abort_releases_the_stream_of_nccl", &[2], "auto");
+}
+
+#[test]
+fn an_abort_releases_the_stream_of_nccl_between_nodes() {
+    let test = "failures::an_abort_releases_the_stream_of_nccl_between_nodes";
+    abort_releases_the_stream(test, &[2, 1], "nccl");
 }
 
 /// NCCL waits for ever for a rank that does not come; the call's limit ends that.
@@ -94,20 +100,31 @@ fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
     });
 }
 
-#[test]
-fn a_rank_that_dies_releases_the_stream_of_nccl() {
-    children("failures::a_rank_that_dies_releases_the_stream_of_nccl", &[2], &[]).dies(1).run(|rank| {
-        let job = Job::start(rank, &[2]);
-        let group = job.group("world", &[]);
+fn a_death_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
+    let last = nodes.iter().sum::<usize>() - 1;
+    children(test, nodes, &[]).dies(last).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA", wanted)]);
         rank.barrier("both");
-        if rank.rank == 1 {
+        if rank.rank == last {
             std::process::exit(3);
         }
         sum(&job, 1000).start(&job, &group);
         assert!(job.comes_to_rest(), "the stream still waits");
         let error = told(&job, &group);
-        assert!(error.to_string().contains("rank 1"), "{error}");
+        assert!(error.to_string().contains(&format!("rank {last}")), "{error}");
     });
+}
+
+#[test]
+fn a_rank_that_dies_releases_the_stream_of_nccl() {
+    a_death_releases_the_stream("failures::a_rank_that_dies_releases_the_stream_of_nccl", &[2], "auto");
+}
+
+#[test]
+fn a_rank_that_dies_releases_the_stream_of_nccl_between_nodes() {
+    let test = "failures::a_rank_that_dies_releases_the_stream_of_nccl_between_nodes";
+    a_death_releases_the_stream(test, &[1, 1], "nccl");
 }
 
 #[test]

@@ -28,11 +28,11 @@ const SHAPES: [(&[usize], &str); 6] = [
 ];
 
 /// Every collective, on enough elements for several pieces of a slot, twice with all that was enqueued still under way.
-fn every_collective(test: &str, shape: usize, more: &[(&str, &str)]) {
-    let (nodes, how) = SHAPES[shape];
+fn every_collective(test: &str, (nodes, how): (&[usize], &str), wanted: &str, more: &[(&str, &str)]) {
     children(test, nodes, more).run(|rank| {
         let job = Job::start(rank, nodes);
-        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3")]);
+        let settings = [("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3"), ("SMDDP_CUDA", wanted)];
+        let group = job.group("world", &settings);
         assert!(group.device.describe().contains(how), "{}", group.device.describe());
         let mut calls = Vec::new();
         for count in [1, 700, 9_001] {
@@ -66,7 +66,7 @@ macro_rules! on_shapes {
     ($($name:ident: $shape:literal, $more:expr;)*) => {
         $(#[test]
         fn $name() {
-            every_collective(stringify!($name), $shape, $more);
+            every_collective(stringify!($name), SHAPES[$shape], "auto", $more);
         })*
     };
 }
@@ -85,6 +85,20 @@ on_shapes! {
     collectives_with_few_connections: 5, &[("CUDA_DEVICE_MAX_CONNECTIONS", "1")];
     collectives_where_all_streams_share_a_queue: 3, &[("SMDDP_STANDIN_ONE_QUEUE", "1")];
     collectives_where_the_device_has_other_addresses: 3, &[("SMDDP_STANDIN_HOST_ALIAS", "1")];
+}
+
+const BY_NCCL_ALONE: &str = "NCCL in a node and between nodes";
+
+#[test]
+fn collectives_of_2_nodes_by_nccl_alone() {
+    let shape: (&[usize], _) = (&[2, 2], BY_NCCL_ALONE);
+    every_collective("collectives_of_2_nodes_by_nccl_alone", shape, "nccl", SLOW);
+}
+
+#[test]
+fn collectives_of_uneven_nodes_by_nccl_alone() {
+    let shape: (&[usize], _) = (&[2, 1, 1], BY_NCCL_ALONE);
+    every_collective("collectives_of_uneven_nodes_by_nccl_alone", shape, "nccl", SLOW);
 }
 
 /// Freeing waits for the device and keeps others from enqueuing meanwhile; the exchange goes on all the same.

@@ -117,7 +117,7 @@ fn a_driver_that_is_not_there_is_named() {
 /// What fails on one rank while the group is made is told there as it is, and elsewhere with that rank's number.
 fn told_on_all(
     test: &str,
-    nodes: &[usize],
+    (nodes, wanted): (&[usize], &str),
     (who, function, nth, code): (usize, &str, u64, i32),
     words: [&str; 2],
 ) {
@@ -127,13 +127,14 @@ fn told_on_all(
         if rank.rank == who {
             job.control.fail(function, nth, code);
         }
-        let error = job.try_group("world", &[]).err().unwrap().to_string();
+        let settings = [("SMDDP_CUDA", wanted)];
+        let error = job.try_group("world", &settings).err().unwrap().to_string();
         let other = format!("rank {who}");
         let expected = if rank.rank == who { words } else { [other.as_str(), "failed in"] };
         assert!(expected.iter().all(|word| error.contains(word)), "rank {}: {error}", rank.rank);
         rank.barrier("told");
         // The next try finds nothing in its way.
-        let group = job.group("again", &[]);
+        let group = job.group("again", &settings);
         still_works(&job, &group);
         rank.barrier("over");
         group.end();
@@ -144,7 +145,12 @@ fn told_on_all(
 #[test]
 fn out_of_device_memory() {
     let test = "misuse::out_of_device_memory";
-    told_on_all(test, &[2, 2], (1, "cuMemAlloc_v2", 1, 2), ["device memory", "CUDA_ERROR_OUT_OF_MEMORY"]);
+    told_on_all(
+        test,
+        (&[2, 2], "auto"),
+        (1, "cuMemAlloc_v2", 1, 2),
+        ["device memory", "CUDA_ERROR_OUT_OF_MEMORY"],
+    );
 }
 
 const UNPINNED: [&str; 2] = ["CUDA_ERROR_OUT_OF_MEMORY", "ulimit -l"];
@@ -152,13 +158,13 @@ const UNPINNED: [&str; 2] = ["CUDA_ERROR_OUT_OF_MEMORY", "ulimit -l"];
 #[test]
 fn out_of_pinned_memory_for_words() {
     let test = "misuse::out_of_pinned_memory_for_words";
-    told_on_all(test, &[1, 1], (1, "cuMemHostRegister_v2", 1, 2), UNPINNED);
+    told_on_all(test, (&[1, 1], "auto"), (1, "cuMemHostRegister_v2", 1, 2), UNPINNED);
 }
 
 #[test]
 fn out_of_pinned_memory_for_slots() {
     let test = "misuse::out_of_pinned_memory_for_slots";
-    told_on_all(test, &[1, 1], (1, "cuMemHostRegister_v2", 3, 2), UNPINNED);
+    told_on_all(test, (&[1, 1], "auto"), (1, "cuMemHostRegister_v2", 3, 2), UNPINNED);
 }
 
 #[test]
@@ -166,7 +172,7 @@ fn a_device_that_does_not_open() {
     let test = "misuse::a_device_that_does_not_open";
     told_on_all(
         test,
-        &[2],
+        (&[2], "auto"),
         (1, "cuDevicePrimaryCtxRetain", 1, 101),
         ["opening the device", "CUDA_ERROR_INVALID_DEVICE"],
     );
@@ -175,12 +181,20 @@ fn a_device_that_does_not_open() {
 #[test]
 fn an_nccl_that_does_not_meet() {
     let test = "misuse::an_nccl_that_does_not_meet";
-    told_on_all(test, &[2, 2], (2, "ncclGetUniqueId", 1, 3), ["NCCL", "internal error"]);
+    told_on_all(test, (&[2, 2], "auto"), (2, "ncclGetUniqueId", 1, 3), ["NCCL", "internal error"]);
 }
 
 /// NCCL itself would wait for the rank that does not come until the group's time limit.
 #[test]
 fn an_nccl_that_fails_on_one_rank() {
     let test = "misuse::an_nccl_that_fails_on_one_rank";
-    told_on_all(test, &[3], (1, "ncclCommInitRankConfig", 1, 3), ["NCCL", "internal error"]);
+    told_on_all(test, (&[3], "auto"), (1, "ncclCommInitRankConfig", 1, 3), ["NCCL", "internal error"]);
+}
+
+/// Word of it goes from node to node, and the ranks of a node that is no neighbour's hear of it too.
+#[test]
+fn an_nccl_that_fails_on_one_rank_of_another_node() {
+    let test = "misuse::an_nccl_that_fails_on_one_rank_of_another_node";
+    let nodes = (&[2, 1, 1, 2][..], "nccl");
+    told_on_all(test, nodes, (5, "ncclCommInitRankConfig", 1, 3), ["NCCL", "internal error"]);
 }
