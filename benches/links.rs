@@ -1,0 +1,107 @@
+//! What the link between two cores gives: each of two threads fills slots and reads the other's, and does nothing else. No
+//! all_reduce of private memory through slots is faster: each rank must give S bytes, or S/2 twice, and take as many.
+//!
+//! `cargo bench -p smddp-shm --bench links`
+
+#![allow(clippy::unwrap_used, reason = "a measurement that fails says where")]
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use smddp_core::Region;
+use smddp_shm::Geometry;
+
+const SIZES: [usize; 5] = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20];
+const RING: Geometry = Geometry::USUAL;
+/// Of the measurements of a size; the fastest counts.
+const ROUNDS: usize = 40;
+/// Read data goes to so small a place that it stays in the first cache.
+const BLOCK: usize = 4096;
+
+/// A thread's slots, and how many it has filled and read of the other's, on lines of their own.
+#[repr(align(128))]
+#[derive(Default)]
+struct Count(AtomicU64);
+
+struct Side {
+    slots: Region,
+    /// Holds what `slots` points to.
+    _memory: Vec<u8>,
+    filled: Count,
+    read: Count,
+}
+
+impl Side {
+    fn new() -> Side {
+        let mut memory = vec![0u8; RING.slot * RING.slots];
+        // SAFETY: the vector stays with the region and is used through it alone; the counts keep writer and reader apart.
+        let slots = unsafe { Region::of(&mut memory) };
+        Side { slots, _memory: memory, filled: Count::default(), read: Count::default() }
+    }
+
+    fn slot(&self, number: u64) -> Region {
+        self.slots.slice((number % RING.slots as u64) as usize * RING.slot, RING.slot)
+    }
+}
+
+fn wait(count: &Count, least: u64) {
+    while count.0.load(Ordering::Acquire) < least {
+        std::hint::spin_loop();
+    }
+}
+
+/// Moves `bytes` each way, in slots from number `first` on; true when everything read was what was written.
+fn exchange(own: &Side, other: &Side, bytes: usize, first: u64) -> bool {
+    let pieces = bytes.div_ceil(RING.slot) as u64;
+    let len = bytes.min(RING.slot);
+    let mut block = [0u8; BLOCK];
+    let (mut filled, mut right) = (0, true);
+    for piece in 0..pieces {
+        while filled < pieces && filled < piece + RING.slots as u64 {
+            let number = first + filled;
+            wait(&other.read, (number + 1).saturating_sub(RING.slots as u64));
+            let slot = own.slot(number).slice(0, len);
+            // SAFETY: the slot's bytes, which the other thread has read.
+            unsafe { std::ptr::write_bytes(slot.as_ptr(), number as u8, len) };
+            own.filled.0.store(number + 1, Ordering::Release);
+            filled += 1;
+        }
+        let number = first + piece;
+        wait(&other.filled, number + 1);
+        for at in (0..len).step_by(BLOCK) {
+            // SAFETY: the block lives through the copy.
+            unsafe { Region::of(&mut block) }.copy_from(other.slot(number).slice(at, BLOCK));
+            right &= std::hint::black_box(&block)[at / BLOCK % BLOCK] == number as u8;
+        }
+        own.read.0.store(number + 1, Ordering::Release);
+    }
+    right
+}
+
+/// Fastest microseconds of one thread for each size.
+fn run(own: &Side, other: &Side, together: &Barrier) -> Vec<f64> {
+    let mut first = 0;
+    let mut measure = |bytes: usize| {
+        together.wait();
+        let start = Instant::now();
+        assert!(exchange(own, other, bytes, first), "what was read is not what was written");
+        first += bytes.div_ceil(RING.slot) as u64;
+        start.elapsed().as_secs_f64() * 1e6
+    };
+    let mut fastest = |bytes: usize| (0..ROUNDS).map(|_| measure(bytes)).fold(f64::INFINITY, f64::min);
+    SIZES.iter().map(|&bytes| fastest(bytes)).collect()
+}
+
+fn main() {
+    let (a, b, together) = (Side::new(), Side::new(), Barrier::new(2));
+    let times = std::thread::scope(|scope| {
+        let peer = scope.spawn(|| run(&b, &a, &together));
+        let mine = run(&a, &b, &together);
+        mine.into_iter().zip(peer.join().unwrap()).map(|(x, y)| x.max(y)).collect::<Vec<_>>()
+    });
+    println!("{:>10} {:>10} {:>8}", "bytes", "us", "GB/s");
+    for (bytes, time) in SIZES.into_iter().zip(times) {
+        println!("{bytes:>10} {time:>10.1} {:>8.2}", bytes as f64 / time / 1e3);
+    }
+}
