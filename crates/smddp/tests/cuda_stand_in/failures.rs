@@ -30,7 +30,7 @@ fn told(job: &Job, group: &Group) -> Error {
 
 fn abort_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
     children(test, nodes, &[]).run(|rank| {
-        let job = Job::start(rank, nodes);
+        let job = Job::wanting(wanted, rank, nodes);
         let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA", wanted)]);
         let first = sum(&job, 100);
         let memory = first.start(&job, &group);
@@ -103,7 +103,7 @@ fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
 fn a_death_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
     let last = nodes.iter().sum::<usize>() - 1;
     children(test, nodes, &[]).dies(last).run(|rank| {
-        let job = Job::start(rank, nodes);
+        let job = Job::wanting(wanted, rank, nodes);
         let group = job.group("world", &[("SMDDP_CUDA", wanted)]);
         rank.barrier("both");
         if rank.rank == last {

@@ -49,6 +49,12 @@ impl Job {
         Job::start_on(rank, nodes, local as i32)
     }
 
+    /// As `start` for calls that go as `wanted`, a value of SMDDP_CUDA: by NCCL alone all nodes, which one machine plays, meet,
+    /// and NCCL wants a device for each rank.
+    pub fn wanting(wanted: &str, rank: &Rank, nodes: &[usize]) -> Job {
+        if wanted == "nccl" { Job::start_on(rank, nodes, rank.rank as i32) } else { Job::start(rank, nodes) }
+    }
+
     /// As `start`, on nodes of equally many ranks that are dealt out in turn.
     pub fn interleaved(rank: &Rank, nodes: &[usize]) -> Job {
         let place = (rank.rank % nodes.len(), rank.rank / nodes.len());

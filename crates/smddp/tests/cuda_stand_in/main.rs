@@ -30,7 +30,7 @@ const SHAPES: [(&[usize], &str); 6] = [
 /// Every collective, on enough elements for several pieces of a slot, twice with all that was enqueued still under way.
 fn every_collective(test: &str, (nodes, how): (&[usize], &str), wanted: &str, more: &[(&str, &str)]) {
     children(test, nodes, more).run(|rank| {
-        let job = Job::start(rank, nodes);
+        let job = Job::wanting(wanted, rank, nodes);
         let settings = [("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3"), ("SMDDP_CUDA", wanted)];
         let group = job.group("world", &settings);
         assert!(group.device.describe().contains(how), "{}", group.device.describe());

@@ -122,7 +122,7 @@ fn told_on_all(
     words: [&str; 2],
 ) {
     children(test, nodes, &[]).run(|rank| {
-        let job = Job::start(rank, nodes);
+        let job = Job::wanting(wanted, rank, nodes);
         rank.barrier("before");
         if rank.rank == who {
             job.control.fail(function, nth, code);
