@@ -245,6 +245,10 @@ const TABLE: &[Row] = {
         row(AllReduce, Nodes::One, Size::TimesRanksUpTo(64 * KIB), Always("one_phase")),
         row(AllReduce, Nodes::One, Size::Any, Always("two_phase")),
         row(AllReduce, Nodes::UpTo(8), Size::UpTo(16 * KIB), Always("recursive_doubling")),
+        row(AllReduce, Nodes::UpTo(2), Size::Any, Always("sharded")),
+        // Several senders at one receiver's link cost it a tenth (docs/performance-log.md).
+        row(AllReduce, Nodes::UpTo(4), Size::UpTo(2048 * KIB), Always("sharded")),
+        row(AllReduce, Nodes::UpTo(4), Size::Any, Always("ring")),
         row(AllReduce, Nodes::UpTo(8), Size::Any, Always("sharded")),
         row(AllReduce, Nodes::Any, Size::Any, Cheapest),
         row(Broadcast, Nodes::One, Size::Any, Always("one_phase")),
@@ -453,6 +457,18 @@ mod tests {
         assert_eq!(name(&GroupShape::even(2, 1), 1 << 20), "ring");
         assert_eq!(name(&GroupShape::even(2, 2), 100), "hierarchical(recursive_doubling)");
         assert_eq!(name(&GroupShape::even(1, 2), 1 << 20), "two_phase");
+    }
+
+    #[test]
+    fn large_sums_of_a_few_nodes_go_around_a_ring() {
+        let name = |nodes, bytes: usize| {
+            let call = CallShape::new(Collective::AllReduce, 4, bytes / 4);
+            choose(&GroupShape::even(nodes, 2), &call, &Tuning::default()).unwrap()
+        };
+        for (nodes, large) in [(2, "sharded"), (3, "ring"), (4, "ring"), (5, "sharded")] {
+            assert_eq!(name(nodes, 2 << 20), "sharded");
+            assert_eq!(name(nodes, 16 << 20), large, "{nodes} nodes");
+        }
     }
 
     #[test]
