@@ -40,8 +40,9 @@ SHARED = """
 FRESH = """
 ### On fresh data
 
-Above, nobody writes the inputs between calls, so that a rank which reads a peer's memory finds it in its own cache from the
-call before. Here each rank writes its input before each call, as a program does; only the call is timed, behind a barrier.
+Above, nobody writes the inputs between calls, so that a rank which reads a peer's memory finds it in its own cache
+from the call before. Here each rank writes its input before each call, as a program does; only the call is timed,
+behind a barrier.
 
 """
 SHARED_RATIOS = (
