@@ -23,8 +23,10 @@ pub enum Family {
 }
 
 const OPEN_MPI: &[&str] = &["libmpi.so.40"];
-const PMI: &[&str] = &["libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.12"];
-const ANY: &[&str] = &["libmpi.so.40", "libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.12"];
+const PMI: &[&str] = &["libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.12", DEBIAN_MPICH];
+const ANY: &[&str] = &["libmpi.so.40", "libmpi_abi.so.1", "libmpi_abi.so.0", "libmpi.so.12", DEBIAN_MPICH];
+/// What Debian calls MPICH's libmpi.so.12.
+const DEBIAN_MPICH: &str = "libmpich.so.12";
 
 /// Where to look, in this order:
 ///
