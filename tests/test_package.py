@@ -107,13 +107,23 @@ def _address(memory: bytearray) -> int:
 # ---- the meeting, in threads over torch's in-process store
 
 
-def meet_all(store: object, size: int, limit: float, skip: set[int] = frozenset(), sizes: dict | None = None) -> dict:
-    """What each of `size` ranks gets from the meeting: its prefix or its error. `store`: one for all, or one each."""
+def meet_all(
+    store: object,
+    size: int,
+    limit: float,
+    skip: set[int] = frozenset(),
+    sizes: dict | None = None,
+    late: dict | None = None,
+) -> dict:
+    """What each of `size` ranks gets from the meeting: its prefix or its error.
+
+    store: one for all, or one each; late: seconds by which a rank comes later."""
     from smdistributed_rs._meeting import meet
 
     results: dict[int, object] = {}
 
     def one(rank: int) -> None:
+        time.sleep((late or {}).get(rank, 0))
         try:
             mine = store[rank] if isinstance(store, list) else store
             results[rank] = meet(mine, rank, (sizes or {}).get(rank, size), limit, "g")[0]
@@ -161,9 +171,11 @@ def test_what_dead_attempts_left_is_not_believed(store: object) -> None:
         assert len(set(map(str, results.values()))) == 1, results
 
 
-def test_a_wrong_size_is_named_to_all(store: object) -> None:
+@pytest.mark.parametrize("late", [{}, {1: 0.5}], ids=["together", "one late"])
+def test_a_wrong_size_is_named_to_all(store: object, late: dict[int, float]) -> None:
     start = time.monotonic()
-    results = meet_all(store, 3, 20, sizes={2: 5})
+    results = meet_all(store, 3, 20, sizes={2: 5}, late=late)
+    assert len(results) == 3
     for error in results.values():
         assert isinstance(error, smdistributed_rs.BootstrapError), results
         assert "rank 0 was given 3, rank 2 was given 5" in str(error)

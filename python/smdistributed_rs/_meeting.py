@@ -112,13 +112,21 @@ class _Log:
             self._all_before += 1
         return [entry for entry in entries if entry is not None]
 
-    def tell(self, key: str, value: dict[str, Any], listeners: int) -> None:
-        """`put`, and waits a little until so many have said that they read it: then this process, which may serve the
-        store, may fail without taking the news along."""
-        self.put(key, value)
+    def tell(self, token: str, verdict: dict[str, Any], listeners: int) -> None:
+        """How an attempt ends; waits a little until so many have said that they read it: then this process, which may
+        serve the store, may fail without taking the news along. Who comes meanwhile is told too."""
+        self.put(f"go/{token}", verdict)
         end = time.monotonic() + _GRACE
-        while self._store.add(f"smddp/{key}/read", 0) < listeners and time.monotonic() < end:
+        while self._store.add(f"smddp/go/{token}/read", 0) < listeners and time.monotonic() < end:
+            for entry in self.fresh():
+                self.offer(token, entry)
             time.sleep(0.01)
+
+    def offer(self, token: str, entry: dict[str, Any]) -> bool:
+        """Answers one who comes; whether `entry` was such a one's."""
+        if "join" in entry:
+            self.put(f"offer/{entry['join']}", {"token": token})
+        return "join" in entry
 
     def read(self, key: str) -> None:
         """Says that what was told under `key` was read."""
@@ -147,9 +155,7 @@ def _lead(log: _Log, size: int, deadline: float, name: str) -> str:
     while len(came) < size - 1:
         entries = log.fresh()
         for entry in entries:
-            if "join" in entry:
-                log.put(f"offer/{entry['join']}", {"token": token})
-            elif entry.get("token") == token:
+            if not log.offer(token, entry) and entry.get("token") == token:
                 _admit(log, token, came, entry, size, name)
         if entries:
             pause = 0.0005
@@ -157,7 +163,7 @@ def _lead(log: _Log, size: int, deadline: float, name: str) -> str:
         if time.monotonic() > deadline:
             missing = [r for r in range(1, size) if r not in came]
             text = f"rank(s) {', '.join(map(str, missing))} of {size} did not come within the time limit"
-            log.tell(f"go/{token}", {"missing": missing, "error": text}, len(came))
+            log.tell(token, {"missing": missing, "error": text}, len(came))
             raise _late(name, 0, text, missing)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.02)
@@ -176,7 +182,7 @@ def _admit(log: _Log, token: str, came: dict[int, str], entry: dict[str, Any], s
     elif came.setdefault(rank, nonce) != nonce:
         wrong = f"two processes were given rank {rank} of {size}"
     if wrong:
-        log.tell(f"go/{token}", {"error": wrong}, len(came) + 1)
+        log.tell(token, {"error": wrong}, max(len(came) + 1, size - 1))
         raise _refused(name, wrong)
 
 
