@@ -1,9 +1,10 @@
 //! How a time is taken.
 //!
 //! Fresh data is checked first. Then batches of about a millisecond of back-to-back calls on zeros; each batch starts
-//! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has a barrier and inputs written just
-//! before it: data that nobody writes between calls ends up in the reader's cache, as no real program's does. The figures are the median batch and the fastest one: on
-//! a machine shared with others only the fastest tells what the library can do.
+//! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has a barrier and inputs written
+//! just before it: data that nobody writes between calls ends up in the reader's cache, as no real program's does. The
+//! figures are the median batch and the fastest one: on a machine shared with others only the fastest tells what the
+//! library can do.
 
 use std::time::Instant;
 
@@ -115,11 +116,11 @@ fn timed<T: Sample>(
     for _ in 0..3 {
         work.call()?;
     }
-    let estimate = slowest(comm, &mut [batch(comm, &mut work, kind, 2)?])?;
+    let estimate = slowest(comm, &mut [batch(comm, &mut work, 2)?])?;
     let (calls, batches) = repetitions(estimate, budget);
     let mut times = vec![0.0; batches];
     for time in &mut times {
-        *time = batch(comm, &mut work, kind, calls)?;
+        *time = batch(comm, &mut work, calls)?;
     }
     slowest(comm, &mut times)?;
     times.sort_by(f64::total_cmp);
@@ -139,13 +140,8 @@ pub fn all_right(comm: &Communicator, mine: bool) -> Result<bool> {
 }
 
 /// Seconds a call on this rank, over `calls` calls behind a barrier; with fresh inputs, each call behind one.
-fn batch<T: Sample>(
-    comm: &Communicator,
-    work: &mut Workload<'_, T>,
-    kind: Kind,
-    calls: usize,
-) -> Result<f64> {
-    if kind.fresh {
+fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usize) -> Result<f64> {
+    if work.kind().fresh {
         let mut sum = 0.0;
         for _ in 0..calls {
             work.renew();

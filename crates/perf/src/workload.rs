@@ -281,6 +281,10 @@ impl<'a, T: Sample> Workload<'a, T> {
         }
     }
 
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// Writes zeros into what this rank brings to a call, as a program that computes it writes it.
     pub fn renew(&mut self) {
         match self.kind.collective {
@@ -371,6 +375,31 @@ mod tests {
         assert!(!matches(&buffer, 64, value), "a shift by a power of two must show");
         buffer[999] += 1.0;
         assert!(!matches(&buffer, 0, value));
+    }
+
+    #[test]
+    fn renewing_writes_what_a_rank_brings_and_nothing_else() {
+        let alone = [("SMDDP_BOOTSTRAP".to_owned(), "single".to_owned())];
+        let world = smddp::World::init_with(smddp::Settings::from_vars(alone).unwrap(), &[]).unwrap();
+        let zeros = |collective, root| {
+            let kind = Kind { collective, op: ReduceOp::Sum, root, shared: false, fresh: true };
+            let mut work = Workload::<f32>::new(&world, kind, 8, 8).unwrap();
+            work.x.get_mut().fill(1.0);
+            work.y.get_mut().fill(1.0);
+            work.renew();
+            let zero = |buffer: &[f32]| !buffer.is_empty() && buffer.iter().all(|&v| v == 0.0);
+            (zero(work.x.get()), zero(work.y.get()))
+        };
+        for collective in [Collective::AllReduce, Collective::ReduceScatter, Collective::AllToAll] {
+            assert_eq!(zeros(collective, 0), (true, false), "{collective}");
+        }
+        for collective in [Collective::AllGather, Collective::Gather] {
+            assert_eq!(zeros(collective, 0), (false, true), "{collective}");
+        }
+        for collective in [Collective::Broadcast, Collective::Scatter] {
+            assert_eq!(zeros(collective, 0), (true, false), "{collective}, at the root");
+            assert_eq!(zeros(collective, 1), (false, false), "{collective}, elsewhere");
+        }
     }
 
     #[test]

@@ -33,19 +33,21 @@ fn json(line: &str) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", text(&output)))
 }
 
+const WITH_DATA: [&str; 9] = [
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "sendrecv",
+];
+
 #[test]
 fn every_collective_is_right_on_three_ranks() {
-    for collective in [
-        "all_reduce",
-        "reduce_scatter",
-        "all_gather",
-        "all_to_all",
-        "broadcast",
-        "reduce",
-        "gather",
-        "scatter",
-        "sendrecv",
-    ] {
+    for collective in WITH_DATA {
         let result =
             json(&format!("{collective} --np 3 --min 16 --max 256K --factor 128 --dtype f32,bf16,i64"));
         let rows = result["rows"].as_array().unwrap();
@@ -94,17 +96,7 @@ fn files_are_written_and_compared() {
 
 #[test]
 fn fresh_inputs_are_measured_for_every_collective() {
-    for collective in [
-        "all_reduce",
-        "reduce_scatter",
-        "all_gather",
-        "all_to_all",
-        "broadcast",
-        "reduce",
-        "gather",
-        "scatter",
-        "sendrecv",
-    ] {
+    for collective in WITH_DATA {
         let line = format!("{collective} --np 2 --fresh --min 4K --max 64K --budget 0.001 --limit 60");
         let output = run(&line);
         assert!(output.status.success(), "{line}: {}", text(&output));

@@ -7,6 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -49,9 +50,14 @@ pub fn known(settings: &Settings) -> (Geometry, Origin) {
     }
 }
 
-/// What a new group uses. Probes where nothing is known, for at most 0.1 s, between this rank's cores and those of another
-/// rank of its node.
+/// What a new group uses. Probes at most once in a process, where nothing is known, for at most 0.1 s, between this rank's cores
+/// and those of another rank of its node.
 pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Geometry {
+    static FOUND: OnceLock<Geometry> = OnceLock::new();
+    given(settings).unwrap_or_else(|| *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)))
+}
+
+fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Geometry {
     // Two ranks on one core would measure how they take turns.
     let apart = own_cores.len() > 1 || own_cores != peer_cores;
     match (known(settings), cache_file()) {
