@@ -6,7 +6,8 @@
 //!    such connections are kept.
 //! 2. A connection has at most one request under way; its memory is bounded by one request and one reply.
 //! 3. Until every rank has come, a contradiction (two processes of one rank, another world size, a rank that
-//!    left) fails the job for all. Afterwards it only turns the newcomer away.
+//!    left) fails the job for all. Afterwards it only turns the newcomer away. A connection that ends before it asked
+//!    anything is no rank that left: its client may have given up waiting for the greeting, and will come again.
 //! 4. The thread ends when it was told to and every rank has left, or at the time it was given.
 
 use std::collections::{BTreeMap, HashMap};
@@ -135,6 +136,8 @@ struct Conn {
     input: Vec<u8>,
     output: Option<Outgoing>,
     wait: Option<Wait>,
+    /// A request came, thus the greeting was read (invariant 3).
+    asked: bool,
     /// Close once the output is out.
     closing: bool,
 }
@@ -292,7 +295,7 @@ impl State {
     }
 
     fn absent(&self) -> Vec<usize> {
-        (0..self.size).filter(|&r| self.members[r].process.is_none()).collect()
+        (0..self.size).filter(|&r| self.members[r].connections == 0).collect()
     }
 
     fn forget_wait(&mut self, key: &str, id: u64) {
@@ -324,6 +327,7 @@ impl State {
                             input: Vec::new(),
                             output: None,
                             wait: None,
+                            asked: false,
                             closing: false,
                         },
                     );
@@ -436,6 +440,7 @@ impl State {
             }
             Ok(Some((request, _))) => {
                 conn.input.clear();
+                conn.asked = true;
                 self.act(id, request);
                 Ok(())
             }
@@ -631,7 +636,7 @@ impl State {
         let Some(rank) = conn.rank else { return };
         let member = &mut self.members[rank];
         member.connections -= 1;
-        if member.connections == 0 && !member.left && !self.ready {
+        if member.connections == 0 && conn.asked && !member.left && !self.ready {
             self.fail(format!("rank {rank} at {} ended before every rank had come", conn.address));
         }
     }

@@ -120,9 +120,17 @@ impl TcpStore {
         let server = Server::start(listener, identity.size, identity.secret, process).map_err(failed)?;
         // The wildcard address with IPv6 still answers on IPv4's loopback.
         let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), bound.port());
-        let mut store = TcpStore::reach(identity, process, &[address.to_string()], deadline)?;
-        store.server = Some(server);
-        Ok(store)
+        match TcpStore::reach(identity, process, &[address.to_string()], deadline) {
+            Ok(mut store) => {
+                store.server = Some(server);
+                Ok(store)
+            }
+            Err(error) => {
+                // Ranks that came before us must hear of it too.
+                server.stop(Instant::now() + LINGER);
+                Err(error)
+            }
+        }
     }
 
     /// Any rank: connects to the store at one of `candidates` ("host:port"), trying them in turn until `deadline`.

@@ -183,9 +183,65 @@ fn a_rank_that_dies_before_the_job_is_complete_is_named() {
     let zero = host(3);
     let mut one = TcpStream::connect(at(&zero)).unwrap();
     greet(&mut one, me(1, 3), 99, soon(60)).unwrap();
+    send(&mut one, &Request::encode(Op::Ready, 60_000, "", b""), soon(60)).unwrap();
     drop(one);
     let error = zero.ready(soon(60)).unwrap_err().to_string();
     assert!(error.contains("rank 1") && error.contains("ended before"), "{error}");
+}
+
+/// A store too busy to greet in time: the client goes, its hello is read afterwards.
+#[test]
+fn an_attempt_given_up_is_not_a_rank_that_left() {
+    let zero = host(3);
+    let hello = Hello { secret: SECRET, size: 3, rank: 1, process: 99 }.encode();
+    let mut given_up = TcpStream::connect(at(&zero)).unwrap();
+    send(&mut given_up, &hello, soon(60)).unwrap();
+    // Its greeting came, so the store has read the hello.
+    given_up.peek(&mut [0]).unwrap();
+    drop(given_up);
+    match zero.ready(Instant::now() + Duration::from_millis(100)) {
+        Err(Error::Missing { missing, .. }) => assert_eq!(missing, [1, 2]),
+        other => panic!("{other:?}"),
+    }
+    let mut again = TcpStream::connect(at(&zero)).unwrap();
+    greet(&mut again, me(1, 3), 99, soon(60)).unwrap();
+    let two = join(&at(&zero), 2, 3).unwrap();
+    zero.ready(soon(60)).unwrap();
+    two.ready(soon(60)).unwrap();
+}
+
+#[test]
+fn ranks_that_came_before_rank_zero_hear_of_a_contradiction() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut twins = [5, 6].map(|process| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let hello = Hello { secret: SECRET, size: 3, rank: 1, process }.encode();
+        send(&mut stream, &hello, soon(60)).unwrap();
+        stream
+    });
+    let zero = std::thread::spawn(move || TcpStore::serve(me(0, 3), 7, listener, soon(60)));
+    let told = |answer: std::io::Result<(Status, Vec<u8>)>| {
+        let (status, text) = answer.unwrap();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        assert!(status == Status::Disagree && text.contains("two processes say they are rank 1"), "{text}");
+    };
+    for (twin, greeting) in twins.iter_mut().zip([Status::Ok, Status::Disagree]) {
+        receive(twin, &mut [0; MAGIC.len()], soon(60)).unwrap();
+        let answer = receive_reply(twin, soon(60));
+        if greeting == Status::Ok {
+            assert_eq!(answer.unwrap().0, Status::Ok);
+            // Rank 0 has been told, and is at its end.
+            std::thread::sleep(Duration::from_millis(50));
+            send(twin, &Request::encode(Op::Ready, 60_000, "", b""), soon(60)).unwrap();
+            told(receive_reply(twin, soon(60)));
+        } else {
+            told(answer);
+        }
+    }
+    drop(twins);
+    let error = zero.join().unwrap().unwrap_err();
+    assert!(error.to_string().contains("two processes say they are rank 1"), "{error}");
 }
 
 #[test]

@@ -326,10 +326,10 @@ fn another_launchers_mpi_is_noticed() {
 fn contradicting_variables_are_refused_under_mpirun() {
     each("contradiction", |launcher| {
         let mut command = launcher.command(2);
-        // Rank 0 sees no contradiction, and not every mpirun ends it when rank 1 goes before MPI_Init.
-        command.env("RANK", "0").env("WORLD_SIZE", "2").env("SMDDP_TIMEOUT", "5");
+        // On all ranks: mpirun of Open MPI 5 may hang when it ends a rank that is within MPI_Init.
+        command.env("RANK", "0").env("WORLD_SIZE", "3");
         let ended = run(&mut command);
-        assert!(!ended.success && ended.err.contains("environment variable RANK"), "{}", ended.err);
+        assert!(!ended.success && ended.err.contains("environment variable WORLD_SIZE"), "{}", ended.err);
     });
 }
 
