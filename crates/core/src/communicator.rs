@@ -70,6 +70,27 @@ impl Request {
         }
     }
 
+    /// The data that other ranks read, which `rank` itself does not write as long as they may; `None` where it is not
+    /// as long on every rank, or there is none.
+    fn read_by_others(&self, rank: usize) -> Option<Region> {
+        let is_even = self.counts.is_none() && self.splits.is_none();
+        let (input, output) = (self.input, self.output);
+        let begins_at = |whole: Region, part: Region| {
+            (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize) == Some(rank * part.len())
+        };
+        let stays = match self.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => return Some(output),
+            // In place, a rank writes around what its peers read, or what it alone reads.
+            Collective::AllGather => begins_at(output, input) || !input.overlaps(output),
+            Collective::ReduceScatter => begins_at(input, output) || !input.overlaps(output),
+            Collective::AllToAll => !input.overlaps(output),
+            // The root alone reads, itself too.
+            Collective::Gather => true,
+            Collective::Scatter | Collective::Barrier | Collective::SendRecv => false,
+        };
+        (is_even && stays).then_some(input)
+    }
+
     fn call(&self, shared: bool) -> Call {
         Call {
             collective: self.collective,
@@ -520,9 +541,8 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call works in memory that its node's ranks share, which must pay what ranks tell one another first.
     fn is_shared(&self, request: &Request) -> bool {
-        request.collective == Collective::AllReduce
-            && request.output.len() >= SHARED_FROM
-            && self.inner.shared.contain(request.output)
+        let data = request.read_by_others(self.inner.rank);
+        data.is_some_and(|data| data.len() >= SHARED_FROM && self.inner.shared.contain(data))
     }
 
     /// A number for memory that the ranks are about to share: the same on all ranks, which share memory in one order.

@@ -54,6 +54,12 @@ impl Region {
         self.len == 0
     }
 
+    /// Whether a byte belongs to both.
+    pub fn overlaps(&self, other: Region) -> bool {
+        let (ours, theirs) = (self.as_ptr() as usize, other.as_ptr() as usize);
+        !self.is_empty() && !other.is_empty() && ours < theirs + other.len && theirs < ours + self.len
+    }
+
     /// `len` bytes from `offset`.
     ///
     /// # Panics

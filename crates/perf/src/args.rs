@@ -249,8 +249,11 @@ impl Bench {
                 "sendrecv needs at least 2 ranks: give --np 2, or start it with mpirun -n 2".to_owned()
             );
         }
-        if self.shared && (collective != Collective::AllReduce || self.device != Device::Cpu) {
-            return Err("--shared is for all_reduce on the CPU: leave it out".to_owned());
+        let reads_nobody =
+            matches!(collective, Collective::Scatter | Collective::SendRecv | Collective::Barrier);
+        if self.shared && (reads_nobody || self.device != Device::Cpu) {
+            let what = "--shared is for collectives whose ranks all have data, on the CPU";
+            return Err(format!("{what}: leave it out"));
         }
         if self.shared && self.nodes > 1 {
             return Err("--shared is for ranks of one node: leave out --nodes".to_owned());

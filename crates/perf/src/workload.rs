@@ -119,7 +119,7 @@ pub struct Kind {
     pub collective: Collective,
     pub op: ReduceOp,
     pub root: usize,
-    /// Data in memory that the ranks share.
+    /// The data that other ranks read lies in memory that the ranks share.
     pub shared: bool,
     /// Inputs are written anew before each call.
     pub fresh: bool,
@@ -180,8 +180,11 @@ impl<'a, T: Sample> Workload<'a, T> {
             Collective::Gather | Collective::Scatter => (0, block),
             Collective::Barrier => (0, 0),
         };
-        let x = if kind.shared { Aligned::shared(comm, x)? } else { Aligned::new(x) };
-        Ok(Workload { comm, kind, block, x, y: Aligned::new(y) })
+        let make = |len, read_by_others| {
+            if kind.shared && read_by_others { Aligned::shared(comm, len) } else { Ok(Aligned::new(len)) }
+        };
+        let gathers = matches!(kind.collective, Collective::AllGather | Collective::Gather);
+        Ok(Workload { comm, kind, block, x: make(x, !gathers)?, y: make(y, gathers)? })
     }
 
     /// The large buffer and the other one. Valid as long as the workload; whoever writes to them does so between calls.

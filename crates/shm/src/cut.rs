@@ -28,6 +28,8 @@ pub(crate) struct Group {
     pub(crate) start: usize,
     pub(crate) end: usize,
     pub(crate) cuts: usize,
+    /// Nothing is cut: the first exchange has all of it, those behind it nothing.
+    pub(crate) whole: bool,
     /// Every rank's pieces fit into its slot's head.
     pub(crate) inline: bool,
     /// This rank gives something to others.
@@ -40,7 +42,7 @@ impl Group {
     /// Offset and length of cut `cut` of a move of `len` bytes.
     #[inline]
     pub(crate) fn piece(&self, len: usize, cut: usize) -> (usize, usize) {
-        if self.cuts == 1 {
+        if self.cuts == 1 || self.whole {
             return (0, len);
         }
         let step = len.div_ceil(self.cuts).next_multiple_of(CUT_ALIGN);
@@ -76,6 +78,14 @@ pub(crate) struct Cutter {
 impl Cutter {
     pub(crate) fn new(me: usize, size: usize, slot_bytes: usize) -> Cutter {
         Cutter { me, slot_bytes, bytes: vec![0; size], pieces: vec![0; size] }
+    }
+
+    /// All moves of a phase that takes no slots, in so many exchanges.
+    pub(crate) fn whole(&self, moves: &[Move], exchanges: usize) -> Group {
+        let mut group =
+            Group { end: moves.len(), cuts: exchanges, whole: true, writes: true, ..Group::default() };
+        (0..self.bytes.len()).filter(|&rank| rank != self.me).for_each(|rank| group.reads.set(rank));
+        group
     }
 
     /// The group that starts at move `start`.

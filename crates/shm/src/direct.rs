@@ -1,18 +1,22 @@
-//! A call on memory that every rank of the node sees: no slots, each rank works on its share of everybody's data.
+//! A call on memory that every rank of the node sees: no slots, each rank works in everybody's data.
 //!
-//! Two exchanges (`ring`) make the call. In the first the ranks tell one another where their data lies; then each
-//! reduces its share from all ranks' data into all ranks' data. The second says that it has.
+//! Two exchanges (`ring`) make the call. In the first the ranks tell one another where their data lies: what other ranks
+//! read. Then each does its part. Where data is combined or copied in place, it does so with its share of all ranks' data, so
+//! that all ranks work whoever the result is for; else it takes from its peers' data what belongs in its own. The second
+//! exchange says that it has.
 //!
 //! Invariants
 //! - **D1** Nobody touches a peer's data before that peer has published the first exchange: it has entered the call, and
 //!   its caller's writes are seen.
 //! - **D2** A rank publishes the second exchange after its last access to any rank's data; the call is over here when
 //!   all ranks' were seen. So whatever a caller does with its data before and after the call does not race.
-//! - **D3** The shares are disjoint and whole cache lines, and cover everything: no two ranks touch the same bytes.
-//! - **D4** Every rank combines in the order of local ranks, once an element, and copies the result: equal bits for all, and the
+//! - **D3** The shares are disjoint and whole cache lines, and cover everything: no two ranks touch the same bytes. Of a call
+//!   that is not in place, what a rank writes is nothing that others read (the callers see to that).
+//! - **D4** A rank combines in the order of local ranks, once an element, and copies the result: equal bits for all, and the
 //!   bits that the slots give.
 
 use smddp_core::Region;
+use smddp_core::plan::{Move, Who};
 use smddp_core::reduce::combine;
 use smddp_core::shared::{Place, Shared, place};
 use smddp_core::transport::Arith;
@@ -56,7 +60,8 @@ impl Entered {
 pub(crate) struct Direct {
     /// By local rank; gathered in the first exchange.
     data: Vec<Region>,
-    sources: Vec<Region>,
+    /// Of the bytes being worked on, by local rank.
+    parts: Vec<Region>,
     done: usize,
 }
 
@@ -72,8 +77,13 @@ impl Direct {
         self.data.len()
     }
 
-    /// Takes what local rank [`known`](Direct::known) says; false when that is no memory that it shares, or not the same as
-    /// `own`.
+    /// By local rank.
+    pub(crate) fn data(&self) -> &[Region] {
+        &self.data
+    }
+
+    /// Takes what local rank [`known`](Direct::known) says of `len` bytes; false when that is no memory that it shares, or
+    /// not the same as `own`.
     pub(crate) fn learn(&mut self, entered: &Entered, theirs: Place, own: Place, len: usize) -> bool {
         if theirs.number != own.number {
             return false;
@@ -83,26 +93,32 @@ impl Direct {
         found.is_some()
     }
 
-    /// Works on the share of rank `me` of `len` bytes until it is done or `budget` bytes were read and written. Whether it
-    /// is done. All ranks' data is known.
-    pub(crate) fn work(&mut self, arith: Arith, finish: bool, me: usize, len: usize, budget: usize) -> bool {
+    /// Works on the share of rank `me` of a move in place until it is done or `budget` bytes were read and written. Whether
+    /// it is done. All ranks' data is known.
+    pub(crate) fn work(&mut self, arith: Arith, m: &Move, me: usize, budget: usize) -> bool {
         let ranks = self.data.len();
-        let (start, share) = share(len, ranks, me);
+        let (start, share) = share(m.dst.len, ranks, me);
+        // Where the result of this rank's share comes to lie first.
+        let first = match (m.from, m.to) {
+            (Who::One(root), _) | (Who::All, Who::One(root)) => root as usize,
+            (Who::All, Who::All) => me,
+        };
         let mut left = budget;
         while self.done < share {
             if left == 0 {
                 return false;
             }
             let n = STEP.min(share - self.done);
-            let at = start + self.done;
-            self.sources.clear();
-            self.sources.extend(self.data.iter().map(|data| data.slice(at, n)));
-            let own = self.sources[me];
-            combine(arith, finish, own, &self.sources);
-            self.sources
-                .iter()
-                .filter(|data| data.as_ptr() != own.as_ptr())
-                .for_each(|peer| peer.copy_from(own));
+            let at = m.dst.off + start + self.done;
+            self.parts.clear();
+            self.parts.extend(self.data.iter().map(|data| data.slice(at, n)));
+            let result = self.parts[first];
+            if m.from == Who::All {
+                combine(arith, m.finish, result, &self.parts);
+            }
+            if m.to == Who::All {
+                self.parts.iter().for_each(|part| part.copy_from(result));
+            }
             self.done += n;
             left = left.saturating_sub(n * ranks);
         }

@@ -144,10 +144,11 @@ impl Phases {
     pub(crate) fn submit(&mut self, run: PhaseRun) -> Result<u64> {
         check(&run, self.me, self.ranks.len())?;
         let place = if run.call.is_shared() { Some(self.place(&run)?) } else { None };
-        let mut first = self.cutter.group(moves_of(&run), 0);
-        if place.is_some() {
-            first.cuts = direct::EXCHANGES;
-        }
+        let moves = moves_of(&run);
+        let first = match place {
+            Some(_) => self.cutter.whole(moves, direct::EXCHANGES),
+            None => self.cutter.group(moves, 0),
+        };
         if self.queue.is_empty() {
             self.consuming.start(first, 0);
         }
@@ -160,18 +161,16 @@ impl Phases {
         Ok(self.submitted - 1)
     }
 
-    /// Where the data of a call on shared memory lies.
+    /// Where the data of a call on shared memory lies, all of which its ranks have in one buffer.
     fn place(&self, run: &PhaseRun) -> Result<Place> {
         let wrong = |what: &str| Error::Internal(format!("phase {} of {}: {what}", run.step, run.call));
-        match moves_of(run) {
-            [m] if (m.from, m.to) == (Who::All, Who::All) && m.src == m.dst => {
-                let data = run.buffers.at(m.dst, run.shift);
-                self.entered
-                    .place(data)
-                    .ok_or_else(|| wrong("its data is not in memory that the ranks share"))
-            }
-            _ => Err(wrong("in shared memory only one combination for all, in place, can run")),
+        let moves = moves_of(run);
+        let buf = moves.first().map_or(Buf::Scratch, |m| m.src.buf);
+        if buf == Buf::Scratch || run.shift > 0 || moves.iter().any(|m| m.src.buf != buf) {
+            return Err(wrong("in shared memory only moves from one buffer of the user's, at once, can run"));
         }
+        let data = if buf == Buf::Input { run.buffers.input } else { run.buffers.output };
+        self.entered.place(data).ok_or_else(|| wrong("its data is not in memory that the ranks share"))
     }
 
     /// Publishes one exchange, when there is one and its slot is free.
@@ -241,6 +240,7 @@ impl Phases {
             segment,
             ring: &mut *ring,
             sources: &mut self.sources,
+            peers: &[],
             budget: self.budget,
             moved: false,
         };
@@ -336,6 +336,8 @@ struct Work<'a> {
     segment: &'a Segment,
     ring: &'a mut Ring,
     sources: &'a mut Vec<Region>,
+    /// Of a call on shared memory: every rank's data, by local rank.
+    peers: &'a [Region],
     budget: usize,
     moved: bool,
 }
@@ -347,27 +349,33 @@ struct Sharing<'a> {
     direct: &'a mut Direct,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
     /// As [`consume`](Self::consume), of a call on shared memory.
-    fn share(&mut self, at: &mut Consuming, sharing: Sharing<'_>) -> Result<Option<Step>> {
+    fn share(&mut self, at: &mut Consuming, sharing: Sharing<'a>) -> Result<Option<Step>> {
         let Sharing { own, entered, direct } = sharing;
         if let Some(peer) = self.missing(Who::All, at)? {
             return Ok(Some(Step::Blocked(peer)));
         }
-        let [m] = moves_of(self.run) else { return Ok(None) };
         if at.cut > 0 {
             return Ok(None);
         }
+        let moves = moves_of(self.run);
         while direct.known() < self.ranks.len() {
             let rank = direct.known();
             let theirs = if rank == self.me { own } else { self.place_of(rank) };
-            if !direct.learn(entered, theirs, own, m.dst.len) {
+            if !direct.learn(entered, theirs, own, extent(moves, rank)) {
                 let at = |place: Place| format!("{} number {}", self.run.call, place.number);
                 return Err(disagree(at(own), self.ranks[rank], at(theirs)));
             }
         }
-        let over = direct.work(self.run.arith, m.finish, self.me, m.dst.len, self.budget);
-        Ok(if over { None } else { Some(Step::Moved) })
+        if let [m] = moves
+            && m.src == m.dst
+        {
+            let over = direct.work(self.run.arith, m, self.me, self.budget);
+            return Ok(if over { None } else { Some(Step::Moved) });
+        }
+        self.peers = direct.data();
+        self.consume(at)
     }
 
     /// What `rank` says in its slot's head of where its data lies.
@@ -451,14 +459,23 @@ impl Work<'_> {
         true
     }
 
-    /// The next `n` bytes of `rank`'s piece: in its slot, or this rank's own where they are.
+    /// The next `n` bytes of `rank`'s piece: in its slot, or where they are if this rank sees them there.
     fn source(&self, rank: usize, m: &Move, start: usize, n: usize, at: &Consuming) -> Region {
         if rank == self.me {
             return self.run.buffers.at(m.src, self.run.shift).slice(start + at.done, n);
         }
+        if let Some(data) = self.peers.get(rank) {
+            return data.slice(m.src.off + at.done, n);
+        }
         let index = self.ring.index(self.ring.consumed());
         slot_of(self.segment, rank, index, at.group.inline).slice(at.offset(rank) + at.done, n)
     }
+}
+
+/// Bytes of `rank`'s data, from its beginning, that others may touch.
+fn extent(moves: &[Move], rank: usize) -> usize {
+    let theirs = moves.iter().filter(|m| includes(m.from, rank) || m.src == m.dst);
+    theirs.map(|m| m.src.off + m.src.len).max().unwrap_or(0)
 }
 
 pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {

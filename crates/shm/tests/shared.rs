@@ -10,8 +10,9 @@ use common::{SMALL, arith, call, drive, on_ranks, one_phase, run, span_move};
 use proptest::prelude::*;
 use smddp_core::call::{Call, Collective, PackedCall};
 use smddp_core::dtype::{DType, ReduceOp};
-use smddp_core::plan::{Plan, Span, Who};
+use smddp_core::plan::{CallShape, Plan, Span, Tuning, Who, schedule};
 use smddp_core::shared::Shared;
+use smddp_core::topology::GroupShape;
 use smddp_core::transport::{Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
 use smddp_shm::{SharedBuffer, ShmNode};
@@ -143,6 +144,139 @@ proptest! {
             prop_assert_eq!(bits(direct), bits(slots));
         }
     }
+}
+
+/// Calls in which ranks only read what their peers share.
+const READERS: [Collective; 6] = [
+    Collective::Broadcast,
+    Collective::Reduce,
+    Collective::AllGather,
+    Collective::ReduceScatter,
+    Collective::AllToAll,
+    Collective::Gather,
+];
+
+/// One rank's part in a call whose blocks have `count` elements.
+struct Reader {
+    plan: Arc<Plan>,
+    call: Call,
+    /// Elements of input and output.
+    lens: (usize, usize),
+    in_place: bool,
+}
+
+impl Reader {
+    fn new(collective: Collective, size: usize, rank: usize, count: usize, root: usize) -> Reader {
+        let shape =
+            CallShape { shared: true, ..CallShape::rooted(collective, DType::F32.size(), count, root) };
+        let made = schedule(&GroupShape::even(1, size), rank, &shape, &Tuning::default()).unwrap();
+        assert_eq!((made.rounds(), made.body.steps.len(), made.algorithm), (1, 1, "shared"));
+        let in_place = matches!(collective, Collective::Broadcast | Collective::Reduce);
+        let all = size * count;
+        let lens = match collective {
+            Collective::AllGather => (count, all),
+            Collective::ReduceScatter => (all, count),
+            Collective::AllToAll => (all, all),
+            Collective::Gather => (count, if rank == root { all } else { 0 }),
+            _ => (count, count),
+        };
+        let call =
+            Call { root: root as u32, shared: true, ..Call::new(collective, DType::F32, count as u64) };
+        Reader { plan: made.body, call, lens, in_place }
+    }
+
+    fn run(&self, shared: bool, input: Region, output: Region, size: usize) -> PhaseRun {
+        let buffers = Buffers { input, output, scratch: Region::EMPTY };
+        let call = Call { shared, ..self.call };
+        run(&self.plan, buffers, arith(DType::F32, ReduceOp::Avg, size), call.pack(), 5)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    /// Every other collective: the results that slots give, from inputs that stay as they are.
+    #[test]
+    fn what_peers_read_gives_the_bits_that_slots_give(
+        size in 2usize..6,
+        count in prop_oneof![1usize..40, 1000usize..20_000],
+        root in any::<prop::sample::Index>(),
+        collective in prop::sample::select(&READERS[..]),
+        offsets in prop::collection::vec(0usize..50, 6),
+    ) {
+        let root = root.index(size);
+        let most = size * count + 50;
+        let own: Vec<_> = (0..size).map(|_| Arc::new(SharedBuffer::new(4 * most).unwrap())).collect();
+        let results = on_ranks(size, SMALL, |rank, mut node| {
+            let reader = Reader::new(collective, size, rank, count, root);
+            let (from, to) = reader.lens;
+            let values: Vec<f32> = (0..from).map(|i| value(rank, i)).collect();
+            let (mut input, mut output) = (values.clone(), vec![-1f32; to]);
+            // SAFETY: the vectors are in place until their runs are over.
+            let (i, o) = unsafe { (Region::of(&mut input), Region::of(&mut output)) };
+            node.submit(reader.run(false, i, if reader.in_place { i } else { o }, size)).unwrap();
+            drive(&mut node, 1, 100).unwrap();
+            let by_slots = if reader.in_place { input.clone() } else { output.clone() };
+
+            node.enter_shared(shared(&own, rank, 9)).unwrap();
+            let data = own[rank].region().slice(4 * offsets[rank], 4 * from);
+            let mut direct = Vec::new();
+            for round in 0..3 {
+                write(data, &values);
+                output.fill(round as f32);
+                // SAFETY: as above.
+                let o = unsafe { Region::of(&mut output) };
+                node.submit(reader.run(true, data, if reader.in_place { data } else { o }, size)).unwrap();
+                drive(&mut node, 1, 100).unwrap();
+                direct.push(if reader.in_place { read(data) } else { output.clone() });
+                if !reader.in_place {
+                    assert_eq!(read(data), values, "the input changed");
+                }
+            }
+            (by_slots, direct)
+        });
+        for (by_slots, direct) in &results {
+            let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            for each in direct {
+                prop_assert_eq!(bits(each), bits(by_slots));
+            }
+        }
+    }
+}
+
+/// D1 and D2 of a call in which a rank reads: not before the peer has come, and the peer is not done before it has read.
+#[test]
+fn a_reader_comes_after_its_peer_and_holds_it_until_it_has_read() {
+    let mut job = Job::new(2, 4 * COUNT);
+    job.fill(0, 0, &vec![1.0; COUNT]);
+    let reader = |rank| Reader::new(Collective::Broadcast, 2, rank, COUNT, 0);
+    let data: Vec<Region> = job.own.iter().map(|own| own.region()).collect();
+    job.nodes[1].submit(reader(1).run(true, data[1], data[1], 2)).unwrap();
+    assert_eq!(job.exhaust(1).unwrap(), vec![]);
+    assert_eq!(job.nodes[1].waiting_for(), vec![0]);
+    assert_eq!(job.values(1, 0, COUNT), vec![0.0; COUNT], "the root has not called yet");
+    job.nodes[0].submit(reader(0).run(true, data[0], data[0], 2)).unwrap();
+    assert_eq!(job.exhaust(0).unwrap(), vec![], "rank 1 has not read yet");
+    assert_eq!(job.nodes[0].waiting_for(), vec![1]);
+    assert_eq!(job.exhaust(1).unwrap(), vec![Ctx(5)]);
+    assert_eq!(job.values(1, 0, COUNT), vec![1.0; COUNT]);
+    assert_eq!(job.exhaust(0).unwrap(), vec![Ctx(5)]);
+}
+
+/// What a peer says lies within what it shares; what it is asked for does not.
+#[test]
+fn a_peer_whose_data_is_too_short_is_told() {
+    let mut job = Job::new(2, 4 * COUNT);
+    let long = Reader::new(Collective::Broadcast, 2, 1, COUNT, 0);
+    let short = Reader::new(Collective::Broadcast, 2, 0, COUNT / 2, 0);
+    let data: Vec<Region> = job.own.iter().map(|own| own.region()).collect();
+    // The same call by its header, as no rank that keeps to the rules says it.
+    let half = data[0].slice(2 * COUNT, 2 * COUNT);
+    let call = Call { count: COUNT as u64, ..short.call };
+    job.nodes[0].submit(Reader { call, ..short }.run(true, half, half, 2)).unwrap();
+    job.nodes[1].submit(long.run(true, data[1], data[1], 2)).unwrap();
+    let _ = job.exhaust(0);
+    let error = job.exhaust(1).unwrap_err().to_string();
+    assert!(error.contains("number 1"), "{error}");
 }
 
 const COUNT: usize = 100_000;

@@ -47,28 +47,23 @@ fn exchange(algorithm: &str) -> Option<&'static Exchange> {
     EXCHANGES.iter().find(|e| e.name == algorithm)
 }
 
-/// The algorithm of calls on memory that the node's ranks share. Not a person's choice: it is the memory's.
-pub(super) const SHARED: &str = "shared";
-
-/// `algorithm` is a name of [`EXCHANGES`], "one_phase", "two_phase" or [`SHARED`].
+/// `algorithm` is a name of [`EXCHANGES`], "one_phase" or "two_phase".
 pub(super) fn schedule(cx: &Context<'_>, algorithm: &str) -> Result<Schedule> {
     match exchange(algorithm) {
         Some(exchange) => between_nodes(cx, exchange),
-        None if algorithm == "one_phase" => Ok(one_phase(cx, "one_phase")),
-        // The transport shares out what one_phase has every rank do, and writes every rank's result where it belongs.
-        None if algorithm == SHARED => Ok(one_phase(cx, SHARED)),
+        None if algorithm == "one_phase" => Ok(one_phase(cx)),
         None => two_phase(cx),
     }
 }
 
-fn one_phase(cx: &Context<'_>, name: &'static str) -> Schedule {
+fn one_phase(cx: &Context<'_>) -> Schedule {
     let user = Span::output(0, cx.bytes());
     let mut plan = Plan::default();
     plan.push(
         Op::Phase(vec![Move { from: Who::All, to: Who::All, src: user, dst: user, finish: true }]),
         &[],
     );
-    Schedule::single(name, plan, 0)
+    Schedule::single("one_phase", plan, 0)
 }
 
 fn two_phase(cx: &Context<'_>) -> Result<Schedule> {

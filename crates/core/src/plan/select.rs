@@ -34,7 +34,7 @@ pub struct CallShape {
     pub counts: Option<Arc<[usize]>>,
     /// Uneven all_to_all; blocks lie in rank order.
     pub splits: Option<Splits>,
-    /// On memory that the ranks of the node share: all_reduce on one node alone.
+    /// On memory that the ranks of the node share, on one node alone.
     pub shared: bool,
 }
 
@@ -189,6 +189,9 @@ pub const fn algorithms(collective: Collective) -> &'static [&'static str] {
     }
 }
 
+/// The algorithm of calls on memory that the node's ranks share. Not a person's choice: it is the memory's.
+const SHARED: &str = "shared";
+
 /// Whether `algorithm` serves groups on one node (the others serve groups on several).
 pub fn inside_node(algorithm: &str) -> bool {
     matches!(algorithm, "one_phase" | "two_phase")
@@ -275,9 +278,6 @@ const TABLE: &[Row] = {
 
 /// The algorithm for a call: the first override that fits it and the group, else the table's.
 pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&'static str> {
-    if call.shared {
-        return Ok(hierarchical::SHARED);
-    }
     let (nodes, bytes) = (shape.node_count(), call.bytes(shape.size()));
     let fits = |o: &&Override| {
         o.collective == call.collective
@@ -317,8 +317,9 @@ pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuni
     if shape.size() == 1 {
         return Ok(alone(&cx));
     }
-    let algorithm = choose(shape, call, tuning)?;
-    match call.collective {
+    // The transport sees to it that nothing is copied on the way: the one phase is the same.
+    let algorithm = if call.shared { "one_phase" } else { choose(shape, call, tuning)? };
+    let schedule = match call.collective {
         Collective::AllReduce => hierarchical::schedule(&cx, algorithm),
         Collective::Barrier => Ok(hierarchical::barrier(&cx)),
         Collective::Broadcast => super::broadcast::schedule(&cx, algorithm),
@@ -329,7 +330,8 @@ pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuni
         Collective::Gather => Ok(super::pairwise::gather(&cx)),
         Collective::Scatter => Ok(super::pairwise::scatter(&cx)),
         Collective::SendRecv => Err(Error::Internal("point to point has no schedule".to_owned())),
-    }
+    }?;
+    Ok(if call.shared { Schedule { algorithm: SHARED, ..schedule } } else { schedule })
 }
 
 /// One rank has the result already, or it is a copy away.
