@@ -164,11 +164,20 @@ impl<T: Transports> Clone for Communicator<T> {
 /// Shared memory that is entered in a group: dropped, it leaves. No call on it may be under way then.
 pub struct SharedEntry<T: Transports> {
     group: Weak<Inner<T>>,
+    engine: Weak<Engine<T>>,
     number: u64,
+    own: Region,
 }
 
 impl<T: Transports> Drop for SharedEntry<T> {
     fn drop(&mut self) {
+        // The fabric is the process's, and outlives the group.
+        if let Some(engine) = self.engine.upgrade().filter(|engine| engine.is_ours()) {
+            let _ = engine.with_fabric_if_any(|fabric| {
+                fabric.deregister(self.own);
+                Ok(())
+            });
+        }
         let Some(group) = self.group.upgrade() else { return };
         group.shared.leave(self.number);
         if !group.closed.load(Ordering::Acquire) && group.engine.is_ours() {
@@ -541,6 +550,9 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call works in memory that its node's ranks share, which must pay what ranks tell one another first.
     fn is_shared(&self, request: &Request) -> bool {
+        if self.inner.shape.node_count() > 1 && request.collective != Collective::AllReduce {
+            return false;
+        }
         let data = request.read_by_others(self.inner.rank);
         data.is_some_and(|data| data.len() >= SHARED_FROM && self.inner.shared.contain(data))
     }
@@ -553,13 +565,18 @@ impl<T: Transports> Communicator<T> {
     /// Enters memory that this group's ranks share. Every rank does so with the same number before any calls on it.
     pub fn enter_shared(&self, shared: Shared) -> Result<SharedEntry<T>> {
         self.check_open("sharing memory")?;
-        if self.inner.shape.node_count() > 1 {
-            return Err(Error::Internal("memory shared by ranks of several nodes".to_owned()));
-        }
         let (number, own) = (shared.number, shared.own());
-        self.inner.engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
+        let engine = &self.inner.engine;
+        engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
+        let entry =
+            SharedEntry { group: Arc::downgrade(&self.inner), engine: Arc::downgrade(engine), number, own };
+        if self.inner.shape.node_count() > 1
+            && let Err(error) = engine.with_fabric_if_any(|fabric| fabric.register(own))
+        {
+            tracing::warn!(%error, "shared memory cannot be registered: what leaves the node is copied");
+        }
         self.inner.shared.enter(number, own);
-        Ok(SharedEntry { group: Arc::downgrade(&self.inner), number })
+        Ok(entry)
     }
 
     fn check(&self, request: &Request) -> Result<()> {

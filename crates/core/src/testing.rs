@@ -316,7 +316,9 @@ impl Fabric for MemoryFabric {
         Ok(u32::from_le_bytes(bytes))
     }
 
-    fn register(&mut self, _staging: Region) -> Result<()> {
+    fn deregister(&mut self, _memory: Region) {}
+
+    fn register(&mut self, _memory: Region) -> Result<()> {
         Ok(())
     }
 

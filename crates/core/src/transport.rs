@@ -115,8 +115,8 @@ pub trait NodeLocal: Send {
         self.submit(run)?;
         Ok(false)
     }
-    /// Takes note of memory that the node's ranks share. A run whose call is [marked](PackedCall::is_shared) has all its data
-    /// in such memory on every rank, and works there.
+    /// Takes note of memory that the node's ranks share. A run whose call is [marked](PackedCall::is_shared) has all data that
+    /// its moves take in such memory on every rank, and works there.
     fn enter_shared(&mut self, shared: Shared) -> Result<()> {
         let _ = shared;
         Err(Error::Internal("this transport cannot share memory".to_owned()))
@@ -161,8 +161,10 @@ pub trait Fabric: Send {
     /// Makes the process with `address` known; the same address gives the same id. `label` names it in errors.
     fn connect(&mut self, address: &[u8], label: &str) -> Result<u32>;
 
-    /// Memory that will serve often as source and target (the engine's staging); registered once.
-    fn register(&mut self, staging: Region) -> Result<()>;
+    /// Memory that will serve often as source and target: the engine's staging, what the ranks share.
+    fn register(&mut self, memory: Region) -> Result<()>;
+    /// Takes that back, for the same region; no message is in it.
+    fn deregister(&mut self, memory: Region);
 
     /// `message.peer` is an id from `connect`.
     fn send(&mut self, message: Message) -> Result<()>;

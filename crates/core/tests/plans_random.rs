@@ -31,7 +31,7 @@ proptest! {
         collective in collectives(),
         (algorithm, root) in any::<(prop::sample::Index, prop::sample::Index)>(),
         (log_elem, count, chunk) in (0u32..4, 0usize..70, 0usize..90),
-        (one_owner, staged) in any::<(bool, bool)>(),
+        (one_owner, staged, shared) in any::<(bool, bool, bool)>(),
         staging in prop::sample::select(vec![1usize << 14, 1 << 16, 1 << 24]),
         counts in prop::option::of(prop::collection::vec(0usize..9, 24)),
     ) {
@@ -42,7 +42,8 @@ proptest! {
         let blocks = matches!(collective, Collective::AllGather | Collective::ReduceScatter);
         let counts = counts.filter(|_| blocks).map(|c| Arc::from(&c[..shape.size()]));
         let root = root.index(shape.size());
-        let call = CallShape { counts, ..CallShape::rooted(collective, 1 << log_elem, count, root) };
+        let shared = shared && (shape.node_count() == 1 || collective == Collective::AllReduce);
+        let call = CallShape { counts, shared, ..CallShape::rooted(collective, 1 << log_elem, count, root) };
         let world = World::new(&shape, &call, &tuning).unwrap();
         let report = world.check();
         prop_assert!(report.is_ok(), "{}", report.unwrap_err());

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use smddp_core::plan::check::{Report, World};
 use smddp_core::plan::select::{self, CallShape, Override, Tuning};
+use smddp_core::plan::{Buf, Op};
 use smddp_core::{Collective, GroupShape};
 
 /// Every shape of the sweep.
@@ -53,6 +54,47 @@ fn all_reduce() {
     sweep(Collective::AllReduce, |size| {
         vec![(1, 4, 0), (size * 3 + 1, 2, 0), (37, 4, 44), (size * 2 + 5, 1, 16)]
     });
+}
+
+/// On memory that the ranks of each node share: nothing of the user's passes through scratch.
+#[test]
+fn in_shared_memory() {
+    for shape in shapes().filter(|shape| shape.size() > 1) {
+        let (size, nodes) = (shape.size(), shape.node_count());
+        for algorithm in select::candidates(Collective::AllReduce, nodes) {
+            for (count, elem, chunk) in [(size * 3 + 1, 2, 0), (37, 4, 44)] {
+                let call = CallShape { shared: true, ..CallShape::new(Collective::AllReduce, elem, count) };
+                let tuning = tuning(Collective::AllReduce, algorithm, chunk);
+                let shared = prove_shared(&shape, &call, &tuning).scratch;
+                let ordinary = prove(&shape, &CallShape { shared: false, ..call }, &tuning).scratch;
+                let direct = nodes == 1 || shape.even_local_size() == Some(1);
+                assert!(if direct { shared == ordinary } else { shared < ordinary }, "{shape} {algorithm}");
+            }
+        }
+    }
+    use Collective::{AllGather, AllToAll, Broadcast, Gather, Reduce, ReduceScatter};
+    for collective in [Broadcast, Reduce, AllGather, ReduceScatter, AllToAll, Gather] {
+        for locals in 2..=8 {
+            let call = CallShape { shared: true, ..CallShape::rooted(collective, 4, 100, 1) };
+            prove_shared(&GroupShape::even(1, locals), &call, &Tuning::default());
+        }
+    }
+}
+
+/// [`prove`]; and what phases take lies in one buffer of the user's, which is where peers look for it.
+fn prove_shared(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Report {
+    for rank in 0..shape.size() {
+        let made = select::schedule(shape, rank, call, tuning).unwrap();
+        for plan in [Some(&made.body), made.tail.as_ref()].into_iter().flatten() {
+            for phase in
+                plan.steps.iter().filter_map(|s| if let Op::Phase(m) = &s.op { Some(m) } else { None })
+            {
+                let buf = phase[0].src.buf;
+                assert!(buf != Buf::Scratch && phase.iter().all(|m| m.src.buf == buf), "{shape} {call:?}");
+            }
+        }
+    }
+    prove(shape, call, tuning)
 }
 
 #[test]

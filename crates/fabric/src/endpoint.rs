@@ -424,12 +424,18 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         Ok(id)
     }
 
-    fn register(&mut self, staging: Region) -> Result<()> {
+    fn register(&mut self, memory: Region) -> Result<()> {
         // Where registering is only bookkeeping, every transfer registers for itself, so that it can be revoked.
-        if self.config.caps.needs_local_mr {
-            self.staging.register(&mut self.rails, staging)?;
+        if self.config.caps.needs_local_mr && self.broken.is_none() {
+            self.staging.register(&mut self.rails, memory)?;
         }
         Ok(())
+    }
+
+    fn deregister(&mut self, memory: Region) {
+        if self.broken.is_none() {
+            self.staging.deregister(&mut self.rails, memory);
+        }
     }
 
     fn send(&mut self, message: Message) -> Result<()> {

@@ -57,14 +57,27 @@ impl Staging {
         Ok(Staging { send, recv, bounce, registered: Vec::new(), budget })
     }
 
-    /// Registers memory on every rail for as long as the endpoint lives.
+    /// Registers memory on every rail, until it is taken back or the endpoint ends.
     pub fn register<D: Domain>(&mut self, rails: &mut [D], memory: Region) -> Result<(), Error> {
         let mut mrs = [None; MAX_RAILS];
-        for (mr, domain) in mrs.iter_mut().zip(rails) {
+        let all = mrs.iter_mut().zip(&mut *rails).try_for_each(|(mr, domain)| {
             *mr = Some(domain.register(memory, true)?);
-        }
+            Ok(())
+        });
         self.registered.push((memory, mrs));
-        Ok(())
+        if all.is_err() {
+            self.deregister(rails, memory);
+        }
+        all
+    }
+
+    /// Takes back what [`register`](Self::register) did for this very region.
+    pub fn deregister<D: Domain>(&mut self, rails: &mut [D], memory: Region) {
+        let Some(at) = self.registered.iter().position(|(whole, _)| *whole == memory) else { return };
+        let (_, mrs) = self.registered.swap_remove(at);
+        for (mr, domain) in mrs.into_iter().zip(rails) {
+            mr.into_iter().for_each(|mr| domain.deregister(mr));
+        }
     }
 
     /// The registration `memory` lies in, on `rail`, and its offset there.

@@ -93,9 +93,9 @@ impl Direct {
         found.is_some()
     }
 
-    /// Works on the share of rank `me` of a move in place until it is done or `budget` bytes were read and written. Whether
-    /// it is done. All ranks' data is known.
-    pub(crate) fn work(&mut self, arith: Arith, m: &Move, me: usize, budget: usize) -> bool {
+    /// Works on the share of rank `me` of a move in place, `shift` bytes from where it says, until it is done or `budget`
+    /// bytes were read and written. Whether it is done. All ranks' data is known.
+    pub(crate) fn work(&mut self, arith: Arith, m: &Move, shift: usize, me: usize, budget: usize) -> bool {
         let ranks = self.data.len();
         let (start, share) = share(m.dst.len, ranks, me);
         // Where the result of this rank's share comes to lie first.
@@ -109,7 +109,7 @@ impl Direct {
                 return false;
             }
             let n = STEP.min(share - self.done);
-            let at = m.dst.off + start + self.done;
+            let at = shift + m.dst.off + start + self.done;
             self.parts.clear();
             self.parts.extend(self.data.iter().map(|data| data.slice(at, n)));
             let result = self.parts[first];

@@ -166,8 +166,8 @@ impl Phases {
         let wrong = |what: &str| Error::Internal(format!("phase {} of {}: {what}", run.step, run.call));
         let moves = moves_of(run);
         let buf = moves.first().map_or(Buf::Scratch, |m| m.src.buf);
-        if buf == Buf::Scratch || run.shift > 0 || moves.iter().any(|m| m.src.buf != buf) {
-            return Err(wrong("in shared memory only moves from one buffer of the user's, at once, can run"));
+        if buf == Buf::Scratch || moves.iter().any(|m| m.src.buf != buf) {
+            return Err(wrong("in shared memory only moves from one buffer of the user's can run"));
         }
         let data = if buf == Buf::Input { run.buffers.input } else { run.buffers.output };
         self.entered.place(data).ok_or_else(|| wrong("its data is not in memory that the ranks share"))
@@ -363,7 +363,7 @@ impl<'a> Work<'a> {
         while direct.known() < self.ranks.len() {
             let rank = direct.known();
             let theirs = if rank == self.me { own } else { self.place_of(rank) };
-            if !direct.learn(entered, theirs, own, extent(moves, rank)) {
+            if !direct.learn(entered, theirs, own, extent(moves, self.run.shift, rank)) {
                 let at = |place: Place| format!("{} number {}", self.run.call, place.number);
                 return Err(disagree(at(own), self.ranks[rank], at(theirs)));
             }
@@ -371,7 +371,7 @@ impl<'a> Work<'a> {
         if let [m] = moves
             && m.src == m.dst
         {
-            let over = direct.work(self.run.arith, m, self.me, self.budget);
+            let over = direct.work(self.run.arith, m, self.run.shift, self.me, self.budget);
             return Ok(if over { None } else { Some(Step::Moved) });
         }
         self.peers = direct.data();
@@ -465,7 +465,7 @@ impl<'a> Work<'a> {
             return self.run.buffers.at(m.src, self.run.shift).slice(start + at.done, n);
         }
         if let Some(data) = self.peers.get(rank) {
-            return data.slice(m.src.off + at.done, n);
+            return data.slice(m.src.off + self.run.shift + at.done, n);
         }
         let index = self.ring.index(self.ring.consumed());
         slot_of(self.segment, rank, index, at.group.inline).slice(at.offset(rank) + at.done, n)
@@ -473,9 +473,9 @@ impl<'a> Work<'a> {
 }
 
 /// Bytes of `rank`'s data, from its beginning, that others may touch.
-fn extent(moves: &[Move], rank: usize) -> usize {
+fn extent(moves: &[Move], shift: usize, rank: usize) -> usize {
     let theirs = moves.iter().filter(|m| includes(m.from, rank) || m.src == m.dst);
-    theirs.map(|m| m.src.off + m.src.len).max().unwrap_or(0)
+    theirs.map(|m| shift + m.src.off + m.src.len).max().unwrap_or(0)
 }
 
 pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {

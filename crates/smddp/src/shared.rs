@@ -1,4 +1,4 @@
-//! Memory that a group's ranks share, for data whose all_reduce is to copy nothing.
+//! Memory that the ranks of each node of a group share, for data that calls are not to copy.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -12,9 +12,13 @@ use crate::{Communicator, HostTransports};
 
 type Entry = smddp_core::communicator::SharedEntry<HostTransports>;
 
-/// Memory of this rank that the group's other ranks map too, where they can: see [`SharedMemory::is_shared`]. An
-/// all_reduce of data in it works in every rank's memory at once, without copies; every rank then passes data in the
-/// memory made by the same call, at any offset, or none does. All other calls take it as any memory.
+/// Memory of this rank that the group's other ranks on its node map too, where they can: see [`SharedMemory::is_shared`].
+///
+/// A call reads, and where it is in place writes, every rank's data in it without copies: all_reduce, broadcast and
+/// reduce their buffer, all_gather, reduce_scatter, all_to_all and gather their input. Every rank then passes data in the
+/// memory made by the same call, at any offset, or none does. On several nodes only all_reduce does so; its exchange between
+/// nodes works in that memory as well, which NICs know. Calls below 16 KiB, those with blocks of different lengths, and all
+/// others take it as any memory.
 ///
 /// No operation on it may be under way when it is dropped.
 pub struct SharedMemory {
@@ -73,14 +77,15 @@ impl SharedMemory {
         }))
     }
 
-    /// Shows the card to the group's ranks and maps what they show. The peers' memory, with none for this rank itself.
+    /// Shows the card to the group's ranks and maps what those of this node show: the peers' memory by local rank, with
+    /// none for this rank itself.
     fn share(
         group: &Communicator,
         card: Option<Card>,
     ) -> Result<std::result::Result<Vec<Option<SharedBuffer>>, Obstacle>> {
-        let shape = group.shape();
-        if shape.size() == 1 || shape.node_count() > 1 {
-            return Ok(Err(Obstacle::Shape(shape.to_string())));
+        let (shape, me) = (group.shape(), group.rank());
+        if shape.size() == 1 {
+            return Ok(Err(Obstacle::Alone));
         }
         let mut cards = vec![Card::zeroed(); shape.size()];
         let own = card.unwrap_or(Card::NONE);
@@ -89,10 +94,12 @@ impl SharedMemory {
         if !missing.is_empty() {
             return Ok(Err(Obstacle::Missing(missing)));
         }
-        let open = |(rank, card): (usize, &Card)| {
-            if rank == group.rank() { Ok(None) } else { SharedBuffer::of_peer(card).map(Some) }
+        let open = |&rank: &u32| {
+            let rank = rank as usize;
+            if rank == me { Ok(None) } else { SharedBuffer::of_peer(&cards[rank]).map(Some) }
         };
-        let opened: std::result::Result<Vec<_>, _> = cards.iter().enumerate().map(open).collect();
+        let here = shape.ranks_on(shape.node_of(me));
+        let opened: std::result::Result<Vec<_>, _> = here.iter().map(open).collect();
         // Also the sign that every peer has opened this rank's.
         let mut failures = [i32::from(opened.is_err())];
         group.all_reduce(&mut failures, ReduceOp::Sum)?;
@@ -114,9 +121,8 @@ impl SharedMemory {
             |peer: &Option<SharedBuffer>| peer.as_ref().map_or(buffer.region(), SharedBuffer::region);
         let shared = Shared {
             number: group.next_shared(),
-            // One node: local ranks are group ranks.
             parts: peers.iter().map(region).collect(),
-            own: group.rank(),
+            own: group.shape().local_of(group.rank()),
             keep: Arc::new((peers, Arc::clone(&buffer))),
         };
         Ok(SharedMemory { _entry: Some(group.enter_shared(shared)?), buffer, why_not: None })
@@ -145,7 +151,7 @@ impl SharedMemory {
 /// What keeps the ranks of a group from sharing memory.
 #[derive(Debug)]
 enum Obstacle {
-    Shape(String),
+    Alone,
     /// Ranks that have none to share.
     Missing(Vec<usize>),
     Here(String),
@@ -155,9 +161,7 @@ enum Obstacle {
 impl std::fmt::Display for Obstacle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Obstacle::Shape(shape) => {
-                write!(f, "memory is shared by several ranks of one node; this group is {shape}")
-            }
+            Obstacle::Alone => write!(f, "memory is shared by several ranks; this group has one"),
             Obstacle::Missing(ranks) => write!(f, "rank(s) {ranks:?} had none to share"),
             Obstacle::Here(reason) => write!(f, "this rank cannot map a peer's memory: {reason}"),
             Obstacle::Elsewhere => write!(f, "another rank cannot map its peers' memory"),

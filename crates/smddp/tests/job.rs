@@ -160,13 +160,65 @@ fn floats(memory: &SharedMemory) -> &mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(region.as_ptr().cast(), region.len() / 4) }
 }
 
+/// Every other collective that reads `data`, beside the same call on ordinary memory.
+fn others_in_shared_memory(world: &World, data: &mut [f32], one_node: bool) {
+    let (n, me) = (world.size(), world.rank());
+    let fill = |data: &mut [f32], salt| {
+        data.iter_mut().enumerate().for_each(|(i, x)| *x = value(me, i + salt) * 0.7);
+    };
+    let is_shared = || assert_eq!(world.last_algorithm() == "shared", one_node);
+    let same = |a: &[f32], b: &[f32], what| {
+        assert!(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()), "other bits by {what}");
+    };
+    fill(data, 1);
+    let mut ordinary = data.to_vec();
+    world.broadcast(data, n - 1).unwrap();
+    is_shared();
+    world.broadcast(&mut ordinary, n - 1).unwrap();
+    same(data, &ordinary, "broadcast");
+
+    fill(data, 2);
+    ordinary.copy_from_slice(data);
+    world.reduce(data, 0, ReduceOp::Avg).unwrap();
+    is_shared();
+    let before = ordinary.clone();
+    world.reduce(&mut ordinary, 0, ReduceOp::Avg).unwrap();
+    same(data, if me == 0 { &ordinary } else { &before }, "reduce");
+
+    let whole = data.len() / n * n;
+    let (input, plain) = (&mut data[..whole], &mut before.clone()[..whole]);
+    fill(input, 3);
+    plain.copy_from_slice(input);
+    let (mut a, mut b) = (vec![0f32; whole / n], vec![1f32; whole / n]);
+    world.reduce_scatter(input, &mut a, ReduceOp::Sum).unwrap();
+    is_shared();
+    world.reduce_scatter(plain, &mut b, ReduceOp::Sum).unwrap();
+    same(&a, &b, "reduce_scatter");
+    let (mut a, mut b) = (vec![0f32; whole * n], vec![1f32; whole * n]);
+    world.all_to_all(input, &mut a[..whole]).unwrap();
+    is_shared();
+    world.all_to_all(plain, &mut b[..whole]).unwrap();
+    same(&a[..whole], &b[..whole], "all_to_all");
+    world.all_gather(input, &mut a).unwrap();
+    is_shared();
+    world.all_gather(plain, &mut b).unwrap();
+    same(&a, &b, "all_gather");
+    b.fill(0.5);
+    world.gather(input, (me == 0).then_some(&mut b[..]), 0).unwrap();
+    is_shared();
+    if me == 0 {
+        same(&b, &a, "gather");
+    }
+    same(input, plain, "what leaves its input as it is");
+}
+
 fn shared() {
     let world = World::init().unwrap();
     let (n, me) = (world.size(), world.rank());
     let one_node = world.shape().node_count() == 1;
     for count in [100_000, 5_000, 1_000_003] {
         let memory = SharedMemory::new(&world, 4 * count + 4 * me).unwrap();
-        assert_eq!(memory.is_shared(), one_node, "{:?}", memory.why_not());
+        assert!(memory.is_shared(), "{:?}", memory.why_not());
         let data = &mut floats(&memory)[me..];
         for round in 0..3 {
             data.iter_mut().enumerate().for_each(|(i, x)| *x = value(me, i + round) * 0.3);
@@ -177,8 +229,8 @@ fn shared() {
             assert_ne!(world.last_algorithm(), "shared");
             assert!(data.iter().zip(&ordinary).all(|(a, b)| a.to_bits() == b.to_bits()), "other bits");
         }
-        // Every other call takes it as any memory, and so does a call too small to pay.
-        world.broadcast(data, n - 1).unwrap();
+        others_in_shared_memory(&world, data, one_node);
+        // A call too small to pay takes it as any memory.
         world.all_reduce(&mut data[..100], ReduceOp::Sum).unwrap();
         assert_ne!(world.last_algorithm(), "shared");
     }
@@ -193,14 +245,14 @@ fn shared() {
 
 #[test]
 fn shared_memory_gives_the_same_bits() {
-    for nodes in [&[1][..], &[2], &[4], &[2, 1]] {
-        if nodes == [1] {
-            // Nobody to share with.
-            good_job("shared or not", nodes, &[]);
-            continue;
-        }
+    // Nobody to share with.
+    good_job("shared or not", &[1], &[]);
+    for nodes in [&[2][..], &[4], &[2, 1], &[2, 2], &[1, 1]] {
         good_job("shared", nodes, &[]);
     }
+    // Rounds of a size that somebody has set.
+    good_job("shared", &[2], &[("SMDDP_CHUNK", "20K")]);
+    good_job("shared", &[2, 2], &[("SMDDP_CHUNK", "20K")]);
 }
 
 fn shared_or_not() {

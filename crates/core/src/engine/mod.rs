@@ -134,6 +134,11 @@ impl<T: Transports> Engine<T> {
         })?
     }
 
+    /// Has the fabric do something, where there is one.
+    pub fn with_fabric_if_any(&self, use_it: impl FnOnce(&mut T::Fabric) -> Result<()>) -> Result<()> {
+        self.with_seat(|driver| driver.fabric.as_mut().map_or(Ok(()), use_it))?
+    }
+
     pub fn fabric_info<R>(&self, look: impl FnOnce(&T::Fabric) -> R) -> Option<R> {
         self.with_seat(|driver| driver.fabric.as_ref().map(look)).ok()?
     }

@@ -4,7 +4,8 @@
 //! phase 1 (every shard's node sum to its owner), the exchange of each shard between its owners on all nodes, and
 //! phase 2 (every shard to all). What crosses nodes lies in scratch, which transports have registered. On one node
 //! there is no exchange, and small data takes a single phase. A rank alone on its node has no phases, and its exchange
-//! works in the user's buffer, unless that is not host memory.
+//! works in the user's buffer, unless that is not host memory. In memory that the node's ranks share, which transports
+//! have registered too, the sums come to lie in the owners' buffers, where the exchange works on them.
 
 use super::build::{Builder, LINE, cut, gather_sum, longest_cut, spread};
 use super::rail::Rail;
@@ -90,7 +91,7 @@ struct Layout {
 
 impl Layout {
     fn new(cx: &Context<'_>, exchange: &'static Exchange) -> Layout {
-        let apart = cx.bytes() <= cx.tuning.one_owner;
+        let apart = cx.bytes() <= cx.tuning.one_owner && !cx.call.shared;
         Layout { exchange, owners: if apart { 1 } else { cx.shape.min_local_size() }, apart }
     }
 
@@ -99,7 +100,11 @@ impl Layout {
         let (nodes, elem) = (cx.shape.node_count(), cx.call.elem);
         let shard = longest_cut(len, self.owners, elem);
         let all_direct = cx.shape.even_local_size() == Some(1) && is_direct(cx);
-        let own = if all_direct { 0 } else { (1 + usize::from(self.apart)) * shard.next_multiple_of(LINE) };
+        let own = if all_direct || cx.call.shared {
+            0
+        } else {
+            (1 + usize::from(self.apart)) * shard.next_multiple_of(LINE)
+        };
         own + (self.exchange.scratch)(nodes, shard, elem)
     }
 
@@ -149,6 +154,15 @@ fn round(cx: &Context<'_>, layout: &Layout, len: usize) -> Plan {
         return b.finish();
     }
     let shard = |l: usize| user.cut(layout.owners, l, elem);
+    if cx.call.shared {
+        b.phase((0..layout.owners).map(|l| gather_sum(l, shard(l), shard(l), false)).collect());
+        if cx.local() < layout.owners {
+            let own = shard(cx.local());
+            (layout.exchange.build)(&mut b, &rail(), own, own, elem);
+        }
+        b.phase((0..layout.owners).map(|l| spread(l, shard(l), shard(l))).collect());
+        return b.finish();
+    }
     // Equal offsets on all ranks of the node: a move names one span for all of them.
     let longest = longest_cut(len, layout.owners, elem);
     let data = b.reserve(longest);

@@ -34,7 +34,7 @@ pub struct CallShape {
     pub counts: Option<Arc<[usize]>>,
     /// Uneven all_to_all; blocks lie in rank order.
     pub splits: Option<Splits>,
-    /// On memory that the ranks of the node share, on one node alone.
+    /// On memory that the ranks of each node share: on several nodes all_reduce alone.
     pub shared: bool,
 }
 
@@ -189,7 +189,7 @@ pub const fn algorithms(collective: Collective) -> &'static [&'static str] {
     }
 }
 
-/// The algorithm of calls on memory that the node's ranks share. Not a person's choice: it is the memory's.
+/// The algorithm of calls on memory that the ranks of the one node share. Not a person's choice: it is the memory's.
 const SHARED: &str = "shared";
 
 /// Whether `algorithm` serves groups on one node (the others serve groups on several).
@@ -318,7 +318,8 @@ pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuni
         return Ok(alone(&cx));
     }
     // The transport sees to it that nothing is copied on the way: the one phase is the same.
-    let algorithm = if call.shared { "one_phase" } else { choose(shape, call, tuning)? };
+    let inside = call.shared && shape.node_count() == 1;
+    let algorithm = if inside { "one_phase" } else { choose(shape, call, tuning)? };
     let schedule = match call.collective {
         Collective::AllReduce => hierarchical::schedule(&cx, algorithm),
         Collective::Barrier => Ok(hierarchical::barrier(&cx)),
@@ -331,7 +332,7 @@ pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuni
         Collective::Scatter => Ok(super::pairwise::scatter(&cx)),
         Collective::SendRecv => Err(Error::Internal("point to point has no schedule".to_owned())),
     }?;
-    Ok(if call.shared { Schedule { algorithm: SHARED, ..schedule } } else { schedule })
+    Ok(if inside { Schedule { algorithm: SHARED, ..schedule } } else { schedule })
 }
 
 /// One rank has the result already, or it is a copy away.
