@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 import conftest
+
+if TYPE_CHECKING:
+    import torch
+
+    from smdistributed_rs import _core
 
 
 def _start() -> tuple[int, int]:
@@ -18,12 +25,14 @@ def _start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _algorithm() -> str:
-    from torch.distributed import distributed_c10d
-
+def _native() -> _core.Communicator:
     from smdistributed_rs.shared import _communicator
 
-    return _communicator("test", distributed_c10d._get_default_group()).last_algorithm()
+    return _communicator("test", None)
+
+
+def _algorithm() -> str:
+    return _native().last_algorithm()
 
 
 def reduces(one_node: bool) -> None:
@@ -37,7 +46,7 @@ def reduces(one_node: bool) -> None:
     floats, whole = (torch.float32, torch.bfloat16, torch.float16, torch.float64), (torch.int32, torch.int64)
     for dtype in floats + whole:
         made = shared.empty(300, 1000, dtype=dtype)
-        assert shared.is_shared(made) == one_node
+        assert shared.is_shared(made)
         assert (made.shape, made.dtype, made.any()) == ((300, 1000), dtype, False)
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.AVG):
             for part in (made, made[7:], made[rank : 200 + rank], made.view(-1)[13:20013]):
@@ -49,15 +58,48 @@ def reduces(one_node: bool) -> None:
                 dist.all_reduce(ordinary, op)
                 assert _algorithm() != "shared"
                 assert torch.equal(part, ordinary), (dtype, op)
-    # Anything else takes it as any tensor.
-    gathered = torch.empty(dist.get_world_size(), *made.shape, dtype=made.dtype)
-    made.fill_(rank)
-    dist.all_gather_into_tensor(gathered, made)
-    assert [int(each.sum()) // made.numel() for each in gathered] == list(range(dist.get_world_size()))
+    _others(made.view(-1), one_node)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("nodes", [[0, 0], [0, 0, 0], [0, 0, 1]], ids=str)
+def _others(made: torch.Tensor, one_node: bool) -> None:
+    """Every other collective that reads a shared tensor, beside the same call on an ordinary one."""
+    import torch
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    last, rows = world - 1, made.numel() // world
+    made = made[: rows * world]
+    into = {
+        "broadcast": lambda t, _: dist.broadcast(t, last),
+        "reduce": lambda t, _: dist.reduce(t, last),
+        "all_gather": lambda t, out: dist.all_gather_into_tensor(out, t),
+        "reduce_scatter": lambda t, out: dist.reduce_scatter_tensor(out[:rows], t),
+        "all_to_all": lambda t, out: dist.all_to_all_single(out[: t.numel()], t),
+        "all_gather in place": lambda t, _: dist.all_gather_into_tensor(t, t[rank * rows : (rank + 1) * rows]),
+        "reduce_scatter in place": lambda t, _: dist.reduce_scatter_tensor(t[rank * rows : (rank + 1) * rows], t),
+    }
+    for name, call in into.items():
+        found = []
+        for tensor, is_shared in ((made, True), (torch.empty_like(made), False)):
+            tensor.copy_(torch.arange(tensor.numel()) % 89 * (rank + 2))
+            out = tensor.new_zeros(tensor.numel() * world)
+            call(tensor, out)
+            assert (_algorithm() == "shared") == (is_shared and one_node), name
+            found.append((tensor.clone(), out))
+        assert all(map(torch.equal, *found)), name
+    gathered = [torch.empty_like(made) for _ in range(world)]
+    made.fill_(rank)
+    dist.all_gather(gathered, made)
+    assert [int(each[-1]) for each in gathered] == list(range(world))
+    # Blocks of different lengths go through slots.
+    uneven = [torch.empty(made.numel() - r, dtype=made.dtype) for r in range(world)]
+    dist.all_gather(uneven, made[rank:])
+    assert _algorithm() != "shared"
+    assert [int(each[-1]) for each in uneven] == list(range(world))
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1, 1]], ids=str)
 def test_the_results_are_those_of_ordinary_tensors(nodes: list[int]) -> None:
     one_node = nodes[-1] == 0
     conftest.run(reduces, len(nodes), nodes=nodes, limit=120, one_node=one_node).check()
@@ -178,7 +220,7 @@ def _weights(rank: int, world: int, share: bool, views: bool) -> list[float]:
         optimizer.step()
     if views and share:
         assert all(shared.is_shared(p.grad) for p in net.parameters())
-        assert _algorithm() == "shared"
+        assert (_algorithm() == "shared") == (len(set(_native().nodes)) == 1)
     return [float(p.detach().double().sum()) for p in net.parameters()]
 
 
@@ -191,9 +233,10 @@ def trains(views: bool) -> list[list[float]]:
     return found
 
 
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["one node", "two nodes"])
 @pytest.mark.parametrize("views", [False, True], ids=["copies", "views"])
-def test_a_model_with_shared_buckets_trains_as_without(views: bool) -> None:
-    reports = conftest.run(trains, 2, limit=120, views=views).check().reports
+def test_a_model_with_shared_buckets_trains_as_without(views: bool, nodes: list[int]) -> None:
+    reports = conftest.run(trains, 2, nodes=nodes, limit=120, views=views).check().reports
     assert len(reports) == 2
     ordinary, in_shared_memory = reports[0]
     assert reports[1] == reports[0]

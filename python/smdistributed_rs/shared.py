@@ -1,14 +1,15 @@
-"""Tensors in memory that the ranks of a node share: an `all_reduce` of one copies nothing, each rank works in the
-memory of all at once. Two to four times as fast as with ordinary tensors, from 16 KiB (docs/performance-log.md).
+"""Tensors in memory that the ranks of a node share: ranks work on each other's data where it lies, and nothing is
+copied on the way. Up to four times as fast as with ordinary tensors, from 16 KiB (docs/performance-log.md).
 
     gradients = smdistributed_rs.shared.empty(1_000_000)  # every rank, in the same order, like a collective
     torch.distributed.all_reduce(gradients)  # or any part of it
 
     smdistributed_rs.shared.share_buckets(ddp_model)  # DistributedDataParallel, before training
 
-Every rank passes (a part of) the tensor that the same call made, or none does: else MismatchError says who did what.
-Other operations take such tensors as any other. On several nodes, and where ranks cannot see each other's processes,
-they are ordinary tensors (`is_shared`).
+Calls on one node: all_reduce, broadcast and reduce of such a tensor; all_gather, reduce_scatter, all_to_all and gather
+from one, with blocks of one length. On several nodes all_reduce: what leaves the node leaves from there too. Every rank
+passes (a part of) the tensor that the same call made, or none does: else MismatchError says who did what. Other calls
+take such tensors as any other. Where ranks cannot see each other's processes, they are ordinary tensors (`is_shared`).
 """
 
 from __future__ import annotations

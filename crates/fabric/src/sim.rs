@@ -141,6 +141,11 @@ impl SimNet {
         SimDomain { net: self.clone(), end, name: (end as u64).to_le_bytes() }
     }
 
+    /// Memory that is registered, of all endpoints.
+    pub fn registrations(&self) -> usize {
+        self.lock().ends.iter().map(|end| end.memory.len()).sum()
+    }
+
     /// Endpoint `end` (in order of [`SimNet::domain`]) dies when `step` is reached: everything to or from it fails.
     pub fn kill_at(&self, step: u64, end: usize) {
         self.lock().kill_at = Some((step, end));

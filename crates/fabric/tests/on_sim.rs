@@ -546,6 +546,34 @@ fn a_peer_that_never_settles_costs_the_endpoint_and_it_says_so() {
     }
 }
 
+/// What lies where registered memory was is ordinary memory: its own registration is gone, and no other is taken for it.
+#[test]
+fn memory_that_was_taken_back_is_used_as_any() {
+    for config in kinds() {
+        let mut world = World::new(2, 2, config, &settings(&[]));
+        let (mut a, mut b) = (vec![3u8; 1 << 20], vec![0u8; 1 << 20]);
+        let (here, there) = (region(&mut a), region(&mut b));
+        let before = world.net.registrations();
+        for round in 0..4 {
+            let registered = round % 2 == 0;
+            if registered {
+                world.ends[0].register(here).unwrap();
+                world.ends[1].register(there).unwrap();
+            }
+            world.ends[0].send(message(key(round), 1, here, round)).unwrap();
+            world.ends[1].recv(message(key(round), 0, there, round)).unwrap();
+            world.until(|w| w.done[0].len() == round + 1 && w.done[1].len() == round + 1);
+            // A part of it is not the region that was registered.
+            world.ends[0].deregister(here.slice(0, 100));
+            world.ends[0].deregister(here);
+            world.ends[1].deregister(there);
+            world.until(|w| w.net.registrations() == before);
+        }
+        drop(world);
+        assert!(b.iter().all(|&x| x == 3));
+    }
+}
+
 #[test]
 fn an_abort_before_the_first_message_waits_for_it() {
     let mut world = World::new(2, 1, calm(), &settings(&[]));

@@ -139,7 +139,7 @@ pub struct Bench {
     /// Whose memory the tensors are in: cpu or cuda
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
-    /// Data lies in memory that the ranks of the node share, and is reduced there; all_reduce on the CPU
+    /// Data that other ranks read lies in memory that the ranks of a node share; on the CPU
     #[arg(long)]
     pub shared: bool,
     /// Inputs are written anew before each call, which starts behind a barrier; on the CPU
@@ -255,8 +255,8 @@ impl Bench {
             let what = "--shared is for collectives whose ranks all have data, on the CPU";
             return Err(format!("{what}: leave it out"));
         }
-        if self.shared && self.nodes > 1 {
-            return Err("--shared is for ranks of one node: leave out --nodes".to_owned());
+        if self.shared && self.nodes > 1 && collective != Collective::AllReduce {
+            return Err("--shared is for all_reduce between nodes: leave out --nodes".to_owned());
         }
         if self.fresh && (collective == Collective::Barrier || self.device != Device::Cpu) {
             return Err("--fresh is for collectives with data on the CPU: leave it out".to_owned());
