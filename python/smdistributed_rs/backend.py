@@ -68,6 +68,8 @@ def split(seat: Seat, ranks: list[int], limit: timedelta, name: str, text: str) 
     parents = seat.members or list(range(seat.communicator.size))
     members = [parents[rank] for rank in ranks]
     new = _connect(store, ranks.index(seat.communicator.rank), len(ranks), limit, name, members)
+    if seat.cuda.carries_messages:
+        new.cuda.connect(seat.cuda.device)
     group = _seated(new, NewGroup(["cpu", "cuda"]), {}, name)
     group._set_group_name(name)
     group._set_group_desc(text)

@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import (
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
+from .cuda import Message
 from .errors import ArgumentError
 from .monitored import monitored_barrier
 from .profiling import Range
@@ -97,7 +98,6 @@ class Collectives:
 
     # Asked by torch before it tries. Without an answer here its C++ half would ask this object again, for ever.
     supports_splitting = True
-    supports_coalescing = False
     supports_shrinking = False
     supports_reconfigure = False
     supports_window = False
@@ -450,22 +450,29 @@ class Collectives:
     def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> Work:
         """Sends one tensor of any dtype to rank `dst`; messages match by tag, in order."""
         (tensor,) = _one("send", "tensor", tensors)
+        to, tag = self._group_rank("send", "dst", dst), _tag("send", tag)
+        if self._by_device(tensor):
+            return self._between_devices("send", Message(to, True, input_span("send", "tensor", tensor), tensor))
         span = sent_span(tensor)
         code, _ = mover(tensor)
-        to, tag = self._group_rank("send", "dst", dst), _tag("send", tag)
         return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
         """Receives one tensor of any dtype from rank `src`."""
         (tensor,) = _one("recv", "tensor", tensors)
+        of, tag = self._group_rank("recv", "src", src), _tag("recv", tag)
+        if self._by_device(tensor):
+            return self._between_devices("recv", Message(of, False, output_span("recv", "tensor", tensor), tensor))
         span = received_span(tensor)
         code, _ = mover(tensor)
-        of, tag = self._group_rank("recv", "src", src), _tag("recv", tag)
         return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
         """Receives one tensor of any dtype from whichever rank's message of `tag` comes first."""
         (tensor,) = _one("recv", "tensor", tensors)
+        if self._by_device(tensor):
+            hint = "Name the sender; or make the group without device_id: its messages go through the host"
+            raise ArgumentError.of("recv", "src", "a rank, where messages go from device to device", "none", hint)
         span = received_span(tensor)
         code, _ = mover(tensor)
         tag = _tag("recv", tag)
@@ -476,8 +483,31 @@ class Collectives:
 
     def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
         if self._profiler._is_profiler_enabled:
-            return _recorded(name, span.keep, span, tensors, start)
-        return SmddpWork(start(), tensors, span.finish)
+            work: Work = _recorded(name, span.keep, span, tensors, start)
+        else:
+            work = SmddpWork(start(), tensors, span.finish)
+        self._cuda.note(work)
+        return work
+
+    def _by_device(self, tensor: object) -> bool:
+        return self._cuda.carries_messages and isinstance(tensor, Tensor) and tensor.is_cuda
+
+    def _between_devices(self, name: str, message: Message) -> Work:
+        if self._profiler._is_profiler_enabled:
+            with self._profiler.record_function(f"smddp:{name}"):
+                return self._cuda.message(name, message)
+        return self._cuda.message(name, message)
+
+    @property
+    def supports_coalescing(self) -> bool:
+        """Whether `batch_isend_irecv` is to tell where its messages begin and end."""
+        return self._cuda.carries_messages
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._cuda.begin_batch()
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        return self._cuda.end_batch()
 
     # ---- the group itself
 
@@ -504,8 +534,11 @@ class Collectives:
         self._cuda.abort("abort() was called")
         self._comm.shutdown()
 
-    def eager_connect_single_device(self, device: object) -> None:
-        """Groups connect when they are made."""
+    def eager_connect_single_device(self, device: torch.device | None) -> None:
+        """Connects the CUDA side too, which else the first call with CUDA tensors does. Torch calls this on all members
+        of a new group that was given a `device_id`."""
+        if device is not None and device.type == "cuda":
+            self._cuda.connect(torch.cuda.current_device() if device.index is None else device.index)
 
     def _set_sequence_number_for_group(self) -> None:
         """Sequence numbers start at 0 on every rank."""

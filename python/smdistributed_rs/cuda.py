@@ -2,6 +2,10 @@
 
 Order is kept by streams: a call waits for what the caller's current stream did before it, and `Work.wait()` makes the
 current stream wait for the call. The host waits for neither. A synchronous call runs on the current stream itself.
+
+Messages go from device to device in groups that were connected to their device when they were made (`device_id`) and
+whose calls NCCL carries alone. Then every rank knows that the others do so too, as it does not where a group connects
+at the first collective, which may come before a message on one rank and behind it on another.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +23,7 @@ from ._compat import survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import ArgumentError
-from .work import DONE
+from .work import DONE, Together
 
 if TYPE_CHECKING:
     from ._core import Communicator, DeviceHandle
@@ -42,8 +46,28 @@ def choose_device(local_rank: int) -> None:
         torch.cuda._lazy_call(choose)
 
 
+class Message(NamedTuple):
+    """To or from another rank, between devices."""
+
+    peer: int
+    is_sent: bool
+    span: Span
+    tensor: Tensor
+
+
+class _Batch(threading.local):
+    """Messages of one thread that are to move together, and works of those that went another way; None: no batch is
+    open."""
+
+    messages: list[Message] | None = None
+    works: list[Work]
+
+
 class CudaSide:
-    """Made with the group, connected at its first call with CUDA tensors, which all members make."""
+    """Made with the group, connected at its first call with CUDA tensors, which all members make, or by `connect`."""
+
+    carries_messages = False
+    """Whether messages between CUDA tensors go from device to device; the same on all ranks."""
 
     def __init__(self, communicator: Communicator, rail: Callable[[], Communicator | None]) -> None:
         """rail: connects the ranks with this one's local rank on all nodes; None where that makes no sense."""
@@ -53,7 +77,56 @@ class CudaSide:
         self._native: DeviceGroup | None = None
         self._device = -1
         self._stream: Any = None
+        self._batch = _Batch()
         self._lock = threading.Lock()
+
+    @property
+    def device(self) -> int:
+        """Number of the group's device; -1: not connected yet."""
+        return self._device
+
+    def connect(self, device: int) -> None:
+        """Connects now. Every member calls it when the group is made."""
+        self.carries_messages = self._connected("init_process_group", device).carries_messages
+
+    def message(self, name: str, message: Message) -> Work:
+        """Enqueues one message, or puts it into the open batch."""
+        self._connected(name, message.span.device)
+        if self._batch.messages is not None:
+            self._batch.messages.append(message)
+            return DONE
+        return self._exchange([message])
+
+    def begin_batch(self) -> None:
+        """This thread's messages move together from now on, at `end_batch`."""
+        self._batch.messages, self._batch.works = [], []
+
+    def note(self, work: Work) -> None:
+        """An operation that is part of the open batch, if there is one, and under way already."""
+        if self._batch.messages is not None:
+            self._batch.works.append(work)
+
+    def end_batch(self) -> Work:
+        """The work of everything since `begin_batch`."""
+        messages, works = self._batch.messages, self._batch.works
+        self._batch.messages = None
+        if messages:
+            works.append(self._exchange(messages))
+        return works[0] if len(works) == 1 else Together(works) if works else DONE
+
+    def _exchange(self, messages: list[Message]) -> Work:
+        native, stream = self._connected("send and recv", self._device), self._streams(self._device, True)
+        handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
+        finishes = [m.span.finish for m in messages if m.span.finish is not None]
+        if finishes:
+            with torch.cuda.stream(self._stream):
+                for finish in finishes:
+                    finish()
+            handle.extend(stream[0])
+        tensors = [m.tensor for m in messages]
+        for tensor in _tensors([[m.span.keep for m in messages], tensors]):
+            tensor.record_stream(self._stream)
+        return CudaWork(native, handle, tensors, self._stream)
 
     def issue(
         self,

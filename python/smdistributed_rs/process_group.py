@@ -154,6 +154,14 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         if HAS_BACKENDS:
             getattr(self._backend, how)()
 
+    def _start_coalescing(self, device: torch.device) -> None:
+        whose = Collectives if device.type in self._devices else ProcessGroup
+        whose._start_coalescing(self, device)
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        whose = Collectives if device.type in self._devices else ProcessGroup
+        return whose._end_coalescing(self, device)
+
     def split_group(
         self,
         ranks: list[int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -121,6 +121,48 @@ class _Outcome:
         if self._finish is not None:
             self._finish()
         return self._results
+
+
+@survives_halving
+class Together(Work):
+    """Several operations, waited for as one."""
+
+    def __init__(self, works: list[Work]) -> None:
+        Work.__init__(self)
+        self._works = works
+
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Waits for all of them, for at most `timeout` each, and raises the first error."""
+        return all(work.wait(timeout) for work in self._works)
+
+    def synchronize(self) -> None:
+        """As `wait`."""
+        self.wait()
+
+    block_current_stream = synchronize
+
+    def is_completed(self) -> bool:
+        """Whether all are over."""
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        """Whether all are over and went well."""
+        return all(work.is_success() for work in self._works)
+
+    def exception(self) -> BaseException | None:
+        """The first one's that failed."""
+        return next(filter(None, (work.exception() for work in self._works)), None)
+
+    def result(self) -> list[Tensor]:
+        """The tensors of all; waits for them."""
+        return [tensor for work in self._works for tensor in work.result()]
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        """A future of the tensors of all."""
+        futures: Any = torch.futures.collect_all([work.get_future() for work in self._works])
+        return futures.then(lambda all_of: [tensor for each in all_of.value() for tensor in each.value()])  # type: ignore[no-any-return]
+
+    getFuture = get_future
 
 
 @survives_halving

@@ -143,6 +143,54 @@ def backends_by_device() -> dict[str, Any]:
     return {"cases": found}
 
 
+def messages() -> dict[str, Any]:
+    """Messages from device to device, by NCCL: of a group that was made for a device. On a GPU only."""
+    if not ON_GPU:
+        return {"cases": {}}
+    choose_device()
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = {}
+    try:
+        assert dist.group.WORLD._get_backend(device).supports_coalescing
+        for count in (1, 1000, 3_000_001):
+            for step in range(1, size):
+                to, of = (rank + step) % size, (rank - step) % size
+                # Not dense: gathered before, spread afterwards.
+                given = torch.full((count, 2), float(rank), device=device)[:, 1]
+                into = torch.zeros(count, 2, device=device)[:, 0]
+                batch = [dist.P2POp(dist.isend, given, to), dist.P2POp(dist.irecv, into, of)]
+                works = dist.batch_isend_irecv(batch)
+                assert len(works) == 1
+                works[0].wait()
+                is_all(into, of)
+        for turn in range(10):
+            tensor = full(5000, turn)
+            if rank == 0:
+                dist.send(tensor, 1)
+            elif rank == 1:
+                dist.recv(tensor.fill_(-1), 0)
+                is_all(tensor, turn)
+        tensor = full(1000, rank + 1)
+        dist.all_reduce(tensor)
+        is_all(tensor, total())
+        _refused(lambda: dist.recv(tensor), "Name the sender")
+        # The host's messages are what they were.
+        here = torch.full((10,), float(rank))
+        batch = [dist.P2POp(dist.isend, here, (rank + 1) % size)]
+        batch.append(dist.P2POp(dist.irecv, there := torch.zeros(10), (rank - 1) % size))
+        for work in dist.batch_isend_irecv(batch):
+            work.wait()
+        is_all(there, (rank - 1) % size)
+        found["messages"] = ""
+    except Exception:  # noqa: BLE001
+        found["messages"] = traceback.format_exc()
+    synchronize()
+    dist.destroy_process_group()
+    return {"cases": found}
+
+
 def misuse() -> dict[str, Any]:
     return run_suite(MISUSE)
 

@@ -47,6 +47,16 @@ pub struct DeviceCall {
     pub timeout: Option<Duration>,
 }
 
+/// A message to or from another rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMessage {
+    /// The other rank.
+    pub peer: usize,
+    pub memory: Memory,
+    /// By this rank; else it is received.
+    pub is_sent: bool,
+}
+
 /// What a group's CUDA side is made of.
 pub struct DeviceOptions<T: Transports> {
     /// The group on the host.
@@ -200,50 +210,84 @@ impl<T: Transports> DeviceGroup<T> {
         let request = call.request(call.count, Region::EMPTY, Region::EMPTY);
         self.host.check_call(&request, call.input.bytes, call.output.bytes)?;
         let stream = stream as sys::Stream;
-        let mut parts = self.enter(call.collective.name(), stream)?;
-        if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
-            return Err(error);
-        }
-        // NCCL's kernels would wait for ranks that have heard of it already.
-        if let Some(error) = self.failure() {
-            return Err(error);
-        }
-        if let Some(other) = behind {
-            parts.before.record(other as sys::Stream)?;
-            wait(&self.device, stream, &parts.before)?;
-        }
+        let mut parts = self.enter(call.collective.name(), stream, behind)?;
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
             Path::Staged => parts.stager()?.enqueue(&self.host, call, stream),
             Path::Hierarchical => self.hierarchical(&mut parts, call, stream),
         };
-        let started = started.and_then(|handle| self.end_of(call, stream, handle));
-        if let Err(error @ Error::Transport { .. }) = &started {
-            // Part of the call may be enqueued; the others must not wait for the rest.
-            match &self.nccl {
-                Some(nccl) => nccl.fail(error),
-                None => self.host.abort(&error.to_string()),
-            }
-        }
+        let started = self.end_of(call.collective, call.timeout, stream, started);
         if let Ok(Started { handle: Some(handle), .. }) = &started {
             parts.last = Some(handle.clone());
         }
         started
     }
 
-    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it.
+    /// Whether messages between ranks go from device to device ([`exchange`](Self::exchange)); else they go through the
+    /// host's group.
+    pub fn carries_messages(&self) -> bool {
+        self.path == Path::Nccl
+    }
+
+    /// Enqueues messages that move together, as [`start`](Self::start) enqueues a call. Between two ranks messages match in
+    /// the order in which both enqueue them; `stream` is past them when all have been met.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    pub unsafe fn exchange(
+        &self,
+        messages: &[DeviceMessage],
+        timeout: Option<Duration>,
+        stream: u64,
+        behind: Option<u64>,
+    ) -> Result<Started<T>> {
+        const OP: Collective = Collective::SendRecv;
+        if !self.carries_messages() {
+            return Err(Error::Internal("messages of this group go through the host".to_owned()));
+        }
+        for message in messages {
+            let (op, argument) = if message.is_sent { ("send", "dst") } else { ("recv", "src") };
+            self.host.shape().check_rank(op, argument, message.peer)?;
+            if message.peer == self.host.rank() {
+                return Err(Error::Argument {
+                    op: op.to_owned(),
+                    argument,
+                    expected: "another rank".to_owned(),
+                    given: format!("this rank, {}", message.peer),
+                    hint: "Copy instead".to_owned(),
+                });
+            }
+        }
+        let stream = stream as sys::Stream;
+        let _parts = self.enter(OP.name(), stream, behind)?;
+        let exchanged = self.nccl()?.exchange_messages(messages, stream);
+        self.end_of(OP, timeout, stream, exchanged.map(|()| None))
+    }
+
+    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it. A call that failed midway fails
+    /// the group: the others must not wait for the rest of it.
     fn end_of(
         &self,
-        call: &DeviceCall,
+        collective: Collective,
+        timeout: Option<Duration>,
         stream: sys::Stream,
-        handle: Option<Handle<T>>,
+        enqueued: Result<Option<Handle<T>>>,
     ) -> Result<Started<T>> {
-        let past = self.events.mark(stream)?;
-        if let Some(nccl) = &self.nccl {
-            nccl.register(call, stream, &past)?;
+        let started = enqueued.and_then(|handle| {
+            let past = self.events.mark(stream)?;
+            if let Some(nccl) = &self.nccl {
+                nccl.register(collective, timeout, stream, &past)?;
+            }
+            Ok(Started { collective, handle, past })
+        });
+        if let Err(error @ Error::Transport { .. }) = &started {
+            match &self.nccl {
+                Some(nccl) => nccl.fail(error),
+                None => self.host.abort(&error.to_string()),
+            }
         }
-        Ok(Started { collective: call.collective, handle, past })
+        started
     }
 
     /// Blocks the host until the device is past the call, or it has failed, or for `limit`: then Timeout.
@@ -325,8 +369,8 @@ impl<T: Transports> DeviceGroup<T> {
             .map_err(|_| Error::Internal("a thread panicked while it enqueued a call".to_owned()))
     }
 
-    /// What every call begins with.
-    fn enter(&self, op: &str, stream: sys::Stream) -> Result<MutexGuard<'_, Parts<T>>> {
+    /// What every call begins with: nothing has failed so far, and `stream` comes behind `behind`.
+    fn enter(&self, op: &str, stream: sys::Stream, behind: Option<u64>) -> Result<MutexGuard<'_, Parts<T>>> {
         let parts = self.lock()?;
         self.device.enter()?;
         if self.path != Path::Nccl && self.device.is_capturing(stream)? {
@@ -338,6 +382,17 @@ impl<T: Transports> DeviceGroup<T> {
                 hint: "A replayed graph would not wait for other nodes: call it outside of the graph"
                     .to_owned(),
             });
+        }
+        if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
+            return Err(error);
+        }
+        // NCCL's kernels would wait for ranks that have heard of it already.
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        if let Some(other) = behind {
+            parts.before.record(other as sys::Stream)?;
+            wait(&self.device, stream, &parts.before)?;
         }
         Ok(parts)
     }

@@ -27,5 +27,5 @@ mod watch;
 pub use device::Device;
 #[doc(hidden)]
 pub use device::use_driver;
-pub use group::{DeviceCall, DeviceGroup, DeviceOptions, Memory, Path, Started};
+pub use group::{DeviceCall, DeviceGroup, DeviceMessage, DeviceOptions, Memory, Path, Started};
 pub use past::Past;

@@ -11,7 +11,7 @@ use smddp_nccl_sys as sys;
 use sys::{Config, Nccl, UniqueId};
 
 use crate::device::Device;
-use crate::group::{DeviceCall, missing};
+use crate::group::{DeviceCall, DeviceMessage, missing};
 
 /// How long the end of a communicator may take before it is left behind.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -195,6 +195,32 @@ impl NcclComm {
         });
         // SAFETY: begun above.
         let ended = check(&self.nccl, name, unsafe { (self.nccl.group_end)() });
+        issued.and(ended)
+    }
+
+    /// Enqueues messages that NCCL moves together: none of them waits for another.
+    pub(crate) fn exchange_messages(&self, messages: &[DeviceMessage], stream: Stream) -> Result<()> {
+        const NAME: &str = "messages";
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ended.load(Ordering::Acquire) {
+            return Err(missing());
+        }
+        let (n, comm, bytes) = (&self.nccl, self.raw.0, sys::dtype::UINT8);
+        // SAFETY: takes nothing; ended below, whatever happens between.
+        check(n, NAME, unsafe { (n.group_start)() })?;
+        let issued = messages.iter().filter(|m| m.memory.bytes > 0).try_for_each(|m| {
+            let (address, len, peer) = (m.memory.address, m.memory.bytes, m.peer as c_int);
+            // SAFETY: the memory is vouched for by the caller of the group's `exchange`.
+            check(n, NAME, unsafe {
+                if m.is_sent {
+                    (n.send)(address as *const c_void, len, bytes, peer, comm, stream)
+                } else {
+                    (n.recv)(address as *mut c_void, len, bytes, peer, comm, stream)
+                }
+            })
+        });
+        // SAFETY: begun above.
+        let ended = check(n, NAME, unsafe { (n.group_end)() });
         issued.and(ended)
     }
 

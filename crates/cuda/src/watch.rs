@@ -17,7 +17,6 @@ use smddp_core::{Collective, Error, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::Device;
-use crate::group::DeviceCall;
 use crate::nccl::NcclComm;
 use crate::past::Past;
 
@@ -92,18 +91,23 @@ impl<T: Transports> Watched<T> {
         &self.shared.nccl
     }
 
-    /// `call` ends at `past` on `stream`; its time begins now.
-    pub(crate) fn register(&self, call: &DeviceCall, stream: sys::Stream, past: &Past) -> Result<()> {
+    /// A call ends at `past` on `stream`; its time, the group's when none is given, begins now.
+    pub(crate) fn register(
+        &self,
+        collective: Collective,
+        timeout: Option<Duration>,
+        stream: sys::Stream,
+        past: &Past,
+    ) -> Result<()> {
         let shared = &self.shared;
         if shared.device.is_capturing(stream)? {
             return Ok(());
         }
-        let limit = call.timeout.unwrap_or_else(|| shared.host.timeout())
+        let limit = timeout.unwrap_or_else(|| shared.host.timeout())
             + if shared.rail.is_some() { GRACE } else { Duration::ZERO };
-        let (past, collective) = (past.clone(), call.collective);
         let mut state = shared.lock();
         let seq = state.made;
-        state.calls.push(Outstanding { past, collective, seq, since: Instant::now(), limit });
+        state.calls.push(Outstanding { past: past.clone(), collective, seq, since: Instant::now(), limit });
         state.made += 1;
         if state.calls.len() == 1 {
             shared.changed.notify_all();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use pyo3::prelude::*;
-use smddp::cuda::{DeviceCall, DeviceOptions, Memory};
+use smddp::cuda::{DeviceCall, DeviceMessage, DeviceOptions, Memory};
 use smddp::{Error, Region, Request, Settings};
 
 use crate::arguments::{Numbers, seconds};
@@ -93,6 +93,34 @@ impl DeviceGroup {
         let mut request = tensors.numbers.request(py, Region::EMPTY, Region::EMPTY)?;
         request.timeout = seconds(py, request.collective.name(), timeout)?;
         self.enqueue(py, stream, behind, request, tensors.input, tensors.output).map(Some)
+    }
+
+    /// Whether messages go from device to device, by `exchange`.
+    #[getter]
+    fn carries_messages(&self) -> bool {
+        self.inner.carries_messages()
+    }
+
+    /// Enqueues messages that move together: (rank, whether it is sent to, address, bytes). Streams as of `start`.
+    #[pyo3(signature = (stream, behind, messages, timeout=None))]
+    fn exchange(
+        &self,
+        py: Python<'_>,
+        stream: u64,
+        behind: Option<u64>,
+        messages: Vec<(usize, bool, u64, usize)>,
+        timeout: Option<f64>,
+    ) -> PyResult<DeviceHandle> {
+        let timeout = seconds(py, "send and recv", timeout)?;
+        let message = |(peer, is_sent, address, bytes)| DeviceMessage {
+            peer,
+            memory: Memory { address, bytes },
+            is_sent,
+        };
+        let messages: Vec<DeviceMessage> = messages.into_iter().map(message).collect();
+        // SAFETY: as in `enqueue`.
+        let started = py.detach(|| unsafe { self.inner.exchange(&messages, timeout, stream, behind) });
+        Ok(DeviceHandle { inner: raise(py, started)? })
     }
 
     /// Blocks until the device is past the call, which raises its error, or for `timeout` seconds: TimeoutError.

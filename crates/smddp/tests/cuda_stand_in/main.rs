@@ -6,6 +6,7 @@
 mod failures;
 mod hierarchical;
 mod job;
+mod messages;
 mod misuse;
 mod reference;
 

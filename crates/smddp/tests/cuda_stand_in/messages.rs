@@ -1,0 +1,156 @@
+//! Messages from device to device, by NCCL.
+
+use std::time::Duration;
+
+use smddp::cuda::{DeviceMessage, Memory};
+use smddp::{Collective, DType, Error, Result};
+
+use crate::SLOW;
+use crate::job::{Group, Job, children};
+use crate::reference::Case;
+
+/// Bytes that tell who sent them to whom, and when.
+fn text(from: usize, to: usize, round: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 7 + 31 * from + 57 * to + 101 * round) as u8).collect()
+}
+
+fn exchange(job: &Job, group: &Group, messages: &[DeviceMessage]) -> Result<()> {
+    // SAFETY: the tests free memory after the stream was waited for, or never.
+    unsafe { group.device.exchange(messages, None, job.stream_address(), None) }.map(|_| ())
+}
+
+fn sent(peer: usize, memory: Memory) -> DeviceMessage {
+    DeviceMessage { peer, memory, is_sent: true }
+}
+
+fn received(peer: usize, memory: Memory) -> DeviceMessage {
+    DeviceMessage { peer, memory, is_sent: false }
+}
+
+/// Every rank sends to every other and receives from it, at once and several times, among collectives.
+fn all_pairs(test: &str, nodes: &[usize], wanted: &str) {
+    children(test, nodes, SLOW).run(|rank| {
+        let job = Job::wanting(wanted, rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA", wanted)]);
+        assert!(group.device.carries_messages());
+        let (me, size) = (rank.rank, job.size());
+        let others = || (0..size).filter(|&peer| peer != me);
+        let len = |from: usize, to: usize, round: usize| [0, 1, 5_000, 100_003][(from + 2 * to + round) % 4];
+        let mut arrived = Vec::new();
+        let sums: Vec<_> = (0..4)
+            .map(|round| {
+                let mut messages = Vec::new();
+                for peer in others() {
+                    messages.push(sent(peer, job.memory(&text(me, peer, round, len(me, peer, round)))));
+                    let into = job.memory(&vec![0; len(peer, me, round)]);
+                    messages.push(received(peer, into));
+                    arrived.push((peer, round, into));
+                }
+                exchange(&job, &group, &messages).unwrap();
+                let case = Case::of(Collective::AllReduce, DType::F32, 3000, 0, &job);
+                let memory = case.start(&job, &group);
+                (case, memory)
+            })
+            .collect();
+        assert_eq!(job.control.calls("cuStreamSynchronize"), 0, "the host waited for the device");
+        job.synchronize();
+        for (peer, round, memory) in arrived {
+            assert!(
+                job.read(memory) == text(peer, me, round, len(peer, me, round)),
+                "rank {peer}'s message of round {round} to rank {me}"
+            );
+        }
+        for (case, memory) in sums {
+            case.check(&job, &memory);
+        }
+        rank.barrier("over");
+        group.end();
+    });
+}
+
+#[test]
+fn every_pair_of_a_node() {
+    all_pairs("messages::every_pair_of_a_node", &[3], "auto");
+}
+
+#[test]
+fn every_pair_over_nodes_by_nccl_alone() {
+    all_pairs("messages::every_pair_over_nodes_by_nccl_alone", &[2, 1], "nccl");
+}
+
+/// One after the other, in the order of both sides.
+#[test]
+fn messages_of_one_pair_keep_their_order() {
+    children("messages::messages_of_one_pair_keep_their_order", &[2], SLOW).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let places: Vec<Memory> = (0..20)
+            .map(|round| {
+                let memory =
+                    job.memory(&if rank.rank == 0 { text(0, 1, round, 4000) } else { vec![0; 4000] });
+                let message = if rank.rank == 0 { sent(1, memory) } else { received(0, memory) };
+                exchange(&job, &group, &[message]).unwrap();
+                memory
+            })
+            .collect();
+        for (round, memory) in places.into_iter().enumerate() {
+            assert!(job.read(memory) == text(0, 1, round, 4000), "message {round}");
+            job.free(memory);
+        }
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn what_is_no_message_is_refused_and_harms_nobody() {
+    children("messages::what_is_no_message_is_refused_and_harms_nobody", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let memory = job.memory(&[0; 100]);
+        let refused = |message| exchange(&job, &group, &[message]).unwrap_err();
+        let error = refused(sent(2, memory));
+        assert!(matches!(error, Error::Argument { argument: "dst", .. }), "{error}");
+        let error = refused(received(rank.rank, memory));
+        assert!(matches!(error, Error::Argument { argument: "src", .. }), "{error}");
+        let staged = job.group("staged", &[("SMDDP_CUDA", "staged")]);
+        assert!(!staged.device.carries_messages());
+        assert!(exchange(&job, &staged, &[sent(1 - rank.rank, memory)]).is_err());
+        let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        for group in [&group, &staged] {
+            let memory = case.start(&job, group);
+            job.synchronize();
+            case.check(&job, &memory);
+        }
+        job.free(memory);
+        rank.barrier("over");
+        group.end();
+        staged.end();
+        job.end();
+    });
+}
+
+/// A message that nobody receives holds its stream until the group's time limit.
+#[test]
+fn a_message_that_is_not_met_ends_at_the_limit() {
+    children("messages::a_message_that_is_not_met_ends_at_the_limit", &[2], &[]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        if rank.rank == 0 {
+            group.host.set_timeout(Duration::from_secs(1));
+            let memory = job.memory(&[1; 100]);
+            exchange(&job, &group, &[sent(1, memory)]).unwrap();
+            assert!(job.comes_to_rest(), "the stream still waits");
+        }
+        rank.barrier("too late");
+        let error = loop {
+            match group.device.failure() {
+                Some(error) => break error,
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        assert!(error.to_string().contains(Collective::SendRecv.name()), "{error}");
+        rank.barrier("over");
+    });
+}

@@ -1,0 +1,141 @@
+"""What the package does with messages between CUDA tensors, on a machine without CUDA: the native half is played."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import Work
+
+from smdistributed_rs import cuda, work
+from smdistributed_rs.collectives import Collectives
+from smdistributed_rs.cuda import CudaSide, Message
+from smdistributed_rs.errors import ArgumentError
+from smdistributed_rs.tensors import Once, Span
+
+
+class _Handle:
+    extended = 0
+
+    def extend(self, stream: int) -> None:
+        assert stream == 7
+        self.extended += 1
+
+
+class _Native:
+    """Notes what was exchanged."""
+
+    carries_messages = True
+    made = 0
+
+    def __init__(self, *_: object) -> None:
+        _Native.made += 1
+        self.exchanged: list[list[tuple[int, bool, int, int]]] = []
+        self.handle = _Handle()
+
+    def exchange(self, stream: int, behind: int, messages: list[tuple[int, bool, int, int]]) -> _Handle:
+        assert (stream, behind) == (7, 8)
+        self.exchanged.append(messages)
+        return self.handle
+
+
+class _Done(Work):
+    waited = 0
+
+    def wait(self, timeout: timedelta = timedelta()) -> bool:
+        self.waited += 1
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def result(self) -> list[torch.Tensor]:
+        return [torch.ones(1)]
+
+
+@pytest.fixture
+def side(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaSide]:
+    monkeypatch.setattr(cuda, "DeviceGroup", _Native)
+    monkeypatch.setattr(cuda, "CudaWork", lambda *_: _Done())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(CudaSide, "_streams", lambda *_: (7, 8))
+    _Native.made = 0
+    made = CudaSide(None, lambda: None)  # type: ignore[arg-type]
+    made.connect(0)
+    return made
+
+
+def _message(peer: int, is_sent: bool, finish: Once | None = None, device: int = 0) -> Message:
+    tensor = torch.zeros(4)
+    return Message(peer, is_sent, Span((100 + peer, 16), 4, tensor, finish, device), tensor)
+
+
+def test_a_batch_moves_together_and_finishes_what_it_copied(side: CudaSide) -> None:
+    finished: list[int] = []
+    side.begin_batch()
+    assert side.message("send", _message(1, True)) is work.DONE
+    assert side.message("recv", _message(2, False, Once(lambda: finished.append(2)))) is work.DONE
+    native: Any = side._native
+    assert native.exchanged == []
+    assert finished == []
+    whole = side.end_batch()
+    assert native.exchanged == [[(1, True, 101, 16), (2, False, 102, 16)]]
+    assert finished == [2]
+    assert native.handle.extended == 1
+    assert isinstance(whole, _Done)
+    # Outside of a batch each moves by itself.
+    side.message("send", _message(3, True))
+    assert native.exchanged[1:] == [[(3, True, 103, 16)]]
+    assert _Native.made == 1
+
+
+def test_what_went_another_way_belongs_to_the_batch_too(side: CudaSide) -> None:
+    first, second = _Done(), _Done()
+    side.note(first)  # nothing is open
+    side.begin_batch()
+    side.note(first)
+    assert side.end_batch() is first
+    side.begin_batch()
+    side.note(first)
+    side.note(second)
+    side.message("send", _message(1, True))
+    whole = side.end_batch()
+    assert whole.wait()
+    assert (first.waited, second.waited) == (1, 1)
+    assert whole.is_completed()
+    assert len(whole.result()) == 3
+    side.begin_batch()
+    assert side.end_batch() is work.DONE
+
+
+def test_a_tensor_on_another_device_is_refused(side: CudaSide) -> None:
+    with pytest.raises(ArgumentError, match="a tensor on cuda:0, given one on cuda:1"):
+        side.message("send", _message(1, True, device=1))
+
+
+def test_a_sender_must_be_named(side: CudaSide) -> None:
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    group = object.__new__(Collectives)
+    group._cuda = side
+    with pytest.raises(ArgumentError, match="Name the sender"):
+        group.recv_anysource([torch.zeros(3).as_subclass(OnDevice)])
+    assert group.supports_coalescing
+
+
+def test_errors_of_any_part_are_those_of_the_whole() -> None:
+    class Failed(_Done):
+        def exception(self) -> BaseException | None:
+            return ValueError("lost")
+
+        def is_success(self) -> bool:
+            return False
+
+    whole = work.Together([Failed()])
+    assert isinstance(whole.exception(), ValueError)
+    assert not whole.is_success()
