@@ -14,9 +14,9 @@ use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
-use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::select::{self, CallShape, Tuning};
+use crate::request::{Blocks, Request};
 use crate::shared::{OwnParts, Shared};
 use crate::topology::GroupShape;
 use crate::transport::{Fabric, MsgKey, NodeLocal, Transports};
@@ -27,82 +27,6 @@ const PLANS_KEPT: usize = 256;
 const SHARED_FROM: usize = 16 << 10;
 /// How long destroying a group waits for work that is under way.
 const LINGER: Duration = Duration::from_secs(5);
-
-/// Elements of each rank's block, by group rank.
-pub type Blocks = Arc<[usize]>;
-
-/// A collective call on raw memory.
-#[derive(Clone, Debug)]
-pub struct Request {
-    pub collective: Collective,
-    pub dtype: DType,
-    pub op: ReduceOp,
-    /// Group rank; for rooted collectives.
-    pub root: usize,
-    /// Elements, as [`Call::count`] says.
-    pub count: usize,
-    pub input: Region,
-    pub output: Region,
-    /// Uneven all_gather and reduce_scatter: elements of each rank's block, equal on all ranks.
-    pub counts: Option<Blocks>,
-    /// Uneven all_to_all: elements this rank sends to, and receives from, each rank.
-    pub splits: Option<(Blocks, Blocks)>,
-    /// The group's when `None`.
-    pub timeout: Option<Duration>,
-    /// Begin only when it opens. The group's later collectives wait behind this one.
-    pub gate: Option<Gate>,
-}
-
-impl Request {
-    pub fn new(collective: Collective, dtype: DType, count: usize, input: Region, output: Region) -> Request {
-        Request {
-            collective,
-            dtype,
-            op: ReduceOp::Sum,
-            root: 0,
-            count,
-            input,
-            output,
-            counts: None,
-            splits: None,
-            timeout: None,
-            gate: None,
-        }
-    }
-
-    /// The data that other ranks read, which `rank` itself does not write as long as they may; `None` where it is not
-    /// as long on every rank, or there is none.
-    fn read_by_others(&self, rank: usize) -> Option<Region> {
-        let is_even = self.counts.is_none() && self.splits.is_none();
-        let (input, output) = (self.input, self.output);
-        let begins_at = |whole: Region, part: Region| {
-            (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize) == Some(rank * part.len())
-        };
-        let stays = match self.collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => return Some(output),
-            // In place, a rank writes around what its peers read, or what it alone reads.
-            Collective::AllGather => begins_at(output, input) || !input.overlaps(output),
-            Collective::ReduceScatter => begins_at(input, output) || !input.overlaps(output),
-            Collective::AllToAll => !input.overlaps(output),
-            // The root alone reads, itself too.
-            Collective::Gather => true,
-            Collective::Scatter | Collective::Barrier | Collective::SendRecv => false,
-        };
-        (is_even && stays).then_some(input)
-    }
-
-    fn call(&self, shared: bool) -> Call {
-        Call {
-            collective: self.collective,
-            dtype: self.dtype,
-            op: self.op,
-            root: self.root as u32,
-            count: if self.splits.is_some() { 0 } else { self.count as u64 },
-            uneven: self.counts.is_some() || self.splits.is_some(),
-            shared,
-        }
-    }
-}
 
 /// The plans made so far.
 #[derive(Default)]

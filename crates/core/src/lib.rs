@@ -15,6 +15,7 @@ pub mod memory;
 pub mod plan;
 pub mod process;
 pub mod reduce;
+pub mod request;
 pub mod settings;
 pub mod shared;
 pub mod store;

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use smddp_core::communicator::{Communicator, Request};
+use smddp_core::communicator::Communicator;
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
 use smddp_core::gate::{Gate, Words};
 use smddp_core::plan::select::{Override, Tuning};
+use smddp_core::request::Request;
 use smddp_core::settings::Settings;
 use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
 use smddp_core::{Collective, DType, Error, GroupShape, ReduceOp, Region};

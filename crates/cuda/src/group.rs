@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use smddp_core::communicator::{Blocks, Communicator, Handle};
+use smddp_core::communicator::{Communicator, Handle};
 use smddp_core::error::Site;
+use smddp_core::request::Blocks;
 use smddp_core::settings::Settings;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, DType, Error, ReduceOp, Region, Result};
@@ -32,7 +33,7 @@ pub struct Memory {
     pub bytes: usize,
 }
 
-/// A collective call on device memory; fields as in [`smddp_core::communicator::Request`].
+/// A collective call on device memory; fields as in [`smddp_core::request::Request`].
 #[derive(Clone, Debug)]
 pub struct DeviceCall {
     pub collective: Collective,

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smddp_core::communicator::{Communicator, Handle, Request};
+use smddp_core::communicator::{Communicator, Handle};
 use smddp_core::gate::{Gate, SLOTS};
+use smddp_core::request::Request;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
