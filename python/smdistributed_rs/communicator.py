@@ -65,7 +65,7 @@ class Communicator:
         self._inner.set_timeout(seconds)
 
     def shared_memory(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """`nbytes` bytes of zeros that all_reduce works on without copies, for numpy.frombuffer; see `shared`."""
+        """`nbytes` bytes of zeros that collectives work on without copies, for numpy.frombuffer; see `shared`."""
         return allocate(self._inner, nbytes)
 
     def all_reduce(
