@@ -474,9 +474,6 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call works in memory that its node's ranks share, which must pay what ranks tell one another first.
     fn is_shared(&self, request: &Request) -> bool {
-        if self.inner.shape.node_count() > 1 && request.collective != Collective::AllReduce {
-            return false;
-        }
         let data = request.read_by_others(self.inner.rank);
         data.is_some_and(|data| data.len() >= SHARED_FROM && self.inner.shared.contain(data))
     }

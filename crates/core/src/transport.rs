@@ -115,8 +115,8 @@ pub trait NodeLocal: Send {
         self.submit(run)?;
         Ok(false)
     }
-    /// Takes note of memory that the node's ranks share. A run whose call is [marked](PackedCall::is_shared) has all data that
-    /// its moves take in such memory on every rank, and works there.
+    /// Takes note of memory that the node's ranks share. Runs whose call is [marked](PackedCall::is_shared) have the
+    /// [source](crate::plan::source_of) of their collective in such memory on every rank, and take it from there.
     fn enter_shared(&mut self, shared: Shared) -> Result<()> {
         let _ = shared;
         Err(Error::Internal("this transport cannot share memory".to_owned()))

@@ -255,9 +255,6 @@ impl Bench {
             let what = "--shared is for collectives whose ranks all have data, on the CPU";
             return Err(format!("{what}: leave it out"));
         }
-        if self.shared && self.nodes > 1 && collective != Collective::AllReduce {
-            return Err("--shared is for all_reduce between nodes: leave out --nodes".to_owned());
-        }
         if self.fresh && (collective == Collective::Barrier || self.device != Device::Cpu) {
             return Err("--fresh is for collectives with data on the CPU: leave it out".to_owned());
         }

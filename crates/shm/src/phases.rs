@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
-use smddp_core::plan::{Buf, Move, Op, Span, Who};
+use smddp_core::plan::{Buf, Move, Op, Span, Who, source_of};
 use smddp_core::reduce::combine;
 use smddp_core::shared::Place;
 use smddp_core::transport::{Arith, Ctx, PhaseRun};
@@ -143,7 +143,7 @@ impl Phases {
     /// Queues a phase; its number.
     pub(crate) fn submit(&mut self, run: PhaseRun) -> Result<u64> {
         check(&run, self.me, self.ranks.len())?;
-        let place = if run.call.is_shared() { Some(self.place(&run)?) } else { None };
+        let place = if run.call.is_shared() { self.place(&run)? } else { None };
         let moves = moves_of(&run);
         let first = match place {
             Some(_) => self.cutter.whole(moves, direct::EXCHANGES),
@@ -161,16 +161,21 @@ impl Phases {
         Ok(self.submitted - 1)
     }
 
-    /// Where the data of a call on shared memory lies, all of which its ranks have in one buffer.
-    fn place(&self, run: &PhaseRun) -> Result<Place> {
-        let wrong = |what: &str| Error::Internal(format!("phase {} of {}: {what}", run.step, run.call));
+    /// Where the data lies, of a call on shared memory. None: this phase moves other data (what came from other nodes,
+    /// say), as every rank's plan has it, and goes through slots.
+    fn place(&self, run: &PhaseRun) -> Result<Option<Place>> {
+        let source = run.call.unpack().map(|call| source_of(call.collective));
         let moves = moves_of(run);
-        let buf = moves.first().map_or(Buf::Scratch, |m| m.src.buf);
-        if buf == Buf::Scratch || moves.iter().any(|m| m.src.buf != buf) {
-            return Err(wrong("in shared memory only moves from one buffer of the user's can run"));
+        if moves.is_empty() || moves.iter().any(|m| Some(m.src.buf) != source) {
+            return Ok(None);
         }
-        let data = if buf == Buf::Input { run.buffers.input } else { run.buffers.output };
-        self.entered.place(data).ok_or_else(|| wrong("its data is not in memory that the ranks share"))
+        let data = if source == Some(Buf::Input) { run.buffers.input } else { run.buffers.output };
+        let place = self.entered.place(data);
+        let missing = || {
+            let what = "its data is not in memory that the ranks share";
+            Error::Internal(format!("phase {} of {}: {what}", run.step, run.call))
+        };
+        place.map(Some).ok_or_else(missing)
     }
 
     /// Publishes one exchange, when there is one and its slot is free.

@@ -20,6 +20,8 @@
 
 use std::sync::Arc;
 
+use crate::call::Collective;
+
 mod all_gather;
 mod all_reduce_halving_doubling;
 mod all_reduce_recursive_doubling;
@@ -48,6 +50,20 @@ pub enum Buf {
     Input,
     Output,
     Scratch,
+}
+
+/// The buffer whose data other ranks read in a call of `collective`: what is shared where a call works in shared memory.
+pub const fn source_of(collective: Collective) -> Buf {
+    match collective {
+        Collective::AllReduce | Collective::Broadcast | Collective::Reduce => Buf::Output,
+        Collective::AllGather
+        | Collective::ReduceScatter
+        | Collective::AllToAll
+        | Collective::Gather
+        | Collective::Scatter
+        | Collective::Barrier
+        | Collective::SendRecv => Buf::Input,
+    }
 }
 
 /// `len` bytes from `off`. User-buffer offsets are those of round 0.

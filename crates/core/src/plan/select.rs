@@ -34,7 +34,7 @@ pub struct CallShape {
     pub counts: Option<Arc<[usize]>>,
     /// Uneven all_to_all; blocks lie in rank order.
     pub splits: Option<Splits>,
-    /// On memory that the ranks of each node share: on several nodes all_reduce alone.
+    /// On memory that the ranks of each node share.
     pub shared: bool,
 }
 
