@@ -6,10 +6,11 @@ copied on the way. Up to four times as fast as with ordinary tensors, from 16 Ki
 
     smdistributed_rs.shared.share_buckets(ddp_model)  # DistributedDataParallel, before training
 
-all_reduce, broadcast and reduce work in such a tensor; all_gather, reduce_scatter, all_to_all and gather take their input
-from one, with blocks of one length. On several nodes, what leaves the node leaves from there too. Every rank passes (a
-part of) the tensor that the same call made, or none does: else MismatchError says who did what. Other calls take such
-tensors as any other. Where ranks cannot see each other's processes, they are ordinary tensors (`is_shared`).
+all_reduce, broadcast and reduce work in such a tensor; all_gather, reduce_scatter, all_to_all and gather take their
+input from one, with blocks of one length. On several nodes, what leaves the node leaves from there too; broadcast and
+all_gather take such tensors as any other there, as other calls do everywhere. Every rank passes (a part of) the tensor
+that the same call made, or none does: else MismatchError says who did what. Where ranks cannot see each other's
+processes, they are ordinary tensors (`is_shared`).
 """
 
 from __future__ import annotations

@@ -474,6 +474,11 @@ impl<T: Transports> Communicator<T> {
 
     /// Whether a call works in memory that its node's ranks share, which must pay what ranks tell one another first.
     fn is_shared(&self, request: &Request) -> bool {
+        // Between nodes these two have ranks wait for one another more than they save (docs/performance-log.md).
+        let waits = matches!(request.collective, Collective::Broadcast | Collective::AllGather);
+        if waits && self.inner.shape.node_count() > 1 {
+            return false;
+        }
         let data = request.read_by_others(self.inner.rank);
         data.is_some_and(|data| data.len() >= SHARED_FROM && self.inner.shared.contain(data))
     }

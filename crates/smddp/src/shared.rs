@@ -17,8 +17,8 @@ type Entry = smddp_core::communicator::SharedEntry<HostTransports>;
 /// A call reads, and where it is in place writes, every rank's data in it without copies: all_reduce, broadcast and
 /// reduce their buffer, all_gather, reduce_scatter, all_to_all and gather their input. Every rank then passes data in the
 /// memory made by the same call, at any offset, or none does. On several nodes what leaves a node leaves from there too, and
-/// NICs know the memory; what comes from other nodes goes through slots, save in all_reduce and broadcast, whose data stays
-/// in place. Calls below 16 KiB, those with blocks of different lengths, and all others take it as any memory.
+/// NICs know the memory. Calls below 16 KiB, those with blocks of different lengths, broadcast and all_gather over several
+/// nodes, and all others take it as any memory.
 ///
 /// No operation on it may be under way when it is dropped.
 pub struct SharedMemory {
