@@ -7,6 +7,7 @@ use crate::call::{Call, Collective};
 use crate::dtype::{DType, ReduceOp};
 use crate::gate::Gate;
 use crate::memory::Region;
+use crate::plan::{Buf, source_of};
 
 /// Elements of each rank's block, by group rank.
 pub type Blocks = Arc<[usize]>;
@@ -59,7 +60,7 @@ impl Request {
             (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize) == Some(rank * part.len())
         };
         let stays = match self.collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => return Some(output),
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => true,
             // In place, a rank writes around what its peers read, or what it alone reads.
             Collective::AllGather => begins_at(output, input) || !input.overlaps(output),
             Collective::ReduceScatter => begins_at(input, output) || !input.overlaps(output),
@@ -68,7 +69,7 @@ impl Request {
             Collective::Gather => true,
             Collective::Scatter | Collective::Barrier | Collective::SendRecv => false,
         };
-        (is_even && stays).then_some(input)
+        (is_even && stays).then_some(if source_of(self.collective) == Buf::Input { input } else { output })
     }
 
     pub(crate) fn call(&self, shared: bool) -> Call {

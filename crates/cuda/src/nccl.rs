@@ -181,35 +181,23 @@ impl NcclComm {
         if more.is_empty() {
             return self.enqueue(first, stream);
         }
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ended.load(Ordering::Acquire) {
-            return Err(missing());
-        }
         let name = first.collective.name();
-        // SAFETY: takes nothing; ended below, whatever happens between.
-        check(&self.nccl, name, unsafe { (self.nccl.group_start)() })?;
-        let issued = calls.iter().try_for_each(|call| {
+        self.together(name, calls, |call| {
             // SAFETY: as in `enqueue`.
             let status = unsafe { self.issue(call, stream)? };
             check(&self.nccl, name, status)
-        });
-        // SAFETY: begun above.
-        let ended = check(&self.nccl, name, unsafe { (self.nccl.group_end)() });
-        issued.and(ended)
+        })
     }
 
     /// Enqueues messages that NCCL moves together: none of them waits for another.
     pub(crate) fn exchange_messages(&self, messages: &[DeviceMessage], stream: Stream) -> Result<()> {
         const NAME: &str = "messages";
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ended.load(Ordering::Acquire) {
-            return Err(missing());
-        }
         let (n, comm, bytes) = (&self.nccl, self.raw.0, sys::dtype::UINT8);
-        // SAFETY: takes nothing; ended below, whatever happens between.
-        check(n, NAME, unsafe { (n.group_start)() })?;
-        let issued = messages.iter().filter(|m| m.memory.bytes > 0).try_for_each(|m| {
+        self.together(NAME, messages, |m| {
             let (address, len, peer) = (m.memory.address, m.memory.bytes, m.peer as c_int);
+            if len == 0 {
+                return Ok(());
+            }
             // SAFETY: the memory is vouched for by the caller of the group's `exchange`.
             check(n, NAME, unsafe {
                 if m.is_sent {
@@ -218,9 +206,20 @@ impl NcclComm {
                     (n.recv)(address as *mut c_void, len, bytes, peer, comm, stream)
                 }
             })
-        });
+        })
+    }
+
+    /// Has NCCL launch what `issue` enqueues of each item as one.
+    fn together<I>(&self, name: &str, items: &[I], issue: impl FnMut(&I) -> Result<()>) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ended.load(Ordering::Acquire) {
+            return Err(missing());
+        }
+        // SAFETY: takes nothing; ended below, whatever happens between.
+        check(&self.nccl, name, unsafe { (self.nccl.group_start)() })?;
+        let issued = items.iter().try_for_each(issue);
         // SAFETY: begun above.
-        let ended = check(n, NAME, unsafe { (n.group_end)() });
+        let ended = check(&self.nccl, name, unsafe { (self.nccl.group_end)() });
         issued.and(ended)
     }
 

@@ -154,20 +154,11 @@ fn round(cx: &Context<'_>, layout: &Layout, len: usize) -> Plan {
         return b.finish();
     }
     let shard = |l: usize| user.cut(layout.owners, l, elem);
-    if cx.call.shared {
-        b.phase((0..layout.owners).map(|l| gather_sum(l, shard(l), shard(l), false)).collect());
-        if cx.local() < layout.owners {
-            let own = shard(cx.local());
-            (layout.exchange.build)(&mut b, &rail(), own, own, elem);
-        }
-        b.phase((0..layout.owners).map(|l| spread(l, shard(l), shard(l))).collect());
-        return b.finish();
-    }
-    // Equal offsets on all ranks of the node: a move names one span for all of them.
+    // Equal offsets on all ranks of the node: a move names one span for all of them. None: in the owner's own data.
     let longest = longest_cut(len, layout.owners, elem);
-    let data = b.reserve(longest);
-    let out = if layout.apart { b.reserve(longest) } else { data };
-    let held = |l: usize, at: Span| at.part((0, shard(l).len));
+    let data = (!cx.call.shared).then(|| b.reserve(longest));
+    let out = if layout.apart { Some(b.reserve(longest)) } else { data };
+    let held = |l: usize, at: Option<Span>| at.map_or(shard(l), |at| at.part((0, shard(l).len)));
     b.phase((0..layout.owners).map(|l| gather_sum(l, shard(l), held(l, data), false)).collect());
     if cx.local() < layout.owners {
         let me = cx.local();
