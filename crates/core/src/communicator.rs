@@ -88,17 +88,18 @@ impl<T: Transports> Clone for Communicator<T> {
 /// Shared memory that is entered in a group: dropped, it leaves. No call on it may be under way then.
 pub struct SharedEntry<T: Transports> {
     group: Weak<Inner<T>>,
-    engine: Weak<Engine<T>>,
     number: u64,
-    own: Region,
+    /// What the fabric, which is the process's and outlives the group, has registered for this entry.
+    registered: Option<(Weak<Engine<T>>, Region)>,
 }
 
 impl<T: Transports> Drop for SharedEntry<T> {
     fn drop(&mut self) {
-        // The fabric is the process's, and outlives the group.
-        if let Some(engine) = self.engine.upgrade().filter(|engine| engine.is_ours()) {
+        if let Some((engine, memory)) = &self.registered
+            && let Some(engine) = engine.upgrade().filter(|engine| engine.is_ours())
+        {
             let _ = engine.with_fabric_if_any(|fabric| {
-                fabric.deregister(self.own);
+                fabric.deregister(*memory);
                 Ok(())
             });
         }
@@ -494,12 +495,14 @@ impl<T: Transports> Communicator<T> {
         let (number, own) = (shared.number, shared.own());
         let engine = &self.inner.engine;
         engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
-        let entry =
-            SharedEntry { group: Arc::downgrade(&self.inner), engine: Arc::downgrade(engine), number, own };
-        if self.inner.shape.node_count() > 1
-            && let Err(error) = engine.with_fabric_if_any(|fabric| fabric.register(own))
-        {
-            tracing::warn!(%error, "shared memory cannot be registered: what leaves the node is copied");
+        let mut entry = SharedEntry { group: Arc::downgrade(&self.inner), number, registered: None };
+        if self.inner.shape.node_count() > 1 {
+            match engine.with_fabric_if_any(|fabric| fabric.register(own)) {
+                Ok(()) => entry.registered = Some((Arc::downgrade(engine), own)),
+                Err(error) => {
+                    tracing::warn!(%error, "shared memory not registered: what leaves the node is copied")
+                }
+            }
         }
         self.inner.shared.enter(number, own);
         Ok(entry)

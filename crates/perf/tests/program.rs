@@ -105,12 +105,27 @@ fn fresh_inputs_are_measured_for_every_collective() {
 }
 
 #[test]
+fn shared_memory_is_measured_for_every_collective_that_uses_it() {
+    for collective in WITH_DATA.into_iter().filter(|&c| c != "scatter" && c != "sendrecv") {
+        let result =
+            json(&format!("{collective} --np 2 --shared --min 64K --max 1M --factor 16 --dtype f32"));
+        let rows = result["rows"].as_array().unwrap();
+        assert_eq!(rows.len(), 2, "{collective}");
+        for row in rows {
+            assert_eq!(row["correct"], true, "{row}");
+            assert_eq!(row["algorithm"], "shared", "{row}");
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_done_is_said_with_a_status() {
     for (line, status, part) in [
         ("all_reduce --np 2 --min 1M --max 1K", 2, "--max"),
         ("all_reduce --np 2 --dtype f33", 2, "bf16"),
         ("all_reduce --np 2 --device tpu", 2, "cuda"),
         ("barrier --np 2 --fresh", 2, "--fresh is for"),
+        ("scatter --np 2 --shared", 2, "--shared is for"),
         ("all_reduce --np 2 --label a,b", 2, "a label holds no comma"),
         ("barrier --np 2 --device cuda", 2, "on the CPU only"),
         ("all_reduce --np 2 --device cuda --driver /nonexistent/libcuda.so", 1, "/nonexistent/libcuda.so"),

@@ -1,6 +1,6 @@
 //! Messages from device to device, by NCCL.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smddp::cuda::{DeviceMessage, Memory};
 use smddp::{Collective, DType, Error, Result};
@@ -144,12 +144,11 @@ fn a_message_that_is_not_met_ends_at_the_limit() {
             assert!(job.comes_to_rest(), "the stream still waits");
         }
         rank.barrier("too late");
-        let error = loop {
-            match group.device.failure() {
-                Some(error) => break error,
-                None => std::thread::sleep(Duration::from_millis(5)),
-            }
-        };
+        let until = Instant::now() + Duration::from_secs(20);
+        while group.device.failure().is_none() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let error = group.device.failure().unwrap();
         assert!(error.to_string().contains(Collective::SendRecv.name()), "{error}");
         rank.barrier("over");
     });
