@@ -75,18 +75,18 @@ struct Case {
   MPI_Op sum;
   Array &whole, &block;
 
-  bool blocks() const { return op == "allgather" || op == "reduce_scatter"; }
-
   void call() {
     const int n = int(whole.count()), k = int(block.count());
     if (op == "allreduce") MPI_Allreduce(MPI_IN_PLACE, whole.data(), n, type, sum, MPI_COMM_WORLD);
     else if (op == "broadcast") MPI_Bcast(whole.data(), n, type, 0, MPI_COMM_WORLD);
+    else if (op == "alltoall") MPI_Alltoall(whole.data(), n / world, type, block.data(), n / world, type, MPI_COMM_WORLD);
     else if (op == "allgather") MPI_Allgather(block.data(), k, type, whole.data(), k, type, MPI_COMM_WORLD);
     else MPI_Reduce_scatter_block(whole.data(), block.data(), k, type, sum, MPI_COMM_WORLD);
   }
 
   // Rank r brings i mod 7 + r + 1 to place i; gathered data is i mod 7.
-  float mine(size_t i) const { return float(i % 7) + float(rank) + 1; }
+  static float brought(size_t i, size_t by) { return float(i % 7) + float(by) + 1; }
+  float mine(size_t i) const { return brought(i, size_t(rank)); }
   float summed(size_t i) const { return float(i % 7) * float(world) + float(world * (world + 1) / 2); }
 
   void fill() {
@@ -106,6 +106,12 @@ struct Case {
     if (op == "reduce_scatter") {
       for (size_t i = 0; i < block.count(); i++)
         if (block.get(i) != summed(first + i)) return false;
+      return true;
+    }
+    if (op == "alltoall") {
+      const size_t share = block.count() / size_t(world);
+      for (size_t i = 0; i < block.count(); i++)
+        if (block.get(i) != brought(size_t(rank) * share + i % share, i / share)) return false;
       return true;
     }
     for (size_t i = 0; i < whole.count(); i++) {
@@ -170,10 +176,10 @@ int main(int argc, char **argv) {
   for (const auto &op : words(argv[2]))
     for (const auto &dtype : words(argv[3]))
       for (size_t bytes = smallest; bytes <= largest; bytes *= 4) {
-        const bool wide = dtype == "float32", blocks = op == "allgather" || op == "reduce_scatter";
+        const bool wide = dtype == "float32", blocks = op == "allgather" || op == "reduce_scatter" || op == "alltoall";
         const size_t count = bytes / (wide ? 4 : 2);
         if (count == 0 || (blocks && count % size_t(world))) continue;
-        Array whole(count, wide), block(blocks ? count / size_t(world) : 0, wide);
+        Array whole(count, wide), block(op == "alltoall" ? count : blocks ? count / size_t(world) : 0, wide);
         Case c{op, rank, world, wide ? MPI_FLOAT : two_bytes, wide ? MPI_SUM : user_sum, whole, block};
         c.fill();
         c.call();

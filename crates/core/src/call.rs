@@ -137,6 +137,11 @@ impl PackedCall {
         self.form & SHARED != 0
     }
 
+    /// Whether one rank is singled out.
+    pub fn is_rooted(&self) -> bool {
+        Collective::from_code(self.collective).is_some_and(Collective::rooted)
+    }
+
     /// `None` when a byte names nothing known: the peer runs another version, or memory was overwritten.
     pub fn unpack(&self) -> Option<Call> {
         Some(Call {

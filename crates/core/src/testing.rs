@@ -204,9 +204,9 @@ impl NodeLocal for MemoryNode {
     }
 
     /// Over at once where this rank is the last to come.
-    fn run_now(&mut self, run: PhaseRun, _: u32) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, _: u32) -> Result<bool> {
         let ctx = run.ctx;
-        self.submit(run)?;
+        self.submit(run.clone())?;
         lock(&self.state).phase()?;
         let done = &mut lock(&self.state).board.done[self.rank];
         let over = done.contains(&ctx);

@@ -110,9 +110,9 @@ pub trait NodeLocal: Send {
     fn submit(&mut self, run: PhaseRun) -> Result<()>;
     /// Runs a phase on the spot, polling at most `patience` times in vain; for callers whose group has nothing under way
     /// here. `Ok(false)`: it is under way as if submitted.
-    fn run_now(&mut self, run: PhaseRun, patience: u32) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
         let _ = patience;
-        self.submit(run)?;
+        self.submit(run.clone())?;
         Ok(false)
     }
     /// Takes note of memory that the node's ranks share. Runs whose call is [marked](PackedCall::is_shared) have the

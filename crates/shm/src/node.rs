@@ -33,8 +33,6 @@ pub struct ShmNode {
     stuck_on: Option<usize>,
     peers: Peers,
     bell: Arc<dyn Bell>,
-    /// Marks of phases that were run on the spot: nobody asks for them.
-    at_once: Vec<Ctx>,
     /// The last call, by its number, if it was one in which some rank reads nothing of the others.
     unread: Option<(u64, PackedCall)>,
     /// Why nothing works any more.
@@ -57,7 +55,6 @@ impl ShmNode {
             sleeper: Sleeper::default(),
             stuck_on: None,
             peers,
-            at_once: Vec::with_capacity(1),
             unread: None,
             failed: None,
         }
@@ -142,27 +139,58 @@ impl ShmNode {
         Ok((consumed == Step::Moved || published == Step::Moved, [consumed, published]))
     }
 
-    /// Publishes and consumes the one exchange that is under way, as far as `patience` goes. Whether it is over.
-    fn exchange_now(&mut self, mut patience: u32) -> Result<bool> {
-        if self.publish() != Step::Moved {
+    /// Runs a phase that was taken up, as far as `patience` goes. Whether it is over.
+    fn exchange_now(&mut self, run: &PhaseRun, mut patience: u32) -> Result<bool> {
+        if !self.phases.publish_at_once(run, &self.segment, &mut self.ring) {
             return Ok(false);
         }
-        loop {
-            let step = self.phases.consume(&self.segment, &mut self.ring, &mut self.at_once)?;
-            if self.phases.is_empty() {
-                self.at_once.clear();
-                self.notify();
-                return Ok(true);
-            }
-            let Step::Blocked(peer) = step else { continue };
-            while !self.ring.has_published(&*self.segment, peer) {
-                if patience == 0 || abort::is_raised(&*self.segment) {
-                    return Ok(false);
+        // Where nobody is waited for, sleepers are looked for once, behind both steps.
+        let mut told = false;
+        let over = loop {
+            match self.phases.consume_at_once(run, &self.segment, &mut self.ring)? {
+                Step::Idle => break true,
+                Step::Moved => {}
+                Step::Blocked(peer) => {
+                    if !told {
+                        self.notify();
+                        told = true;
+                    }
+                    if !self.look_for(peer, &mut patience) {
+                        break false;
+                    }
                 }
-                patience -= 1;
-                std::hint::spin_loop();
             }
+        };
+        self.notify();
+        Ok(over)
+    }
+
+    /// Whether `peer` publishes the next exchange within `patience` looks.
+    fn look_for(&self, peer: usize, patience: &mut u32) -> bool {
+        while !self.ring.has_published(&*self.segment, peer) {
+            if *patience == 0 || abort::is_raised(&*self.segment) {
+                return false;
+            }
+            *patience -= 1;
+            std::hint::spin_loop();
         }
+        true
+    }
+
+    /// Lets peers know which phase this rank is in, and looks whether the last one was theirs too.
+    fn note(&mut self, number: u64, call: &PackedCall) -> Result<()> {
+        if self.ranks.len() == 1 {
+            return Ok(());
+        }
+        log::record(&*self.segment, self.me, number, call);
+        // A root reads no slot, so two roots would not notice each other: the next call looks back.
+        if let Some((before, ours)) = self.unread.take() {
+            self.compare_log(before, ours)?;
+        }
+        if call.is_rooted() {
+            self.unread = Some((number, *call));
+        }
+        Ok(())
     }
 
     fn publish(&mut self) -> Step {
@@ -223,24 +251,24 @@ impl NodeLocal for ShmNode {
         self.stuck_on = None;
         let call = run.call;
         let number = self.phases.submit(run)?;
-        if self.ranks.len() > 1 {
-            log::record(&*self.segment, self.me, number, &call);
-            // A root reads no slot, so two roots would not notice each other: the next call looks back.
-            if let Some((before, ours)) = self.unread.take() {
-                self.compare_log(before, ours)?;
-            }
-            self.unread = call.unpack().filter(|c| c.collective.rooted()).map(|_| (number, call));
-        }
-        Ok(())
+        self.note(number, &call)
     }
 
-    fn run_now(&mut self, run: PhaseRun, patience: u32) -> Result<bool> {
-        self.submit(run)?;
-        if !self.phases.is_one_exchange() || !self.messages.is_idle() {
+    fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
+        self.check()?;
+        let number = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
+        let Some(number) = number else {
+            self.submit(run.clone())?;
             return Ok(false);
-        }
-        match self.exchange_now(patience) {
-            Ok(over) => Ok(over),
+        };
+        self.stuck_on = None;
+        self.note(number, &run.call)?;
+        match self.exchange_now(run, patience) {
+            Ok(true) => Ok(true),
+            Ok(false) => {
+                self.phases.keep(run.clone());
+                Ok(false)
+            }
             Err(error) => Err(self.fail(error)),
         }
     }

@@ -159,7 +159,7 @@ fn execute(case: &Case) -> Vec<Memory> {
                 let phase = run(&plans[next], buffers, arith, call(next), next as u64);
                 next += 1;
                 match case.now[rank].filter(|_| done.len() == next - 1) {
-                    Some(patience) if node.run_now(phase.clone(), patience).unwrap() => done.push(phase.ctx),
+                    Some(patience) if node.run_now(&phase, patience).unwrap() => done.push(phase.ctx),
                     Some(_) => {}
                     None => node.submit(phase).unwrap(),
                 }
@@ -219,16 +219,16 @@ fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
         let phase = |i| run(&plan, buffers, arith(DType::U8, ReduceOp::Sum, 2), call(8), i);
         if rank == 1 {
             // Nobody answers yet.
-            assert_eq!(node.run_now(phase(0), 3), Ok(false));
+            assert_eq!(node.run_now(&phase(0), 3), Ok(false));
             assert_eq!(node.waiting_for(), [0]);
             assert_eq!(drive(&mut node, 1, 0).unwrap(), [Ctx(0)]);
         } else {
             std::thread::sleep(std::time::Duration::from_millis(50));
-            assert_eq!(node.run_now(phase(0), 0), Ok(true), "the other has published");
+            assert_eq!(node.run_now(&phase(0), 0), Ok(true), "the other has published");
         }
         // Several exchanges are no matter of a moment.
         let long = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8)); 200]);
-        assert_eq!(node.run_now(PhaseRun { plan: long, ..phase(1) }, 1_000_000), Ok(false));
+        assert_eq!(node.run_now(&PhaseRun { plan: long, ..phase(1) }, 1_000_000), Ok(false));
         assert_eq!(drive(&mut node, 1, 50).unwrap(), [Ctx(1)]);
         memory.output
     });
@@ -251,12 +251,12 @@ fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
             sender_is_through.store(true, Ordering::SeqCst);
         } else {
             std::thread::sleep(std::time::Duration::from_millis(100));
-            assert_eq!(node.run_now(phase(0), 0), Ok(true));
+            assert_eq!(node.run_now(&phase(0), 0), Ok(true));
             let until = std::time::Instant::now() + SLEEP * 2;
             while !sender_is_through.load(Ordering::SeqCst) && std::time::Instant::now() < until {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
-            (1..phases).for_each(|i| assert_eq!(node.run_now(phase(i), 0), Ok(true)));
+            (1..phases).for_each(|i| assert_eq!(node.run_now(&phase(i), 0), Ok(true)));
         }
     });
 }

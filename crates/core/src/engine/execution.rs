@@ -86,22 +86,6 @@ pub struct Start {
     pub mark: u64,
 }
 
-impl Start {
-    /// The phase at place `at` of a [plain](Ready::is_plain) schedule.
-    pub fn phase(&self, at: usize) -> PhaseRun {
-        let step = self.ready.graph(0).phases[at];
-        PhaseRun {
-            plan: Arc::clone(self.ready.plan(0)),
-            step,
-            shift: 0,
-            buffers: self.buffers,
-            arith: self.arith,
-            call: self.call,
-            ctx: Ctx(self.mark | u64::from(step)),
-        }
-    }
-}
-
 impl Execution {
     pub fn new(start: Start, mut work: Workspace) -> Execution {
         let window = start.ready.window();

@@ -24,7 +24,7 @@ use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::topology::GroupShape;
-use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal};
+use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal, PhaseRun};
 
 /// What the engine needs to know of a group.
 pub struct Seat<L> {
@@ -85,6 +85,8 @@ pub struct Group<L> {
     stirred: bool,
     next_seq: u64,
     spare: Workspace,
+    /// The phase that last ran on the spot: the next one differs little.
+    at_once: Option<PhaseRun>,
     failed: Option<Error>,
 }
 
@@ -101,6 +103,7 @@ impl<L: NodeLocal> Group<L> {
             stirred: false,
             next_seq: 0,
             spare: Workspace::default(),
+            at_once: None,
             failed: None,
         }
     }
@@ -311,23 +314,33 @@ impl<L: NodeLocal> Group<L> {
         if self.failed.is_some() || self.is_busy() {
             return (Tried::NotNow, Ok(()));
         }
-        let start = Start {
-            ready: Arc::clone(call.ready),
-            buffers: Buffers { input: call.input, output: call.output, scratch: Region::EMPTY },
-            arith: self.arith(&call.call),
-            call: call.call.pack(),
-            group: self.seat.id,
-            seq: self.next_seq,
-            mark: self.mark(),
-        };
+        let (ready, arith, mark) = (call.ready, self.arith(&call.call), self.mark());
+        let buffers = Buffers { input: call.input, output: call.output, scratch: Region::EMPTY };
+        let packed = call.call.pack();
+        let seq = self.next_seq;
         self.next_seq += 1;
-        for at in 0..call.ready.phases {
-            let outcome = self.seat.local.run_now(start.phase(at), patience);
+        for at in 0..ready.phases {
+            let step = ready.graph(0).phases[at];
+            let plan = ready.plan(0);
+            let run = match &mut self.at_once {
+                Some(run) if Arc::ptr_eq(&run.plan, plan) => {
+                    (run.step, run.buffers, run.arith, run.call) = (step, buffers, arith, packed);
+                    run.ctx = Ctx(mark | u64::from(step));
+                    run
+                }
+                other => {
+                    let (plan, ctx) = (Arc::clone(plan), Ctx(mark | u64::from(step)));
+                    other.insert(PhaseRun { plan, step, shift: 0, buffers, arith, call: packed, ctx })
+                }
+            };
+            let outcome = self.seat.local.run_now(run, patience);
             if matches!(outcome, Ok(true)) {
                 continue;
             }
             let op = (call.op)();
-            op.seq.store(start.seq, Ordering::Relaxed);
+            op.seq.store(seq, Ordering::Relaxed);
+            let group = self.seat.id;
+            let start = Start { ready: Arc::clone(ready), buffers, arith, call: packed, group, seq, mark };
             let execution = Execution::resumed(start, std::mem::take(&mut self.spare), at);
             self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
             return (Tried::Later(op), outcome.map(|_| ()));

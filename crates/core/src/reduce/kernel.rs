@@ -1,6 +1,7 @@
 //! The one loop behind every reduction: a block of accumulators on the stack, which stays in the first-level cache,
 //! goes over all sources before its result is written.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::element::Element;
@@ -12,17 +13,27 @@ pub const BLOCK: usize = 512;
 
 /// A block of accumulators, aligned so that no vector of them crosses a cache line.
 #[repr(C, align(64))]
-pub struct Block<A>([A; BLOCK]);
+pub struct Block<A> {
+    all: [MaybeUninit<A>; BLOCK],
+    /// So many of them are initialized.
+    usable: usize,
+}
 
 impl<A: Copy + Default> Block<A> {
+    /// A block of which `count` are used, or all: small calls do not pay for more.
     #[inline(always)]
-    pub fn new() -> Self {
-        Block([A::default(); BLOCK])
+    pub fn new(count: usize) -> Self {
+        let usable = count.min(BLOCK);
+        let mut all = [MaybeUninit::uninit(); BLOCK];
+        all[..usable].iter_mut().for_each(|one| _ = one.write(A::default()));
+        Block { all, usable }
     }
 
     #[inline(always)]
     pub fn first(&mut self, count: usize) -> &mut [A] {
-        &mut self.0[..count]
+        // SAFETY: `new` has written so many.
+        let usable = unsafe { self.all[..self.usable].assume_init_mut() };
+        &mut usable[..count]
     }
 }
 
@@ -54,7 +65,7 @@ impl Job<'_> {
 #[inline(always)]
 pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     const { assert!(align_of::<E::Raw>() == 1) };
-    let mut block = Block::new();
+    let mut block = Block::new(range.len());
     let mut start = range.start;
     while start < range.end {
         let part = start..range.end.min(start + BLOCK);
