@@ -1,9 +1,10 @@
 //! A process group as its user holds it: checks arguments, finds the plan, hands the operation to the engine.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
+
+use rustc_hash::FxHashMap;
 
 use crate::call::{Call, Collective};
 use crate::dtype::{DType, ReduceOp};
@@ -31,8 +32,9 @@ const LINGER: Duration = Duration::from_secs(5);
 /// The plans made so far.
 #[derive(Default)]
 struct Plans {
-    made: HashMap<CallShape, Arc<Ready>>,
-    /// The one used last: most calls repeat the one before, or a few in turn.
+    /// Callers choose the keys, and nobody gains by making them collide.
+    made: FxHashMap<CallShape, Arc<Ready>>,
+    /// The one used last: most calls repeat the one before.
     last: Option<(CallShape, Arc<Ready>)>,
 }
 

@@ -33,7 +33,7 @@ pub struct ShmNode {
     stuck_on: Option<usize>,
     peers: Peers,
     bell: Arc<dyn Bell>,
-    /// The last call, by its number, if it was one in which some rank reads nothing of the others.
+    /// The last call, by its number, if it was one in which this rank may have read nothing of the others.
     unread: Option<(u64, PackedCall)>,
     /// Why nothing works any more.
     failed: Option<Error>,
@@ -177,8 +177,9 @@ impl ShmNode {
         true
     }
 
-    /// Lets peers know which phase this rank is in, and looks whether the last one was theirs too.
-    fn note(&mut self, number: u64, call: &PackedCall) -> Result<()> {
+    /// Lets peers know which phase this rank is in, and looks whether the last one was theirs too. `reads` slots of others,
+    /// whose calls it compares?
+    fn note(&mut self, number: u64, call: &PackedCall, reads: bool) -> Result<()> {
         if self.ranks.len() == 1 {
             return Ok(());
         }
@@ -187,7 +188,7 @@ impl ShmNode {
         if let Some((before, ours)) = self.unread.take() {
             self.compare_log(before, ours)?;
         }
-        if call.is_rooted() {
+        if !reads && call.is_rooted() {
             self.unread = Some((number, *call));
         }
         Ok(())
@@ -251,7 +252,7 @@ impl NodeLocal for ShmNode {
         self.stuck_on = None;
         let call = run.call;
         let number = self.phases.submit(run)?;
-        self.note(number, &call)
+        self.note(number, &call, false)
     }
 
     fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
@@ -262,7 +263,7 @@ impl NodeLocal for ShmNode {
             return Ok(false);
         };
         self.stuck_on = None;
-        self.note(number, &run.call)?;
+        self.note(number, &run.call, self.phases.reads())?;
         match self.exchange_now(run, patience) {
             Ok(true) => Ok(true),
             Ok(false) => {

@@ -59,8 +59,14 @@ fn lens(run: &PhaseRun) -> [usize; 3] {
     [run.buffers.input.len(), run.buffers.output.len(), run.buffers.scratch.len()]
 }
 
-/// Phases that are remembered: those of a call or two.
-const KNOWN: usize = 4;
+/// Phases that are remembered: those of a few calls in turn.
+const KNOWN: usize = 16;
+
+/// Where `run` is remembered.
+fn place_among_known(run: &PhaseRun) -> usize {
+    // Plans are allocated, 16 bytes apart at least.
+    ((Arc::as_ptr(&run.plan) as usize >> 4) + run.step as usize) % KNOWN
+}
 
 /// The moves of a phase that was checked when it was submitted.
 fn moves_of(run: &PhaseRun) -> &[Move] {
@@ -186,7 +192,7 @@ impl Phases {
 
     /// The first group of a phase, which is checked.
     fn first_group(&mut self, run: &PhaseRun) -> Result<Group> {
-        let known = &mut self.known[run.step as usize % KNOWN];
+        let known = &mut self.known[place_among_known(run)];
         if let Some(known) = known.as_ref().filter(|known| known.is(run)) {
             return Ok(known.first);
         }
@@ -211,6 +217,11 @@ impl Phases {
         self.publishing = Publishing { run: 0, group: first, cut: 0 };
         self.consuming.start(first, 0);
         Ok(Some(self.count()))
+    }
+
+    /// Whether this rank reads others' slots in the phase that was taken up.
+    pub(crate) fn reads(&self) -> bool {
+        !self.consuming.group.reads.is_empty()
     }
 
     /// Publishes the one exchange of a phase that was taken up; false where its slot is not free.
