@@ -24,6 +24,7 @@ fn pair() -> [ShmNode; 2] {
         local_rank,
         ranks: vec![0, 1],
         node: "here".to_owned(),
+        single_copy: true,
         deadline: Instant::now() + Duration::from_secs(30),
     };
     let listener = Listener::bind().unwrap();

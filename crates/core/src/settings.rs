@@ -109,6 +109,12 @@ pub const TABLE: &[Row] = &[
         "shared-memory slots a rank has in each group (default: as the probe finds, else 4; no probe where this or SMDDP_SHM_SLOT is given)",
     ),
     row(
+        "SMDDP_SHM_SINGLE_COPY",
+        Kind::Choice(&["auto", "off"]),
+        "auto",
+        "blocks of 512 KiB and more of all_gather and all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv)",
+    ),
+    row(
         "SMDDP_ALGORITHM",
         Kind::Text,
         "",

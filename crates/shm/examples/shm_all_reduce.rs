@@ -64,6 +64,7 @@ fn membership(local_rank: usize, size: usize) -> Membership {
         local_rank,
         ranks: (0..size as u32).collect(),
         node: "here".to_owned(),
+        single_copy: true,
         deadline: Instant::now() + Duration::from_secs(10),
     }
 }

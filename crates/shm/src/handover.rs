@@ -47,6 +47,8 @@ pub struct Membership {
     pub ranks: Vec<u32>,
     /// The node's name, for errors.
     pub node: String,
+    /// Whether this rank reads its peers' private memory where that is faster; all do or none.
+    pub single_copy: bool,
     /// When to give up.
     pub deadline: Instant,
 }

@@ -52,6 +52,8 @@ pub mod probe;
 mod segment;
 #[cfg(not(loom))]
 mod shared;
+#[cfg(not(loom))]
+mod single_copy;
 
 #[cfg(all(test, loom))]
 mod loom_tests;

@@ -17,6 +17,7 @@ use crate::peers::Peers;
 use crate::phases::{Phases, Step, mismatch};
 use crate::ring::Ring;
 use crate::segment::Segment;
+use crate::single_copy::SingleCopy;
 use crate::{Geometry, abort, log};
 
 /// One rank's end of its group's shared memory on this node.
@@ -48,7 +49,12 @@ impl ShmNode {
             me: who.local_rank,
             ranks: who.ranks.clone(),
             ring: Ring::new(who.local_rank, size, geometry.slots),
-            phases: Phases::new(who.local_rank, who.ranks.clone(), geometry.slot),
+            phases: Phases::new(
+                who.local_rank,
+                who.ranks.clone(),
+                geometry.slot,
+                SingleCopy::new(peers.pids().to_vec(), who.single_copy),
+            ),
             messages: Messages::new(who.local_rank, &segment),
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
             segment,
@@ -63,6 +69,11 @@ impl ShmNode {
     /// The slots in use, as local rank 0 chose them.
     pub fn geometry(&self) -> Geometry {
         self.segment.layout().geometry
+    }
+
+    /// Bytes that came straight from peers' private memory so far.
+    pub fn copied_once(&self) -> u64 {
+        self.phases.single_copy().bytes()
     }
 
     /// Bytes of shared memory the group uses on this node.

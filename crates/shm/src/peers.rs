@@ -58,6 +58,8 @@ pub(crate) fn pid_space() -> u64 {
 #[derive(Default)]
 pub(crate) struct Peers {
     processes: Vec<Option<Arc<Process>>>,
+    /// By local rank; `None` where this process knows no name for it.
+    pids: Vec<Option<i32>>,
 }
 
 impl Peers {
@@ -68,11 +70,19 @@ impl Peers {
             return Peers::default();
         }
         let own = std::process::id();
-        let pids = (0..size).map(|rank| segment.pid(rank).load(Ordering::Relaxed));
-        let processes = pids
-            .enumerate()
-            .map(|(rank, pid)| if rank == me || pid == own || pid == 0 { None } else { watch(pid) });
-        Peers { processes: processes.collect() }
+        let pids: Vec<u32> = (0..size).map(|rank| segment.pid(rank).load(Ordering::Relaxed)).collect();
+        let is_watched = |rank: usize, pid: u32| rank != me && pid != own && pid != 0;
+        let watch = |(rank, &pid): (usize, &u32)| if is_watched(rank, pid) { watch(pid) } else { None };
+        let name = |&pid: &u32| i32::try_from(pid).ok().filter(|&pid| pid > 0);
+        Peers {
+            processes: pids.iter().enumerate().map(watch).collect(),
+            pids: pids.iter().map(name).collect(),
+        }
+    }
+
+    /// The processes of the local ranks, as far as they have a name here.
+    pub(crate) fn pids(&self) -> &[Option<i32>] {
+        &self.pids
     }
 
     /// Local ranks whose process has ended.

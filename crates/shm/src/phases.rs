@@ -21,6 +21,7 @@ use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
 use crate::ring::Ring;
 use crate::segment::Segment;
+use crate::single_copy::{self, Offer, SingleCopy};
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,17 +36,27 @@ pub(crate) enum Step {
 struct Run {
     run: PhaseRun,
     first: Group,
-    /// Where the data lies, of a call on shared memory: it runs by `direct`.
-    place: Option<Place>,
+    way: Way,
 }
 
-/// A phase that was found sound, and its first group: the same call is often made again.
+/// How a phase's data reaches its ranks.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Slots,
+    /// From memory that the ranks share, where it lies here (`direct`).
+    Shared(Place),
+    /// From the ranks' private memory (`single_copy`).
+    SingleCopy,
+}
+
+/// A phase that was found sound, and how it begins: the same call is often made again.
 struct Known {
     plan: Arc<Plan>,
     step: u32,
     shift: usize,
     lens: [usize; 3],
     first: Group,
+    way: Way,
 }
 
 impl Known {
@@ -114,10 +125,11 @@ pub(crate) struct Phases {
     known: [Option<Known>; KNOWN],
     entered: Entered,
     direct: Direct,
+    single_copy: SingleCopy,
 }
 
 impl Phases {
-    pub(crate) fn new(me: usize, ranks: Vec<u32>, slot_bytes: usize) -> Phases {
+    pub(crate) fn new(me: usize, ranks: Vec<u32>, slot_bytes: usize, single_copy: SingleCopy) -> Phases {
         let size = ranks.len();
         Phases {
             me,
@@ -139,6 +151,7 @@ impl Phases {
             known: [const { None }; KNOWN],
             entered: Entered::default(),
             direct: Direct::default(),
+            single_copy,
             ranks,
         }
     }
@@ -146,6 +159,10 @@ impl Phases {
     /// The memory that the ranks share.
     pub(crate) fn entered(&mut self) -> &mut Entered {
         &mut self.entered
+    }
+
+    pub(crate) fn single_copy(&self) -> &SingleCopy {
+        &self.single_copy
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -166,12 +183,12 @@ impl Phases {
     /// Queues a phase; its number.
     pub(crate) fn submit(&mut self, run: PhaseRun) -> Result<u64> {
         let place = if run.call.is_shared() { self.place(&run)? } else { None };
-        let first = match place {
-            Some(_) => {
+        let (first, way) = match place {
+            Some(place) => {
                 check(&run, self.me, self.ranks.len())?;
-                self.cutter.whole(moves_of(&run), direct::EXCHANGES)
+                (self.cutter.whole(moves_of(&run), direct::EXCHANGES), Way::Shared(place))
             }
-            None => self.first_group(&run)?,
+            None => self.beginning(&run)?,
         };
         if self.queue.is_empty() {
             self.consuming.start(first, 0);
@@ -180,7 +197,7 @@ impl Phases {
             self.publishing.group = first;
             self.publishing.cut = 0;
         }
-        self.queue.push_back(Run { run, first, place });
+        self.queue.push_back(Run { run, first, way });
         Ok(self.count())
     }
 
@@ -190,17 +207,22 @@ impl Phases {
         self.submitted - 1
     }
 
-    /// The first group of a phase, which is checked.
-    fn first_group(&mut self, run: &PhaseRun) -> Result<Group> {
+    /// The first group of a phase that lies in no shared memory, and its way; the phase is checked.
+    fn beginning(&mut self, run: &PhaseRun) -> Result<(Group, Way)> {
         let known = &mut self.known[place_among_known(run)];
         if let Some(known) = known.as_ref().filter(|known| known.is(run)) {
-            return Ok(known.first);
+            return Ok((known.first, known.way));
         }
         check(run, self.me, self.ranks.len())?;
-        let first = self.cutter.group(moves_of(run), 0);
+        let moves = moves_of(run);
+        let (first, way) = if single_copy::takes(run, moves, self.ranks.len()) {
+            (self.cutter.whole(moves, single_copy::EXCHANGES), Way::SingleCopy)
+        } else {
+            (self.cutter.group(moves, 0), Way::Slots)
+        };
         let (plan, step, shift) = (Arc::clone(&run.plan), run.step, run.shift);
-        *known = Some(Known { plan, step, shift, lens: lens(run), first });
-        Ok(first)
+        *known = Some(Known { plan, step, shift, lens: lens(run), first, way });
+        Ok((first, way))
     }
 
     /// Takes up a phase that is to be over before anything is queued: its number. `None` where it is not one exchange
@@ -210,8 +232,8 @@ impl Phases {
         if !self.queue.is_empty() || run.call.is_shared() {
             return Ok(None);
         }
-        let first = self.first_group(run)?;
-        if first.cuts > 1 || first.end < moves_of(run).len() {
+        let (first, way) = self.beginning(run)?;
+        if way != Way::Slots || first.cuts > 1 || first.end < moves_of(run).len() {
             return Ok(None);
         }
         self.publishing = Publishing { run: 0, group: first, cut: 0 };
@@ -253,6 +275,7 @@ impl Phases {
             ring: &mut *ring,
             sources: &mut self.sources,
             peers: &[],
+            single_copy: None,
             budget: usize::MAX,
             moved: false,
         };
@@ -268,7 +291,7 @@ impl Phases {
 
     /// Queues a phase that was taken up, as far as it is.
     pub(crate) fn keep(&mut self, run: PhaseRun) {
-        self.queue.push_back(Run { run, first: self.consuming.group, place: None });
+        self.queue.push_back(Run { run, first: self.consuming.group, way: Way::Slots });
     }
 
     /// Where the data lies, of a call on shared memory. None: this phase moves other data (what came from other nodes,
@@ -291,33 +314,36 @@ impl Phases {
     /// Publishes one exchange, when there is one and its slot is free.
     pub(crate) fn publish(&mut self, segment: &Segment, ring: &mut Ring) -> Step {
         let at = &mut self.publishing;
-        let Some(Run { run, place, .. }) = self.queue.get(at.run) else { return Step::Idle };
-        if ring.is_full() {
+        let Some(Run { run, way, .. }) = self.queue.get(at.run) else { return Step::Idle };
+        // The second exchange waits until this rank's share is done, which consuming the first one is (D2, C2). What follows
+        // a single copy waits until that is over: it may go on through slots (C1).
+        let waits = match way {
+            Way::Slots => false,
+            _ => at.cut == at.group.cuts || at.cut > 0 && (at.run > 0 || self.consuming.cut == 0),
+        };
+        if waits || ring.is_full() {
             return Step::Idle;
         }
         let moves = moves_of(run);
-        if let Some(place) = place {
-            // D2: the second exchange waits until this rank's share is done, which consuming the first one is.
-            if at.cut > 0 && (at.run > 0 || self.consuming.cut == 0) {
-                return Step::Idle;
-            }
-            if let Some(peer) = ring.in_the_way(segment) {
-                return Step::Blocked(peer);
-            }
-            ring.publish(segment, |head: &mut SlotHead| {
-                head.call = run.call;
-                head.inline[..size_of::<Place>()].copy_from_slice(bytemuck::bytes_of(place));
-            });
-        } else if at.group.writes {
-            if let Some(peer) = ring.in_the_way(segment) {
-                return Step::Blocked(peer);
-            }
-            fill_slot(self.me, run, at, segment, ring);
-        } else {
+        if !at.group.writes {
             ring.skip();
+        } else if let Some(peer) = ring.in_the_way(segment) {
+            return Step::Blocked(peer);
+        } else {
+            match way {
+                Way::Slots => fill_slot(self.me, run, at, segment, ring),
+                Way::Shared(place) => publish_words(run, bytemuck::bytes_of(place), segment, ring),
+                Way::SingleCopy if at.cut == 0 => {
+                    let offer = Offer::of(run, moves, self.me);
+                    publish_words(run, bytemuck::bytes_of(&offer), segment, ring);
+                }
+                Way::SingleCopy => {
+                    publish_words(run, &[u8::from(self.single_copy.has_failed())], segment, ring);
+                }
+            }
         }
         at.cut += 1;
-        if at.cut == at.group.cuts {
+        if at.cut == at.group.cuts && *way != Way::SingleCopy {
             at.cut = 0;
             if at.group.end < moves.len() {
                 at.group = self.cutter.group(moves, at.group.end);
@@ -336,11 +362,10 @@ impl Phases {
         ring: &mut Ring,
         done: &mut Vec<Ctx>,
     ) -> Result<Step> {
-        let Some(Run { run, place, .. }) = self.queue.front() else { return Ok(Step::Idle) };
+        let Some(Run { run, way, .. }) = self.queue.front() else { return Ok(Step::Idle) };
         if ring.consumed() == ring.published() {
             return Ok(Step::Idle);
         }
-        let direct = place.map(|own| Sharing { own, entered: &self.entered, direct: &mut self.direct });
         let mut work = Work {
             me: self.me,
             ranks: &self.ranks,
@@ -349,24 +374,43 @@ impl Phases {
             ring: &mut *ring,
             sources: &mut self.sources,
             peers: &[],
+            single_copy: None,
             budget: self.budget,
             moved: false,
         };
-        let step = match direct {
-            Some(sharing) => work.share(&mut self.consuming, sharing)?,
-            None => work.consume(&mut self.consuming)?,
+        let step = match *way {
+            Way::Slots => work.consume(&mut self.consuming)?,
+            Way::Shared(own) => {
+                let sharing = Sharing { own, entered: &self.entered, direct: &mut self.direct };
+                work.share(&mut self.consuming, sharing)?
+            }
+            Way::SingleCopy => work.copy_once(&mut self.consuming, &mut self.single_copy)?,
         };
         if let Some(step) = step {
             return Ok(step);
         }
+        let again = *way == Way::SingleCopy && self.consuming.cut > 0 && self.single_copy.has_failed();
         ring.consume(segment);
-        self.step_on(done);
+        if again {
+            self.start_again();
+        } else {
+            self.step_on(done);
+        }
         Ok(Step::Moved)
+    }
+
+    /// The first phase from its beginning, through slots (C1).
+    fn start_again(&mut self) {
+        self.single_copy.forget();
+        let Some(Run { run, first, way }) = self.queue.front_mut() else { return };
+        (*first, *way) = (self.cutter.group(moves_of(run), 0), Way::Slots);
+        self.consuming.start(*first, 0);
+        self.publishing = Publishing { run: 0, group: *first, cut: 0 };
     }
 
     /// To the next exchange; the phase may be over.
     fn step_on(&mut self, done: &mut Vec<Ctx>) {
-        let Some(Run { run, .. }) = self.queue.front() else { return };
+        let Some(Run { run, way, .. }) = self.queue.front() else { return };
         let (group, cut) = (self.consuming.group, self.consuming.cut + 1);
         if cut < group.cuts {
             self.consuming.start(group, cut);
@@ -375,11 +419,18 @@ impl Phases {
             self.consuming.start(next, 0);
         } else {
             done.push(run.ctx);
+            let held = *way == Way::SingleCopy;
             self.direct.forget();
+            self.single_copy.forget();
             self.queue.pop_front();
-            self.publishing.run -= 1;
-            if let Some(next) = self.queue.front() {
-                self.consuming.start(next.first, 0);
+            let next = self.queue.front().map_or(Group::default(), |next| next.first);
+            if held {
+                self.publishing = Publishing { run: 0, group: next, cut: 0 };
+            } else {
+                self.publishing.run -= 1;
+            }
+            if !self.queue.is_empty() {
+                self.consuming.start(next, 0);
             }
         }
     }
@@ -444,6 +495,14 @@ fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring
     ring.publish(segment, |head: &mut SlotHead| head.call = run.call);
 }
 
+/// Publishes an exchange that consists of `words`; its slot is free.
+fn publish_words(run: &PhaseRun, words: &[u8], segment: &Segment, ring: &mut Ring) {
+    ring.publish(segment, |head: &mut SlotHead| {
+        head.call = run.call;
+        head.inline[..words.len()].copy_from_slice(words);
+    });
+}
+
 fn slot_of(segment: &Segment, rank: usize, index: usize, inline: bool) -> Region {
     if inline { segment.inline(rank, index) } else { segment.data(rank, index) }
 }
@@ -458,8 +517,19 @@ struct Work<'a> {
     sources: &'a mut Vec<Region>,
     /// Of a call on shared memory: every rank's data, by local rank.
     peers: &'a [Region],
+    /// Of a phase that takes its peers' data out of their private memory.
+    single_copy: Option<&'a mut SingleCopy>,
     budget: usize,
     moved: bool,
+}
+
+/// How far a piece was taken.
+enum Taken {
+    All,
+    /// Until the budget ended.
+    Some,
+    /// It cannot be had: the phase starts again, through slots.
+    Failed,
 }
 
 /// What a call on shared memory works with besides.
@@ -482,7 +552,7 @@ impl<'a> Work<'a> {
         let moves = moves_of(self.run);
         while direct.known() < self.ranks.len() {
             let rank = direct.known();
-            let theirs = if rank == self.me { own } else { self.place_of(rank) };
+            let theirs = if rank == self.me { own } else { self.words_of(rank) };
             if !direct.learn(entered, theirs, own, extent(moves, self.run.shift, rank)) {
                 let at = |place: Place| format!("{} number {}", self.run.call, place.number);
                 return Err(disagree(at(own), self.ranks[rank], at(theirs)));
@@ -498,12 +568,36 @@ impl<'a> Work<'a> {
         self.consume(at)
     }
 
-    /// What `rank` says in its slot's head of where its data lies.
-    fn place_of(&self, rank: usize) -> Place {
+    /// As [`consume`](Self::consume), of a phase that takes its peers' data out of their private memory.
+    fn copy_once(&mut self, at: &mut Consuming, copy: &'a mut SingleCopy) -> Result<Option<Step>> {
+        if let Some(peer) = self.missing(Who::All, at)? {
+            return Ok(Some(Step::Blocked(peer)));
+        }
+        let peers = (0..self.ranks.len()).filter(|&rank| rank != self.me);
+        if at.cut > 0 {
+            let failed = |rank: usize| self.words_of::<u8>(rank) != 0;
+            copy.hear(peers.into_iter().any(failed));
+            return Ok(None);
+        }
+        while copy.known() < self.ranks.len() {
+            let rank = copy.known();
+            let own = rank == self.me;
+            let offer = if own { Offer::of(self.run, moves_of(self.run), rank) } else { self.words_of(rank) };
+            copy.learn(offer, own);
+        }
+        if copy.has_failed() {
+            return Ok(None);
+        }
+        self.single_copy = Some(copy);
+        self.consume(at)
+    }
+
+    /// What `rank` says in its slot's head.
+    fn words_of<T: bytemuck::AnyBitPattern>(&self, rank: usize) -> T {
         let index = self.ring.index(self.ring.consumed());
         self.segment
             .slot(rank, index)
-            .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<Place>()]))
+            .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<T>()]))
     }
 
     /// `None` when the exchange is complete.
@@ -516,8 +610,10 @@ impl<'a> Work<'a> {
                 if let Some(peer) = self.missing(m.from, at)? {
                     return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
                 }
-                if !self.take(m, start, len, at) {
-                    return Ok(Some(Step::Moved));
+                match self.take(m, start, len, at) {
+                    Taken::All => {}
+                    Taken::Some => return Ok(Some(Step::Moved)),
+                    Taken::Failed => return Ok(None),
                 }
             }
             at.step_over(m, len);
@@ -548,15 +644,15 @@ impl<'a> Work<'a> {
         Ok(None)
     }
 
-    /// Copies or combines the rest of a piece; false when the budget ended first.
-    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> bool {
+    /// Copies or combines the rest of a piece, as far as the budget goes.
+    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> Taken {
         let reads = match m.from {
             Who::One(_) => 1,
             Who::All => self.ranks.len(),
         };
         while at.done < len {
             if self.budget == 0 {
-                return false;
+                return Taken::Some;
             }
             let left = len - at.done;
             let n = if left.saturating_mul(reads) <= self.budget {
@@ -566,7 +662,14 @@ impl<'a> Work<'a> {
             };
             let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
             match m.from {
-                Who::One(from) => dst.copy_from(self.source(from as usize, m, start, n, at)),
+                Who::One(from) => match &mut self.single_copy {
+                    Some(copy) if from as usize != self.me => {
+                        if !copy.read(from as usize, m.src, self.run.shift, at.done, dst) {
+                            return Taken::Failed;
+                        }
+                    }
+                    _ => dst.copy_from(self.source(from as usize, m, start, n, at)),
+                },
                 Who::All => {
                     self.sources.clear();
                     for rank in 0..self.ranks.len() {
@@ -580,7 +683,7 @@ impl<'a> Work<'a> {
             self.budget = self.budget.saturating_sub(n * reads);
             self.moved = true;
         }
-        true
+        Taken::All
     }
 
     /// The next `n` bytes of `rank`'s piece: in its slot, or where they are if this rank sees them there.

@@ -73,6 +73,7 @@ fn open(candidates: &[Geometry]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmErro
         local_rank,
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
+        single_copy: true,
         deadline: Instant::now() + HANDOVER,
     };
     let mut ends = (Vec::new(), Vec::new());

@@ -180,6 +180,7 @@ impl Party<'_> {
             local_rank: self.shape.local_of(rank),
             ranks: node.to_vec(),
             node: self.hellos[rank].node_name.clone(),
+            single_copy: self.options.settings.text("SMDDP_SHM_SINGLE_COPY") == "auto",
             deadline: self.deadline,
         };
         let local = match listener {

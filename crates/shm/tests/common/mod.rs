@@ -27,6 +27,7 @@ pub fn membership(group: u64, local_rank: usize, size: usize) -> Membership {
         // Group ranks differ from local ranks, so that a test sees which one an error names.
         ranks: (0..size as u32).map(|r| 10 + r).collect(),
         node: "here".to_owned(),
+        single_copy: true,
         deadline: Instant::now() + PATIENCE,
     }
 }
@@ -37,20 +38,28 @@ pub fn on_ranks<T: Send>(
     geometry: Geometry,
     body: impl Fn(usize, ShmNode) -> T + Sync,
 ) -> Vec<T> {
+    on_members(size, geometry, membership, body)
+}
+
+/// As [`on_ranks`], of ranks that join as `member` of group, local rank and size says.
+pub fn on_members<T: Send>(
+    size: usize,
+    geometry: Geometry,
+    member: impl Fn(u64, usize, usize) -> Membership + Sync,
+    body: impl Fn(usize, ShmNode) -> T + Sync,
+) -> Vec<T> {
     static GROUP: AtomicU64 = AtomicU64::new(1);
     let group = GROUP.fetch_add(1, Ordering::Relaxed);
     let listener = Listener::bind().unwrap();
     let name = listener.name().to_owned();
     std::thread::scope(|scope| {
-        let (body, name) = (&body, &name);
+        let (body, name, member) = (&body, &name, &member);
         let others: Vec<_> = (1..size)
             .map(|rank| {
-                scope.spawn(move || {
-                    body(rank, ShmNode::connect(name, &membership(group, rank, size)).unwrap())
-                })
+                scope.spawn(move || body(rank, ShmNode::connect(name, &member(group, rank, size)).unwrap()))
             })
             .collect();
-        let first = listener.serve(&membership(group, 0, size), geometry).unwrap();
+        let first = listener.serve(&member(group, 0, size), geometry).unwrap();
         let mut results = vec![body(0, first)];
         results.extend(others.into_iter().map(|thread| thread.join().unwrap()));
         results

@@ -1,0 +1,174 @@
+//! Large blocks straight from a peer's private memory into this rank's: the kernel copies them (`process_vm_readv`), so that
+//! they cross no slot.
+//!
+//! Two exchanges (`ring`) make a phase. In the first the ranks tell one another where their data lies; then each takes what
+//! it needs from its peers. The second says whether all went well; where it did not for any rank, all run the phase again
+//! through slots.
+//!
+//! Invariants
+//! - **C1** Every rank decides alike, from the call and its moves ([`takes`]), whether a phase begins so; and from the second
+//!   exchange's heads, which all see, whether it goes on through slots.
+//! - **C2** Nobody reads a peer's data before that peer has published the first exchange, and a rank's phase is over when all
+//!   have published the second: as D1 and D2 of `direct`.
+//! - **C3** A rank whose data would be written over while others may still read it, or be read when the phase runs again,
+//!   offers none and takes none.
+
+use smddp_core::plan::{Buf, Move, Span, Who};
+use smddp_core::transport::{Buffers, PhaseRun};
+use smddp_core::{Collective, Region};
+
+use crate::cut::{includes, travels};
+
+/// Exchanges of a phase that goes well.
+pub(crate) const EXCHANGES: usize = 2;
+
+/// The smallest block that is faster so than through slots, on data that its rank has just written
+/// (docs/performance-log.md): a system call, and pages to be looked up, come before the first byte.
+const LEAST: usize = 512 << 10;
+
+/// What a rank says in the first exchange: where its buffers lie. All zero: it offers nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct Offer {
+    input: u64,
+    output: u64,
+    scratch: u64,
+}
+
+impl Offer {
+    /// C3.
+    pub(crate) fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
+        let at = |span: Span| run.buffers.at(span, run.shift);
+        let written = || moves.iter().filter(|m| includes(m.to, me)).map(|m| at(m.dst));
+        let lasting = |m: &Move| {
+            let source = at(m.src);
+            written()
+                .all(|target| target.as_ptr() == source.as_ptr() && is_own(m, me) || !target.overlaps(source))
+        };
+        if moves.iter().filter(|m| travels(m, me)).all(lasting) {
+            let Buffers { input, output, scratch } = run.buffers;
+            let [input, output, scratch] = [input, output, scratch].map(|region| region.as_ptr() as u64);
+            Offer { input, output, scratch }
+        } else {
+            Offer::default()
+        }
+    }
+
+    /// Where `span` lies in its rank's memory, in the round that starts at `shift`.
+    fn at(self, span: Span, shift: usize) -> Option<u64> {
+        let (base, shift) = match span.buf {
+            Buf::Input => (self.input, shift),
+            Buf::Output => (self.output, shift),
+            Buf::Scratch => (self.scratch, 0),
+        };
+        if base == 0 { None } else { base.checked_add((span.off + shift) as u64) }
+    }
+}
+
+/// Whether `m` copies a rank's own bytes.
+fn is_own(m: &Move, me: usize) -> bool {
+    m.from == Who::One(me as u32) && includes(m.to, me)
+}
+
+/// Whether a phase begins so (C1): the group is on this node alone, every rank of it takes from all others while they take
+/// from it, and there are large blocks.
+pub(crate) fn takes(run: &PhaseRun, moves: &[Move], size: usize) -> bool {
+    let collective = run.call.unpack().map(|call| call.collective);
+    matches!(collective, Some(Collective::AllGather | Collective::AllToAll))
+        && size > 1
+        && run.arith.world as usize == size
+        && moves.iter().all(|m| matches!(m.from, Who::One(_)))
+        && moves.iter().any(|m| m.src.len >= LEAST)
+}
+
+/// This rank's way to its peers' private memory.
+pub(crate) struct SingleCopy {
+    /// The peers' processes, by local rank; `None` where this rank knows no name for one.
+    pids: Vec<Option<i32>>,
+    /// It is not wanted here, or did not work once: it is not tried again.
+    refused: bool,
+    /// What the peers of the phase at hand offer, by local rank.
+    offers: Vec<Offer>,
+    /// Something of the phase at hand could not be taken.
+    failed: bool,
+    /// Bytes taken so far.
+    bytes: u64,
+}
+
+impl SingleCopy {
+    pub(crate) fn new(pids: Vec<Option<i32>>, wanted: bool) -> SingleCopy {
+        SingleCopy { offers: Vec::with_capacity(pids.len()), pids, refused: !wanted, failed: false, bytes: 0 }
+    }
+
+    /// The phase at hand is over.
+    pub(crate) fn forget(&mut self) {
+        self.offers.clear();
+        self.failed = false;
+    }
+
+    /// Ranks whose offers are known.
+    pub(crate) fn known(&self) -> usize {
+        self.offers.len()
+    }
+
+    /// Takes note of what the next rank offers; `own`, where that is this rank.
+    pub(crate) fn learn(&mut self, offer: Offer, own: bool) {
+        self.failed |= self.refused || own && offer == Offer::default();
+        self.offers.push(offer);
+    }
+
+    /// Whether a peer `failed`.
+    pub(crate) fn hear(&mut self, failed: bool) {
+        self.failed |= failed;
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// The bytes `done..` of what `rank` has at `span`, as many as fit into `target`. Whether they came; if not, the phase
+    /// at hand has failed here.
+    pub(crate) fn read(
+        &mut self,
+        rank: usize,
+        span: Span,
+        shift: usize,
+        done: usize,
+        target: Region,
+    ) -> bool {
+        let from = self.offers.get(rank).and_then(|offer| offer.at(span, shift));
+        let came = match (from, self.pids.get(rank).copied().flatten()) {
+            (Some(from), Some(pid)) => match read_process(pid, from + done as u64, target) {
+                Ok(came) => came == target.len(),
+                Err(error) => {
+                    tracing::debug!(pid, %error, "peers' memory cannot be read: their data comes through slots");
+                    self.refused = true;
+                    false
+                }
+            },
+            // The peer offers nothing this time.
+            (None, Some(_)) => false,
+            (_, None) => {
+                self.refused = true;
+                false
+            }
+        };
+        self.failed |= !came;
+        self.bytes += if came { target.len() as u64 } else { 0 };
+        came
+    }
+
+    /// Bytes taken so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// How many bytes came of those at `from` in process `pid`.
+fn read_process(pid: i32, from: u64, target: Region) -> std::io::Result<usize> {
+    let local = libc::iovec { iov_base: target.as_ptr().cast(), iov_len: target.len() };
+    let remote = libc::iovec { iov_base: from as *mut libc::c_void, iov_len: target.len() };
+    // SAFETY: `target` is valid and this call's alone (R1, T1); the kernel checks the other process's range itself.
+    let came = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    usize::try_from(came).map_err(|_| std::io::Error::last_os_error())
+}

@@ -1,0 +1,175 @@
+//! Large blocks straight from peers' private memory: ranks as threads, or polled by hand in one thread.
+#![cfg(not(loom))]
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{
+    Memory, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
+};
+use proptest::prelude::*;
+use smddp_core::call::{Call, Collective, PackedCall};
+use smddp_core::dtype::{DType, ReduceOp};
+use smddp_core::plan::{Move, Plan, Span, Who};
+use smddp_core::transport::{Buffers, Ctx, NodeLocal};
+use smddp_core::{Region, transport::PhaseRun};
+use smddp_shm::{Membership, ShmNode};
+
+/// Above the least block, and no round number.
+const BLOCK: usize = (512 << 10) + 8 * 123;
+const WORD: Span = Span::output(0, 8);
+
+fn moves(collective: Collective, size: usize) -> Vec<Move> {
+    let ranks = 0..size as u32;
+    let at = |block: u32| block as usize * BLOCK;
+    let gathers =
+        |from: u32| span_move(Who::One(from), Who::All, Span::input(0, BLOCK), Span::output(at(from), BLOCK));
+    let sends = |from: u32, to: u32| {
+        span_move(Who::One(from), Who::One(to), Span::input(at(to), BLOCK), Span::output(at(from), BLOCK))
+    };
+    match collective {
+        Collective::AllGather => ranks.map(gathers).collect(),
+        _ => ranks.clone().flat_map(|from| ranks.clone().map(move |to| sends(from, to))).collect(),
+    }
+}
+
+fn marked(collective: Collective) -> PackedCall {
+    Call::new(collective, DType::U8, BLOCK as u64).pack()
+}
+
+fn phase(plan: &Arc<Plan>, buffers: Buffers, collective: Collective, size: usize) -> PhaseRun {
+    run(plan, buffers, arith(DType::U8, ReduceOp::Sum, size), marked(collective), 1)
+}
+
+/// Block `block` of what `rank` has.
+fn content(rank: usize, block: usize) -> Vec<u8> {
+    (0..BLOCK).map(|i| ((i * 31 + rank * 101 + block * 7) % 251) as u8).collect()
+}
+
+/// What `rank` ends with.
+fn wanted(collective: Collective, rank: usize, size: usize) -> Vec<u8> {
+    let block = if collective == Collective::AllGather { 0 } else { rank };
+    (0..size).flat_map(|from| content(from, block)).collect()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rank {
+    /// Output and input are one.
+    in_place: bool,
+    wants: bool,
+}
+
+/// One call between two small phases, all submitted at once; what each rank ends with and took.
+fn execute(collective: Collective, ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
+    let size = ranks.len();
+    let all = one_phase(moves(collective, size));
+    let word = one_phase(vec![span_move(Who::One(0), Who::All, WORD, Span { off: 8, ..WORD })]);
+    let member = |group, rank: usize, size| Membership {
+        single_copy: ranks[rank].wants,
+        ..membership(group, rank, size)
+    };
+    on_members(size, SMALL, member, |rank, mut node| {
+        let blocks = if collective == Collective::AllGather { 1 } else { size };
+        let input: Vec<u8> = (0..blocks).flat_map(|block| content(rank, block)).collect();
+        let mut memory = Memory { input, output: vec![0; size * BLOCK], scratch: vec![0; 16] };
+        let mut buffers = memory.buffers();
+        if ranks[rank].in_place {
+            // The blocks lie where the call wants them; it is given one memory for both.
+            let own = if collective == Collective::AllGather { rank * BLOCK } else { 0 };
+            let there = buffers.output.slice(own, buffers.input.len());
+            there.copy_from(buffers.input);
+            buffers.input = there;
+        }
+        let mut words = Memory { input: vec![], output: vec![rank as u8 + 1; 16], scratch: vec![] };
+        let small = |words: &mut Memory, ctx| {
+            run(&word, words.buffers(), arith(DType::U8, ReduceOp::Sum, size), call(2), ctx)
+        };
+        node.submit(small(&mut words, 0)).unwrap();
+        node.submit(phase(&all, buffers, collective, size)).unwrap();
+        node.submit(small(&mut words, 2)).unwrap();
+        let done = drive(&mut node, 3, 50).unwrap();
+        assert_eq!(words.output[8..], [1; 8], "rank 0's word");
+        (memory.output.clone(), node.copied_once(), done)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// Whoever cannot or must not, all end with the right bytes; and where all can, none goes through a slot.
+    #[test]
+    fn every_rank_ends_with_its_blocks(
+        ranks in prop::collection::vec((any::<bool>(), prop::bool::weighted(0.8)), 2..5),
+        collective in prop::sample::select(vec![Collective::AllGather, Collective::AllToAll]),
+    ) {
+        let ranks: Vec<Rank> = ranks.into_iter().map(|(in_place, wants)| Rank { in_place, wants }).collect();
+        let size = ranks.len();
+        // In place, a rank of all_to_all writes over what its peers read.
+        let possible = ranks.iter().all(|r| r.wants && !(r.in_place && collective == Collective::AllToAll));
+        for (rank, (output, taken, done)) in execute(collective, &ranks).into_iter().enumerate() {
+            prop_assert!(output == wanted(collective, rank, size), "rank {} of {}", rank, collective);
+            prop_assert_eq!(done, vec![Ctx(0), Ctx(1), Ctx(2)]);
+            if possible {
+                prop_assert_eq!(taken, ((size - 1) * BLOCK) as u64);
+            } else if !ranks[rank].wants {
+                prop_assert_eq!(taken, 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_block_below_the_least_goes_through_slots() {
+    let len = (512 << 10) - 8;
+    let gathers = |from: u32| {
+        span_move(Who::One(from), Who::All, Span::input(0, len), Span::output(from as usize * len, len))
+    };
+    let plan = one_phase((0..2).map(gathers).collect());
+    let taken = on_ranks(2, SMALL, |rank, mut node| {
+        let mut memory = Memory { input: vec![rank as u8; len], output: vec![9; 2 * len], scratch: vec![] };
+        node.submit(phase(&plan, memory.buffers(), Collective::AllGather, 2)).unwrap();
+        drive(&mut node, 1, 50).unwrap();
+        assert!(memory.output[..len] == vec![0; len] && memory.output[len..] == vec![1; len]);
+        node.copied_once()
+    });
+    assert_eq!(taken, [0, 0]);
+}
+
+/// Polls until nothing more happens; the marks that came.
+fn exhaust(node: &mut ShmNode) -> Vec<Ctx> {
+    let mut done = Vec::new();
+    while node.poll(&mut done).unwrap() {}
+    done
+}
+
+/// C2: nobody reads a peer that has not come, and nobody is done while another may still read from it.
+#[test]
+fn a_rank_is_held_until_its_peers_have_read() {
+    let plan = one_phase(moves(Collective::AllGather, 2));
+    let mut nodes = on_ranks(2, SMALL, |_, node| node);
+    let mut memories: Vec<Memory> = (0..2)
+        .map(|rank| Memory { input: content(rank, 0), output: vec![0; 2 * BLOCK], scratch: vec![] })
+        .collect();
+    let buffers: Vec<Buffers> = memories.iter_mut().map(Memory::buffers).collect();
+    let after = |region: Region, at: usize| {
+        let mut byte = [0u8];
+        // SAFETY: `byte` outlives the call.
+        unsafe { Region::of(&mut byte) }.copy_from(region.slice(at, 1));
+        byte[0]
+    };
+    let (zero, one) = (content(0, 0)[1], content(1, 0)[1]);
+    nodes[0].submit(phase(&plan, buffers[0], Collective::AllGather, 2)).unwrap();
+    assert_eq!(exhaust(&mut nodes[0]), []);
+    assert_eq!((nodes[0].copied_once(), nodes[0].waiting_for()), (0, vec![1]));
+    nodes[1].submit(phase(&plan, buffers[1], Collective::AllGather, 2)).unwrap();
+    let mut done = Vec::new();
+    assert!(nodes[1].poll(&mut done).unwrap(), "it says where its data lies");
+    assert_eq!(exhaust(&mut nodes[0]), [], "rank 1 has not read all of rank 0");
+    assert_eq!(nodes[0].copied_once(), BLOCK as u64);
+    assert_eq!((after(buffers[0].output, 1), after(buffers[0].output, BLOCK + 1)), (zero, one));
+    done.extend(exhaust(&mut nodes[1]));
+    assert_eq!(done, [Ctx(1)]);
+    assert_eq!(exhaust(&mut nodes[0]), [Ctx(1)]);
+    assert_eq!((after(buffers[1].output, 1), after(buffers[1].output, BLOCK + 1)), (zero, one));
+}
