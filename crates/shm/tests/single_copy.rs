@@ -136,40 +136,74 @@ fn a_block_below_the_least_goes_through_slots() {
     assert_eq!(taken, [0, 0]);
 }
 
-/// Polls until nothing more happens; the marks that came.
-fn exhaust(node: &mut ShmNode) -> Vec<Ctx> {
-    let mut done = Vec::new();
-    while node.poll(&mut done).unwrap() {}
-    done
+/// Two ranks polled by hand, of one all_gather.
+struct Pair {
+    nodes: Vec<ShmNode>,
+    buffers: Vec<Buffers>,
+    plan: Arc<Plan>,
+    _memories: Vec<Memory>,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let nodes = on_ranks(2, SMALL, |_, node| node);
+        let memory = |rank| Memory { input: content(rank, 0), output: vec![0; 2 * BLOCK], scratch: vec![] };
+        let mut memories: Vec<Memory> = (0..2).map(memory).collect();
+        let buffers = memories.iter_mut().map(Memory::buffers).collect();
+        Pair { nodes, buffers, plan: one_phase(moves(Collective::AllGather, 2)), _memories: memories }
+    }
+
+    fn submit(&mut self, rank: usize) {
+        let run = phase(&self.plan, self.buffers[rank], Collective::AllGather, 2);
+        self.nodes[rank].submit(run).unwrap();
+    }
+
+    /// Polls `rank` until nothing more happens; the marks that came.
+    fn exhaust(&mut self, rank: usize) -> Vec<Ctx> {
+        let mut done = Vec::new();
+        while self.nodes[rank].poll(&mut done).unwrap() {}
+        done
+    }
+
+    /// The second byte of each block that `rank` has.
+    fn seen(&self, rank: usize) -> [u8; 2] {
+        [1, BLOCK + 1].map(|at| {
+            let mut byte = [0u8];
+            // SAFETY: `byte` outlives the call.
+            unsafe { Region::of(&mut byte) }.copy_from(self.buffers[rank].output.slice(at, 1));
+            byte[0]
+        })
+    }
 }
 
 /// C2: nobody reads a peer that has not come, and nobody is done while another may still read from it.
 #[test]
 fn a_rank_is_held_until_its_peers_have_read() {
-    let plan = one_phase(moves(Collective::AllGather, 2));
-    let mut nodes = on_ranks(2, SMALL, |_, node| node);
-    let mut memories: Vec<Memory> = (0..2)
-        .map(|rank| Memory { input: content(rank, 0), output: vec![0; 2 * BLOCK], scratch: vec![] })
-        .collect();
-    let buffers: Vec<Buffers> = memories.iter_mut().map(Memory::buffers).collect();
-    let after = |region: Region, at: usize| {
-        let mut byte = [0u8];
-        // SAFETY: `byte` outlives the call.
-        unsafe { Region::of(&mut byte) }.copy_from(region.slice(at, 1));
-        byte[0]
-    };
-    let (zero, one) = (content(0, 0)[1], content(1, 0)[1]);
-    nodes[0].submit(phase(&plan, buffers[0], Collective::AllGather, 2)).unwrap();
-    assert_eq!(exhaust(&mut nodes[0]), []);
-    assert_eq!((nodes[0].copied_once(), nodes[0].waiting_for()), (0, vec![1]));
-    nodes[1].submit(phase(&plan, buffers[1], Collective::AllGather, 2)).unwrap();
+    let (mut pair, all) = (Pair::new(), [content(0, 0)[1], content(1, 0)[1]]);
+    pair.submit(0);
+    assert_eq!(pair.exhaust(0), []);
+    assert_eq!((pair.nodes[0].copied_once(), pair.nodes[0].waiting_for()), (0, vec![1]));
+    pair.submit(1);
     let mut done = Vec::new();
-    assert!(nodes[1].poll(&mut done).unwrap(), "it says where its data lies");
-    assert_eq!(exhaust(&mut nodes[0]), [], "rank 1 has not read all of rank 0");
-    assert_eq!(nodes[0].copied_once(), BLOCK as u64);
-    assert_eq!((after(buffers[0].output, 1), after(buffers[0].output, BLOCK + 1)), (zero, one));
-    done.extend(exhaust(&mut nodes[1]));
+    assert!(pair.nodes[1].poll(&mut done).unwrap(), "it says where its data lies");
+    assert_eq!(pair.exhaust(0), [], "rank 1 has not read all of rank 0");
+    assert_eq!((pair.nodes[0].copied_once(), pair.seen(0)), (BLOCK as u64, all));
+    done.extend(pair.exhaust(1));
     assert_eq!(done, [Ctx(1)]);
-    assert_eq!(exhaust(&mut nodes[0]), [Ctx(1)]);
-    assert_eq!((after(buffers[1].output, 1), after(buffers[1].output, BLOCK + 1)), (zero, one));
+    assert_eq!(pair.exhaust(0), [Ctx(1)]);
+    assert_eq!(pair.seen(1), all);
+}
+
+/// C2, of a rank that waits for the others to come: it says that it has read no earlier.
+#[test]
+fn a_rank_that_came_first_is_waited_for_too() {
+    let (mut pair, all) = (Pair::new(), [content(0, 0)[1], content(1, 0)[1]]);
+    pair.submit(0);
+    assert_eq!(pair.exhaust(0), []);
+    pair.submit(1);
+    assert_eq!(pair.exhaust(1), [], "rank 0 has not read anything");
+    assert_eq!(pair.seen(1), all);
+    assert_eq!(pair.exhaust(0), [Ctx(1)]);
+    assert_eq!(pair.exhaust(1), [Ctx(1)]);
+    assert_eq!(pair.seen(0), all);
 }
