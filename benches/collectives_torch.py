@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="gloo")
     parser.add_argument("--label", help="name of the rows; default: the backend's")
     parser.add_argument("--np", type=int, default=2, help="ranks to start")
-    parser.add_argument("--ops", default="allreduce", help="allreduce,allgather,reduce_scatter,broadcast")
+    parser.add_argument("--ops", default="allreduce", help="allreduce,allgather,reduce_scatter,alltoall,broadcast")
     parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--min", type=int, default=4, help="bytes")
     parser.add_argument("--max", type=int, default=256 << 20, help="bytes")
@@ -116,8 +116,13 @@ class Case:
             self.buffers = [mine.to(dtype), torch.full((count // world,), -1, dtype=dtype)]
             self.wanted, self.result = total[block].to(dtype), self.buffers[1]
             self.call = lambda x, y: dist.reduce_scatter_tensor(y, x)
+        elif op == "alltoall":
+            self.buffers = [mine.to(dtype), torch.full((count,), -1, dtype=dtype)]
+            self.wanted = torch.cat([place[block] + (source + 1) for source in range(world)]).to(dtype)
+            self.result = self.buffers[1]
+            self.call = lambda x, y: dist.all_to_all_single(y, x)
         else:
-            raise SystemExit(f"--ops {op}: expected allreduce, allgather, reduce_scatter or broadcast")
+            raise SystemExit(f"--ops {op}: expected allreduce, allgather, reduce_scatter, alltoall or broadcast")
 
     def move_to(self, memory: Any) -> None:
         """To other memory, of a call in place."""
@@ -170,7 +175,7 @@ def main() -> int:
     store = dist.PrefixStore("bench", dist.distributed_c10d._get_default_store())
     meeting = Meeting(store, rank, world, across_nodes=int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world)
     share = (world - 1) / world
-    factors = {"allreduce": 2 * share, "allgather": share, "reduce_scatter": share, "broadcast": 1.0}
+    factors = {"allreduce": 2 * share, "allgather": share, "reduce_scatter": share, "alltoall": share, "broadcast": 1.0}
     path = Path(options.csv)
     with path.open("a", newline="") if rank == 0 else open(os.devnull, "w") as file:
         writer = csv.writer(file)
@@ -182,7 +187,7 @@ def main() -> int:
                 size = options.min
                 while size <= options.max:
                     count = size // dtype.itemsize
-                    blocks = op in ("allgather", "reduce_scatter")
+                    blocks = op in ("allgather", "reduce_scatter", "alltoall")
                     if count and not (blocks and count % world):
                         case = Case(torch, dist, op, dtype, count, rank, world)
                         if options.shared:

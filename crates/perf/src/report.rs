@@ -128,8 +128,8 @@ fn csv_name(collective: Collective) -> &'static str {
     match collective {
         Collective::AllReduce => "allreduce",
         Collective::AllGather => "allgather",
+        Collective::AllToAll => "alltoall",
         Collective::ReduceScatter
-        | Collective::AllToAll
         | Collective::Broadcast
         | Collective::Reduce
         | Collective::Gather
