@@ -139,6 +139,12 @@ pub const TABLE: &[Row] = &[
         "how tensors in CUDA memory go: by NCCL inside a node and staged between nodes; by NCCL alone, also between nodes and for one rank; all staged through the host, which lets ranks share a device",
     ),
     row(
+        "SMDDP_CUDA_ALGORITHM",
+        Kind::Text,
+        "",
+        "overrides the way of CUDA tensors where several nodes have several ranks each: collective[:from-to]=way, comma-separated, ways hierarchical, staged, nccl (NCCL over all ranks, by its own network); the same on all ranks",
+    ),
+    row(
         "SMDDP_NCCL",
         Kind::Text,
         "",

@@ -13,10 +13,11 @@ use smddp_core::{Collective, DType, Error, ReduceOp, Region, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, wait};
-use crate::hierarchical::{self, Hierarchy};
+use crate::hierarchical::Hierarchy;
 use crate::meeting;
 use crate::nccl::{self, NcclComm};
 use crate::past::{Events, Past};
+use crate::select::{Selection, Way};
 use crate::stager::{Scratch, Stager};
 use crate::watch::Watched;
 
@@ -128,7 +129,10 @@ pub struct DeviceGroup<T: Transports> {
     device: Arc<Device>,
     path: Path,
     settings: Settings,
+    selection: Selection,
     nccl: Option<Watched<T>>,
+    /// NCCL over all ranks, of a hierarchical group some of whose calls go so.
+    flat: Option<Watched<T>>,
     /// The process that made it; one forked from it has no device.
     process: u32,
     events: Arc<Events>,
@@ -140,6 +144,7 @@ impl<T: Transports> DeviceGroup<T> {
     /// Every member calls it at the same point.
     pub fn new(options: DeviceOptions<T>) -> Result<DeviceGroup<T>> {
         let DeviceOptions { host, rail, device, settings, library_dirs } = options;
+        let selection = agreed(&host, Selection::new(&settings), "reading its settings")?;
         let opened = Device::open(device).and_then(|d| Ok((d.bus_id()?, d)));
         let (bus_id, device) = agreed(&host, opened, "opening its CUDA device")?;
         let path = choose(&host, rail.is_some(), settings.text("SMDDP_CUDA"));
@@ -147,13 +152,18 @@ impl<T: Transports> DeviceGroup<T> {
             refuse_shared_device(&host, &bus_id)?;
         }
         let parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
+        let has_flat = path == Path::Hierarchical && selection.has_flat();
+        let has_flat = on_all(&host, has_flat, "SMDDP_CUDA_ALGORITHM with the way nccl")?;
+        let watched = |members| {
+            let met = meet(&host, &device, &settings, &library_dirs, members)?;
+            Watched::new(&host, rail.as_ref(), met, &device)
+        };
         let nccl = match path {
-            Path::Nccl | Path::Hierarchical => {
-                let met = meet(&host, &device, &settings, &library_dirs, path)?;
-                Some(Watched::new(&host, rail.as_ref(), met, &device)?)
-            }
+            Path::Nccl => Some(watched(Members::All)?),
+            Path::Hierarchical => Some(watched(Members::OfNode)?),
             Path::Staged | Path::Alone => None,
         };
+        let flat = if has_flat { Some(watched(Members::All)?) } else { None };
         let events = Events::new(&device);
         let group = DeviceGroup {
             host,
@@ -161,7 +171,9 @@ impl<T: Transports> DeviceGroup<T> {
             device,
             path,
             settings,
+            selection,
             nccl,
+            flat,
             process: std::process::id(),
             events,
             parts: Mutex::new(parts),
@@ -197,6 +209,10 @@ impl<T: Transports> DeviceGroup<T> {
         };
         let limit =
             (self.path == Path::Hierarchical).then(|| format!("at most {MULTIPROCESSORS} multiprocessors"));
+        let limit = match &self.flat {
+            Some(_) => limit.map(|limit| format!("{limit}, some calls over all ranks")),
+            None => limit,
+        };
         let more: Vec<String> = nccl.into_iter().chain(limit).chain(staged).collect();
         format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
     }
@@ -277,15 +293,15 @@ impl<T: Transports> DeviceGroup<T> {
     ) -> Result<Started<T>> {
         let started = enqueued.and_then(|handle| {
             let past = self.events.mark(stream)?;
-            if let Some(nccl) = &self.nccl {
+            for nccl in self.communicators() {
                 nccl.register(collective, timeout, stream, &past)?;
             }
             Ok(Started { collective, handle, past })
         });
         if let Err(error @ Error::Transport { .. }) = &started {
-            match &self.nccl {
-                Some(nccl) => nccl.fail(error),
-                None => self.host.abort(&error.to_string()),
+            self.communicators().for_each(|nccl| nccl.fail(error));
+            if self.nccl.is_none() {
+                self.host.abort(&error.to_string());
             }
         }
         started
@@ -313,7 +329,7 @@ impl<T: Transports> DeviceGroup<T> {
 
     /// Why the group failed, if it did.
     pub fn failure(&self) -> Option<Error> {
-        let watched = self.nccl.as_ref().and_then(Watched::failure);
+        let watched = self.communicators().find_map(Watched::failure);
         watched.or_else(|| self.host.failure()).or_else(|| self.rail.as_ref()?.failure())
     }
 
@@ -344,11 +360,7 @@ impl<T: Transports> DeviceGroup<T> {
                 parts.stager = None;
             }
         };
-        let end_nccl = || {
-            if let Some(nccl) = &self.nccl {
-                nccl.end(failed);
-            }
-        };
+        let end_nccl = || self.communicators().for_each(|nccl| nccl.end(failed));
         // The stager's copies lie behind NCCL's kernels, which wait for their peers until NCCL is aborted; NCCL in order
         // waits for what the stager has enqueued.
         if failed {
@@ -358,6 +370,10 @@ impl<T: Transports> DeviceGroup<T> {
             end_stager();
             end_nccl();
         }
+    }
+
+    fn communicators(&self) -> impl Iterator<Item = &Watched<T>> {
+        self.nccl.iter().chain(&self.flat)
     }
 
     fn nccl(&self) -> Result<&NcclComm> {
@@ -411,8 +427,10 @@ impl<T: Transports> DeviceGroup<T> {
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {
         let (Some(rail), Some(stager)) = (&self.rail, &mut parts.stager) else { return Err(missing()) };
-        if !hierarchical::carries(call) {
-            return stager.enqueue(&self.host, call, stream);
+        match (self.selection.way(call, self.host.size()), &self.flat) {
+            (Way::Hierarchical, _) => {}
+            (Way::Flat, Some(flat)) => return flat.nccl().enqueue(call, stream).map(|()| None),
+            _ => return stager.enqueue(&self.host, call, stream),
         }
         let (shape, rank) = (self.host.shape(), self.host.rank());
         let is_source = match call.collective {
@@ -466,6 +484,22 @@ fn agreed<T: Transports, R>(host: &Communicator<T>, mine: Result<R>, what: &str)
     }
 }
 
+/// Whether all ranks have `mine`; an error where some do and some do not.
+fn on_all<T: Transports>(host: &Communicator<T>, mine: bool, what: &str) -> Result<bool> {
+    let mut all = vec![0u8; host.size()];
+    host.all_gather(&[u8::from(mine)], &mut all)?;
+    match all.iter().position(|&other| (other != 0) != mine) {
+        None => Ok(mine),
+        Some(rank) => Err(Error::Argument {
+            op: format!("rank {} of group '{}', using CUDA", host.rank(), host.name()),
+            argument: "settings",
+            expected: format!("{what} on all ranks or on none"),
+            given: format!("{mine} here, {} on rank {rank}", !mine),
+            hint: "Give all ranks the same settings".to_owned(),
+        }),
+    }
+}
+
 /// NCCL takes one rank a device.
 fn refuse_shared_device<T: Transports>(host: &Communicator<T>, bus_id: &str) -> Result<()> {
     const ROOM: usize = 32;
@@ -499,20 +533,30 @@ fn refuse_shared_device<T: Transports>(host: &Communicator<T>, bus_id: &str) -> 
     Ok(())
 }
 
-/// The communicator of this node's ranks, or of all where NCCL does everything.
+/// Who is in a communicator of NCCL.
+#[derive(Clone, Copy, PartialEq)]
+enum Members {
+    /// This node's ranks, beside exchanges between nodes.
+    OfNode,
+    All,
+}
+
+/// Every member of the group calls it at the same point.
 fn meet<T: Transports>(
     host: &Communicator<T>,
     device: &Arc<Device>,
     settings: &Settings,
     dirs: &[PathBuf],
-    path: Path,
+    who: Members,
 ) -> Result<NcclComm> {
     let me = host.rank();
-    let members: Vec<usize> = match path {
-        Path::Nccl => (0..host.size()).collect(),
-        _ => host.shape().ranks_on(host.shape().node_of(me)).iter().map(|&rank| rank as usize).collect(),
+    let members: Vec<usize> = match who {
+        Members::All => (0..host.size()).collect(),
+        Members::OfNode => {
+            host.shape().ranks_on(host.shape().node_of(me)).iter().map(|&rank| rank as usize).collect()
+        }
     };
-    let max_ctas = (path == Path::Hierarchical).then_some(MULTIPROCESSORS);
+    let max_ctas = (who == Members::OfNode).then_some(MULTIPROCESSORS);
     let loaded = nccl::library(settings.text("SMDDP_NCCL"), dirs).and_then(|library| {
         let id = if members[0] == me { nccl::unique_id(&library)?.0 } else { [0; 128] };
         Ok((library, id))

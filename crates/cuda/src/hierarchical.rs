@@ -32,18 +32,23 @@ use crate::group::{DeviceCall, Memory};
 use crate::nccl::NcclComm;
 use crate::stager::Stager;
 
-/// Whether a call goes this way: others are staged whole.
+/// Whether a call can go this way.
 pub(crate) fn carries(call: &DeviceCall) -> bool {
     let is_even = call.counts.is_none() && call.splits.is_none();
-    let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
-    let by_nccl = !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
-        && call.dtype != DType::I16
-        && !averages_integers;
     match call.collective {
-        Collective::AllReduce | Collective::ReduceScatter => is_even && by_nccl,
+        Collective::AllReduce | Collective::ReduceScatter => is_even && by_nccl(call),
         Collective::AllGather | Collective::Broadcast => is_even,
         _ => false,
     }
+}
+
+/// Whether NCCL has the reduction of a call, if there is any.
+pub(crate) fn by_nccl(call: &DeviceCall) -> bool {
+    let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
+    !call.collective.reduces()
+        || !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
+            && call.dtype != DType::I16
+            && !averages_integers
 }
 
 /// A chunk's way.
@@ -82,7 +87,7 @@ impl<T: Transports> Hierarchy<'_, T> {
     /// What does not divide by the node's ranks is reduced on all of them and exchanged on every rail, with equal results.
     fn all_reduce(&mut self, call: &DeviceCall) -> Result<Option<Handle<T>>> {
         let (me, local) = (self.me(), self.local());
-        let width = self.stager.columns(call, 1)?;
+        let width = self.stager.columns(call, 1, call.count / local)?;
         let last = self.pipeline(call.count / local, width, |first, count, _| {
             let whole = call.output.part(call, first * local, count * local);
             let mine = call.output.part(call, first * local + me * count, count);
@@ -103,7 +108,7 @@ impl<T: Transports> Hierarchy<'_, T> {
         let (me, local) = (self.me(), self.local());
         let (from_node, from) = (self.shape.node_of(call.root), self.shape.local_of(call.root));
         let is_from_here = from_node == self.shape.node_of(self.rank);
-        let width = self.stager.columns(call, 1)?;
+        let width = self.stager.columns(call, 1, call.count / local)?;
         let last = self.pipeline(call.count / local, width, |first, count, _| {
             let whole = call.output.part(call, first * local, count * local);
             let mine = call.output.part(call, first * local + me * count, count);
@@ -126,7 +131,7 @@ impl<T: Transports> Hierarchy<'_, T> {
     /// The rows of all nodes that this rank has after the node's part go through device memory of the slot.
     fn reduce_scatter(&mut self, call: &DeviceCall) -> Result<Option<Handle<T>>> {
         let nodes = self.shape.node_count();
-        let width = self.stager.columns(call, nodes)?;
+        let width = self.stager.columns(call, nodes, call.count)?;
         let (shape, is_in_order, size) = (self.shape, self.is_in_order(), call.dtype.size());
         let local = self.local();
         self.pipeline(call.count, width, |first, count, scratch| {
@@ -153,7 +158,7 @@ impl<T: Transports> Hierarchy<'_, T> {
 
     fn all_gather(&mut self, call: &DeviceCall) -> Result<Option<Handle<T>>> {
         let nodes = self.shape.node_count();
-        let width = self.stager.columns(call, nodes)?;
+        let width = self.stager.columns(call, nodes, call.count)?;
         let (shape, is_in_order, me, local) = (self.shape, self.is_in_order(), self.me(), self.local());
         self.pipeline(call.count, width, |first, count, _| {
             let columns = |rank: usize| call.output.part(call, rank * call.count + first, count);

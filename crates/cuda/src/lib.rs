@@ -21,6 +21,7 @@ mod meeting;
 mod nccl;
 mod past;
 mod pinned;
+mod select;
 mod stager;
 mod watch;
 

@@ -17,6 +17,7 @@ use smddp_cuda_sys as sys;
 use crate::device::{Device, DeviceMemory, Event, Stream, wait};
 use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
+use crate::select;
 
 /// How long the words are tried at start.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
@@ -173,10 +174,11 @@ impl Stager {
         self.slots.len()
     }
 
-    /// Columns of a piece of `rows` rows.
-    pub(crate) fn columns(&self, call: &DeviceCall, rows: usize) -> Result<usize> {
+    /// Columns of a piece of `rows` rows, of `total` columns.
+    pub(crate) fn columns(&self, call: &DeviceCall, rows: usize, total: usize) -> Result<usize> {
         let size = call.dtype.size();
-        let columns = (self.half / (rows * size) / ALIGN * ALIGN).max(1);
+        let piece = select::chunk(total * rows * size, self.half);
+        let columns = (piece / (rows * size) / ALIGN * ALIGN).max(1);
         if columns * rows * size > self.half {
             return Err(Error::Argument {
                 op: call.collective.name().to_owned(),
@@ -230,7 +232,7 @@ impl Stager {
     ) -> Result<Option<Handle<T>>> {
         let rows = Rows::of(call, host.rank(), host.size());
         let size = call.dtype.size();
-        let columns = self.columns(call, call.most_rows(host.size()))?;
+        let columns = self.columns(call, call.most_rows(host.size()), call.count)?;
         let row = call.count * size;
         let mut last = None;
         let mut from = 0;

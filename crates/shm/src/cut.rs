@@ -32,6 +32,8 @@ pub(crate) struct Group {
     pub(crate) whole: bool,
     /// Every rank's pieces fit into its slot's head.
     pub(crate) inline: bool,
+    /// Bytes that a rank puts into its slots, at most.
+    pub(crate) most: usize,
     /// This rank gives something to others.
     pub(crate) writes: bool,
     /// Peers whose slots this rank reads.
@@ -124,6 +126,7 @@ impl Cutter {
         }
         let most = self.bytes.iter().max().map_or(0, |extra| all_bytes + extra).max(0) as usize;
         group.inline = most <= INLINE;
+        group.most = most;
         if most > self.slot_bytes {
             let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
             group.cuts = most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2));

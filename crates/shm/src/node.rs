@@ -20,6 +20,9 @@ use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
 use crate::{Geometry, abort, log};
 
+/// Bytes of an exchange that is over before a sleeper would have woken.
+const BRIEF: usize = 8 << 10;
+
 /// One rank's end of its group's shared memory on this node.
 pub struct ShmNode {
     me: usize,
@@ -155,8 +158,11 @@ impl ShmNode {
         if !self.phases.publish_at_once(run, &self.segment, &mut self.ring) {
             return Ok(false);
         }
-        // Where nobody is waited for, sleepers are looked for once, behind both steps.
-        let mut told = false;
+        // Where nobody is waited for, sleepers are looked for once, behind both steps; unless the second takes long.
+        let mut told = self.phases.published_bytes() > BRIEF;
+        if told {
+            self.notify();
+        }
         let over = loop {
             match self.phases.consume_at_once(run, &self.segment, &mut self.ring)? {
                 Step::Idle => break true,

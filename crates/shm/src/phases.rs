@@ -246,6 +246,11 @@ impl Phases {
         !self.consuming.group.reads.is_empty()
     }
 
+    /// Bytes that a rank publishes of the phase that was taken up, at most.
+    pub(crate) fn published_bytes(&self) -> usize {
+        self.publishing.group.most
+    }
+
     /// Publishes the one exchange of a phase that was taken up; false where its slot is not free.
     pub(crate) fn publish_at_once(&mut self, run: &PhaseRun, segment: &Segment, ring: &mut Ring) -> bool {
         // Nothing is queued, so this rank is not ahead of itself (E3).

@@ -139,21 +139,37 @@ pub struct Override {
 impl Override {
     /// Entries are separated by commas; the first that fits a call counts.
     pub fn parse_all(text: &str) -> Result<Vec<Override>> {
-        text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(Override::parse).collect()
+        Override::parse_for("SMDDP_ALGORITHM", text, algorithms)
     }
 
-    fn parse(text: &str) -> Result<Override> {
+    /// As [`parse_all`](Self::parse_all), of the setting `name`, whose algorithms of a collective are `known`.
+    pub fn parse_for(name: &str, text: &str, known: Known) -> Result<Vec<Override>> {
+        let entries = text.split(',').map(str::trim).filter(|t| !t.is_empty());
+        entries.map(|entry| Override::parse(name, entry, known)).collect()
+    }
+
+    /// The algorithm that the first entry has which fits.
+    pub fn find(all: &[Override], collective: Collective, bytes: usize) -> Option<&'static str> {
+        all.iter()
+            .find(|o| o.collective == collective && (o.from..=o.to).contains(&bytes))
+            .map(|o| o.algorithm)
+    }
+
+    fn parse(name: &str, text: &str, known: Known) -> Result<Override> {
         let wrong = |expected: String| Error::Setting {
-            name: "SMDDP_ALGORITHM".to_owned(),
+            name: name.to_owned(),
             given: text.to_owned(),
             expected,
             hint: "Write collective=algorithm or collective:64K-1M=algorithm, separated by commas".to_owned(),
         };
         let (what, algorithm) = text.split_once('=').ok_or_else(|| wrong("expected a '='".to_owned()))?;
-        let (name, range) = what.split_once(':').unwrap_or((what, "-"));
-        let collective = Collective::from_name(name.trim())
-            .filter(|&c| !algorithms(c).is_empty())
-            .ok_or_else(|| wrong(format!("'{name}' is no collective; known: {}", collectives())))?;
+        let (collective, range) = what.split_once(':').unwrap_or((what, "-"));
+        let is_known = |&c: &Collective| !known(c).is_empty();
+        let unknown = || {
+            let all = Collective::ALL.into_iter().filter(is_known).map(Collective::name);
+            wrong(format!("'{collective}' is no collective; known: {}", all.collect::<Vec<_>>().join(", ")))
+        };
+        let collective = Collective::from_name(collective.trim()).filter(is_known).ok_or_else(unknown)?;
         let bound = |t: &str, default: usize| match t.trim() {
             "" => Some(default),
             t => parse_bytes(t).map(|b| b as usize),
@@ -161,7 +177,7 @@ impl Override {
         let limits = range.split_once('-').and_then(|(a, b)| Some((bound(a, 0)?, bound(b, usize::MAX)?)));
         let (from, to) =
             limits.ok_or_else(|| wrong(format!("'{range}' is no range of bytes such as 64K-1M or 64K-")))?;
-        let names = algorithms(collective);
+        let names = known(collective);
         let algorithm = names.iter().find(|n| **n == algorithm.trim()).ok_or_else(|| {
             wrong(format!("'{algorithm}' is no algorithm of {collective}; known: {}", names.join(", ")))
         })?;
@@ -169,10 +185,8 @@ impl Override {
     }
 }
 
-fn collectives() -> String {
-    let known = Collective::ALL.into_iter().filter(|&c| !algorithms(c).is_empty());
-    known.map(Collective::name).collect::<Vec<_>>().join(", ")
-}
+/// The algorithms of a collective; none: it is not to be overridden.
+pub type Known = fn(Collective) -> &'static [&'static str];
 
 /// Names of the algorithms of a collective: those inside one node first. None for point to point.
 pub const fn algorithms(collective: Collective) -> &'static [&'static str] {

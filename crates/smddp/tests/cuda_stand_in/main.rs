@@ -9,6 +9,7 @@ mod job;
 mod messages;
 mod misuse;
 mod reference;
+mod ways;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
