@@ -24,7 +24,7 @@ const HIERARCHICAL: &str = "hierarchical";
 const STAGED: &str = "staged";
 const FLAT: &str = "nccl";
 
-/// The ways of a collective by name, best first: what a call has that the first cannot carry goes the second.
+/// The ways of a collective by name, the usual one first. What a way cannot carry is staged.
 const fn ways(collective: Collective) -> &'static [&'static str] {
     match collective {
         Collective::AllReduce | Collective::ReduceScatter | Collective::AllGather | Collective::Broadcast => {
