@@ -21,7 +21,7 @@ use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
 use crate::ring::Ring;
 use crate::segment::Segment;
-use crate::single_copy::{self, Offer, SingleCopy};
+use crate::single_copy::{self, SingleCopy};
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -339,7 +339,7 @@ impl Phases {
                 Way::Slots => fill_slot(self.me, run, at, segment, ring),
                 Way::Shared(place) => publish_words(run, bytemuck::bytes_of(place), segment, ring),
                 Way::SingleCopy if at.cut == 0 => {
-                    let offer = Offer::of(run, moves, self.me);
+                    let offer = self.single_copy.offer(run, moves, self.me);
                     publish_words(run, bytemuck::bytes_of(&offer), segment, ring);
                 }
                 Way::SingleCopy => {
@@ -586,9 +586,9 @@ impl<'a> Work<'a> {
         }
         while copy.known() < self.ranks.len() {
             let rank = copy.known();
-            let own = rank == self.me;
-            let offer = if own { Offer::of(self.run, moves_of(self.run), rank) } else { self.words_of(rank) };
-            copy.learn(offer, own);
+            let own = || copy.offer(self.run, moves_of(self.run), rank);
+            let offer = if rank == self.me { own() } else { self.words_of(rank) };
+            copy.learn(offer);
         }
         if copy.has_failed() {
             return Ok(None);

@@ -37,7 +37,7 @@ pub(crate) struct Offer {
 
 impl Offer {
     /// C3.
-    pub(crate) fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
+    fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
         let at = |span: Span| run.buffers.at(span, run.shift);
         let written = || moves.iter().filter(|m| includes(m.to, me)).map(|m| at(m.dst));
         let lasting = |m: &Move| {
@@ -111,9 +111,15 @@ impl SingleCopy {
         self.offers.len()
     }
 
-    /// Takes note of what the next rank offers; `own`, where that is this rank.
-    pub(crate) fn learn(&mut self, offer: Offer, own: bool) {
-        self.failed |= self.refused || own && offer == Offer::default();
+    /// What this rank offers in `run`. Nothing, too, where it reads nothing itself: all then know at once that the phase runs
+    /// again.
+    pub(crate) fn offer(&self, run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
+        if self.refused { Offer::default() } else { Offer::of(run, moves, me) }
+    }
+
+    /// Takes note of what the next rank offers.
+    pub(crate) fn learn(&mut self, offer: Offer) {
+        self.failed |= offer == Offer::default();
         self.offers.push(offer);
     }
 
@@ -146,7 +152,6 @@ impl SingleCopy {
                     false
                 }
             },
-            // The peer offers nothing this time.
             (None, Some(_)) => false,
             (_, None) => {
                 self.refused = true;
