@@ -209,11 +209,8 @@ impl<T: Transports> DeviceGroup<T> {
         };
         let limit =
             (self.path == Path::Hierarchical).then(|| format!("at most {MULTIPROCESSORS} multiprocessors"));
-        let limit = match &self.flat {
-            Some(_) => limit.map(|limit| format!("{limit}, some calls over all ranks")),
-            None => limit,
-        };
-        let more: Vec<String> = nccl.into_iter().chain(limit).chain(staged).collect();
+        let flat = self.flat.as_ref().map(|_| "some calls over all ranks".to_owned());
+        let more: Vec<String> = nccl.into_iter().chain(limit).chain(flat).chain(staged).collect();
         format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
     }
 
@@ -470,12 +467,18 @@ fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -
     }
 }
 
+/// What each rank says.
+fn by_rank<T: Transports>(host: &Communicator<T>, mine: bool) -> Result<Vec<bool>> {
+    let mut all = vec![false; host.size()];
+    host.all_gather(&[mine], &mut all)?;
+    Ok(all)
+}
+
 /// `mine`, when it went well on all ranks; else every rank fails, those it did not happen to by naming one of the others.
 fn agreed<T: Transports, R>(host: &Communicator<T>, mine: Result<R>, what: &str) -> Result<R> {
-    let mut failed = vec![0u8; host.size()];
-    host.all_gather(&[u8::from(mine.is_err())], &mut failed)?;
+    let failed = by_rank(host, mine.is_err())?;
     let mine = mine?;
-    match failed.iter().position(|&f| f != 0) {
+    match failed.iter().position(|&failed| failed) {
         None => Ok(mine),
         Some(rank) => Err(Error::Bootstrap {
             what: format!("rank {rank} of group '{}' failed in {what}", host.name()),
@@ -486,9 +489,7 @@ fn agreed<T: Transports, R>(host: &Communicator<T>, mine: Result<R>, what: &str)
 
 /// Whether all ranks have `mine`; an error where some do and some do not.
 fn on_all<T: Transports>(host: &Communicator<T>, mine: bool, what: &str) -> Result<bool> {
-    let mut all = vec![0u8; host.size()];
-    host.all_gather(&[u8::from(mine)], &mut all)?;
-    match all.iter().position(|&other| (other != 0) != mine) {
+    match by_rank(host, mine)?.iter().position(|&theirs| theirs != mine) {
         None => Ok(mine),
         Some(rank) => Err(Error::Argument {
             op: format!("rank {} of group '{}', using CUDA", host.rank(), host.name()),

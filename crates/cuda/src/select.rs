@@ -70,7 +70,8 @@ impl Selection {
             counts: call.counts.clone(),
             ..CallShape::new(call.collective, call.dtype.size(), call.count)
         };
-        let chosen = Override::find(&self.overrides, call.collective, shape.bytes(size));
+        let bytes = shape.bytes(size);
+        let chosen = self.overrides.iter().find(|o| o.fits(call.collective, bytes)).map(|o| o.algorithm);
         match chosen.or_else(|| ways(call.collective).first().copied()) {
             Some(FLAT) if hierarchical::by_nccl(call) => Way::Flat,
             Some(HIERARCHICAL) if hierarchical::carries(call) => Way::Hierarchical,

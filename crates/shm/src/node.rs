@@ -165,9 +165,9 @@ impl ShmNode {
         }
         let over = loop {
             match self.phases.consume_at_once(run, &self.segment, &mut self.ring)? {
-                Step::Idle => break true,
-                Step::Moved => {}
-                Step::Blocked(peer) => {
+                None => break true,
+                Some(Step::Idle | Step::Moved) => {}
+                Some(Step::Blocked(peer)) => {
                     if !told {
                         self.notify();
                         told = true;

@@ -265,33 +265,21 @@ impl Phases {
         true
     }
 
-    /// As [`consume`](Self::consume), of a phase that was taken up and published. Whether it is over.
+    /// As [`consume`](Self::consume), of a phase that was taken up and published. `None` when it is over.
     pub(crate) fn consume_at_once(
         &mut self,
         run: &PhaseRun,
         segment: &Segment,
         ring: &mut Ring,
-    ) -> Result<Step> {
-        let mut work = Work {
-            me: self.me,
-            ranks: &self.ranks,
-            run,
-            segment,
-            ring: &mut *ring,
-            sources: &mut self.sources,
-            peers: &[],
-            single_copy: None,
-            budget: usize::MAX,
-            moved: false,
-        };
-        match work.consume(&mut self.consuming)? {
-            Some(step) => Ok(step),
-            None => {
-                ring.consume(segment);
-                self.publishing.run = 0;
-                Ok(Step::Idle)
-            }
+    ) -> Result<Option<Step>> {
+        let (sources, all) = (&mut self.sources, usize::MAX);
+        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, sources, all);
+        let step = work.consume(&mut self.consuming)?;
+        if step.is_none() {
+            ring.consume(segment);
+            self.publishing.run = 0;
         }
+        Ok(step)
     }
 
     /// Queues a phase that was taken up, as far as it is.
@@ -371,18 +359,8 @@ impl Phases {
         if ring.consumed() == ring.published() {
             return Ok(Step::Idle);
         }
-        let mut work = Work {
-            me: self.me,
-            ranks: &self.ranks,
-            run,
-            segment,
-            ring: &mut *ring,
-            sources: &mut self.sources,
-            peers: &[],
-            single_copy: None,
-            budget: self.budget,
-            moved: false,
-        };
+        let (sources, budget) = (&mut self.sources, self.budget);
+        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, sources, budget);
         let step = match *way {
             Way::Slots => work.consume(&mut self.consuming)?,
             Way::Shared(own) => {
@@ -545,6 +523,18 @@ struct Sharing<'a> {
 }
 
 impl<'a> Work<'a> {
+    fn new(
+        me: usize,
+        ranks: &'a [u32],
+        run: &'a PhaseRun,
+        segment: &'a Segment,
+        ring: &'a mut Ring,
+        sources: &'a mut Vec<Region>,
+        budget: usize,
+    ) -> Work<'a> {
+        Work { me, ranks, run, segment, ring, sources, peers: &[], single_copy: None, budget, moved: false }
+    }
+
     /// As [`consume`](Self::consume), of a call on shared memory.
     fn share(&mut self, at: &mut Consuming, sharing: Sharing<'a>) -> Result<Option<Step>> {
         let Sharing { own, entered, direct } = sharing;
@@ -585,10 +575,7 @@ impl<'a> Work<'a> {
             return Ok(None);
         }
         while copy.known() < self.ranks.len() {
-            let rank = copy.known();
-            let own = || copy.offer(self.run, moves_of(self.run), rank);
-            let offer = if rank == self.me { own() } else { self.words_of(rank) };
-            copy.learn(offer);
+            copy.learn(self.words_of(copy.known()));
         }
         if copy.has_failed() {
             return Ok(None);

@@ -148,11 +148,9 @@ impl Override {
         entries.map(|entry| Override::parse(name, entry, known)).collect()
     }
 
-    /// The algorithm that the first entry has which fits.
-    pub fn find(all: &[Override], collective: Collective, bytes: usize) -> Option<&'static str> {
-        all.iter()
-            .find(|o| o.collective == collective && (o.from..=o.to).contains(&bytes))
-            .map(|o| o.algorithm)
+    /// Whether the entry is for calls of `collective` with so many bytes.
+    pub fn fits(&self, collective: Collective, bytes: usize) -> bool {
+        self.collective == collective && (self.from..=self.to).contains(&bytes)
     }
 
     fn parse(name: &str, text: &str, known: Known) -> Result<Override> {
@@ -293,11 +291,7 @@ const TABLE: &[Row] = {
 /// The algorithm for a call: the first override that fits it and the group, else the table's.
 pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&'static str> {
     let (nodes, bytes) = (shape.node_count(), call.bytes(shape.size()));
-    let fits = |o: &&Override| {
-        o.collective == call.collective
-            && (o.from..=o.to).contains(&bytes)
-            && inside_node(o.algorithm) == (nodes == 1)
-    };
+    let fits = |o: &&Override| o.fits(call.collective, bytes) && inside_node(o.algorithm) == (nodes == 1);
     if let Some(chosen) = tuning.overrides.iter().find(fits) {
         return Ok(chosen.algorithm);
     }
