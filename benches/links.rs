@@ -1,5 +1,6 @@
-//! What the link between two cores gives: each of two threads fills slots and reads the other's, and does nothing else. No
-//! all_reduce of private memory through slots is faster: each rank must give S bytes, or S/2 twice, and take as many.
+//! What the link between two cores gives: each of two threads fills slots and reads the other's, and does nothing else, once in
+//! slots of its own and once in slots that they swap (docs/adr/0018). No all_reduce of private memory through slots is faster:
+//! each rank must give S bytes, or S/2 twice, and take as many.
 //!
 //! `cargo bench -p smddp-shm --bench links`
 
@@ -18,6 +19,13 @@ const RING: Geometry = Geometry::USUAL;
 const ROUNDS: usize = 40;
 /// Read data goes to so small a place that it stays in the first cache.
 const BLOCK: usize = 4096;
+
+/// Whether a thread fills the same slots again, or those that it has read.
+#[derive(Clone, Copy)]
+enum Slots {
+    Own,
+    Swapped,
+}
 
 /// A thread's slots, and how many it has filled and read of the other's, on lines of their own.
 #[repr(align(128))]
@@ -51,57 +59,80 @@ fn wait(count: &Count, least: u64) {
     }
 }
 
-/// Moves `bytes` each way, in slots from number `first` on; true when everything read was what was written.
-fn exchange(own: &Side, other: &Side, bytes: usize, first: u64) -> bool {
-    let pieces = bytes.div_ceil(RING.slot) as u64;
-    let len = bytes.min(RING.slot);
-    let mut block = [0u8; BLOCK];
-    let (mut filled, mut right) = (0, true);
-    for piece in 0..pieces {
-        while filled < pieces && filled < piece + RING.slots as u64 {
-            let number = first + filled;
-            wait(&other.read, (number + 1).saturating_sub(RING.slots as u64));
-            let slot = own.slot(number).slice(0, len);
-            // SAFETY: the slot's bytes, which the other thread has read.
-            unsafe { std::ptr::write_bytes(slot.as_ptr(), number as u8, len) };
-            own.filled.0.store(number + 1, Ordering::Release);
-            filled += 1;
-        }
-        let number = first + piece;
-        wait(&other.filled, number + 1);
-        for at in (0..len).step_by(BLOCK) {
-            // SAFETY: the block lives through the copy.
-            unsafe { Region::of(&mut block) }.copy_from(other.slot(number).slice(at, BLOCK));
-            right &= std::hint::black_box(&block)[at / BLOCK % BLOCK] == number as u8;
-        }
-        own.read.0.store(number + 1, Ordering::Release);
-    }
-    right
+/// The two threads as one of them sees them.
+#[derive(Clone, Copy)]
+struct Link<'a> {
+    own: &'a Side,
+    other: &'a Side,
+    slots: Slots,
 }
 
-/// Fastest microseconds of one thread for each size.
-fn run(own: &Side, other: &Side, together: &Barrier) -> Vec<f64> {
-    let mut first = 0;
-    let mut measure = |bytes: usize| {
-        together.wait();
-        let start = Instant::now();
-        assert!(exchange(own, other, bytes, first), "what was read is not what was written");
-        first += bytes.div_ceil(RING.slot) as u64;
-        start.elapsed().as_secs_f64() * 1e6
-    };
-    let mut fastest = |bytes: usize| (0..ROUNDS).map(|_| measure(bytes)).fold(f64::INFINITY, f64::min);
-    SIZES.iter().map(|&bytes| fastest(bytes)).collect()
+impl Link<'_> {
+    /// The memory of the slot that this thread (or the other) fills as its `number`.
+    fn slot(&self, is_own: bool, number: u64) -> Region {
+        let is_swapped = matches!(self.slots, Slots::Swapped) && number / RING.slots as u64 % 2 == 1;
+        if is_own == is_swapped { self.other.slot(number) } else { self.own.slot(number) }
+    }
+
+    /// Moves `bytes` each way, in slots from number `first` on; true when everything read was what was written.
+    fn exchange(&self, bytes: usize, first: u64) -> bool {
+        let pieces = bytes.div_ceil(RING.slot) as u64;
+        let len = bytes.min(RING.slot);
+        let mut block = [0u8; BLOCK];
+        let (mut filled, mut right) = (0, true);
+        for piece in 0..pieces {
+            // One ahead, so that the other need not wait.
+            while filled < pieces && filled <= piece + 1 {
+                let number = first + filled;
+                wait(&self.other.read, (number + 1).saturating_sub(RING.slots as u64));
+                let slot = self.slot(true, number).slice(0, len);
+                // SAFETY: the slot's bytes, for which the other thread has no more use.
+                unsafe { std::ptr::write_bytes(slot.as_ptr(), number as u8, len) };
+                self.own.filled.0.store(number + 1, Ordering::Release);
+                filled += 1;
+            }
+            let number = first + piece;
+            wait(&self.other.filled, number + 1);
+            for at in (0..len).step_by(BLOCK) {
+                // SAFETY: the block lives through the copy.
+                unsafe { Region::of(&mut block) }.copy_from(self.slot(false, number).slice(at, BLOCK));
+                right &= std::hint::black_box(&block)[at / BLOCK % BLOCK] == number as u8;
+            }
+            self.own.read.0.store(number + 1, Ordering::Release);
+        }
+        right
+    }
+
+    /// Fastest microseconds of one thread for each size.
+    fn run(&self, together: &Barrier) -> Vec<f64> {
+        let mut first = 0;
+        let mut measure = |bytes: usize| {
+            together.wait();
+            let start = Instant::now();
+            assert!(self.exchange(bytes, first), "what was read is not what was written");
+            first += bytes.div_ceil(RING.slot) as u64;
+            start.elapsed().as_secs_f64() * 1e6
+        };
+        let mut fastest = |bytes: usize| (0..ROUNDS).map(|_| measure(bytes)).fold(f64::INFINITY, f64::min);
+        SIZES.iter().map(|&bytes| fastest(bytes)).collect()
+    }
+}
+
+/// Fastest microseconds of the slower thread for each size.
+fn measure(slots: Slots) -> Vec<f64> {
+    let (a, b, together) = (Side::new(), Side::new(), Barrier::new(2));
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| Link { own: &b, other: &a, slots }.run(&together));
+        let mine = Link { own: &a, other: &b, slots }.run(&together);
+        mine.into_iter().zip(peer.join().unwrap()).map(|(x, y)| x.max(y)).collect()
+    })
 }
 
 fn main() {
-    let (a, b, together) = (Side::new(), Side::new(), Barrier::new(2));
-    let times = std::thread::scope(|scope| {
-        let peer = scope.spawn(|| run(&b, &a, &together));
-        let mine = run(&a, &b, &together);
-        mine.into_iter().zip(peer.join().unwrap()).map(|(x, y)| x.max(y)).collect::<Vec<_>>()
-    });
-    println!("{:>10} {:>10} {:>8}", "bytes", "us", "GB/s");
-    for (bytes, time) in SIZES.into_iter().zip(times) {
-        println!("{bytes:>10} {time:>10.1} {:>8.2}", bytes as f64 / time / 1e3);
+    let (own, swapped) = (measure(Slots::Own), measure(Slots::Swapped));
+    println!("{:>10} {:>12} {:>6} {:>12} {:>6}", "bytes", "own us", "GB/s", "swapped us", "GB/s");
+    for (bytes, (own, swapped)) in SIZES.into_iter().zip(own.into_iter().zip(swapped)) {
+        let rate = |time: f64| bytes as f64 / time / 1e3;
+        println!("{bytes:>10} {own:>12.1} {:>6.2} {swapped:>12.1} {:>6.2}", rate(own), rate(swapped));
     }
 }

@@ -100,7 +100,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SLOT",
         Kind::Bytes(4096, 4 << 20),
         "",
-        "bytes of one shared-memory slot (default: what a probe of 0.1 s finds best at the first start on a machine, else 512K)",
+        "bytes of one shared-memory slot (default: what a probe of 0.1 s finds best at the first start on a machine, else 128K)",
     ),
     row(
         "SMDDP_SHM_SLOTS",

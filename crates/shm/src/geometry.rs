@@ -12,8 +12,9 @@ const PAGE: usize = 4096;
 pub(crate) const HEAD_STRIDE: usize = 128;
 /// Shared memory of one rank, at most.
 const RANK_LIMIT: usize = 16 << 20;
-/// Of which its messages to all its peers; less where the slots are small.
+/// Of which its messages to all its peers; less where the slots are small: as much as so many of them.
 const MESSAGES_LIMIT: usize = 2 << 20;
+const MESSAGES_SLOTS: usize = 8;
 const MESSAGES_LEAST: usize = 4096;
 /// More would not be faster.
 const MESSAGES_PAIR: usize = 512 << 10;
@@ -30,7 +31,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Where nothing better is known.
+    /// Where nothing better is known: two ranks' slots, each of which both use in turn, lie in the second cache of either.
     pub const USUAL: Geometry = Geometry { slot: Tuning::SLOT, slots: 4 };
 
     /// Bytes of shared memory that a rank needs for it in each group, about.
@@ -93,7 +94,7 @@ impl Layout {
         let pids = abort_text + size_of::<AbortCell>();
         let ranks = (pids + 4 * local_size).next_multiple_of(PAGE);
 
-        let messages = MESSAGES_LIMIT.min(geometry.slot * geometry.slots);
+        let messages = MESSAGES_LIMIT.min(MESSAGES_SLOTS * geometry.slot);
         let pair = prev_power_of_two(messages / local_size).clamp(MESSAGES_LEAST, MESSAGES_PAIR);
         let cells = if pair >= 32 << 10 { 8 } else { 4 };
         let heads = size_of::<Control>();

@@ -13,7 +13,7 @@ use crate::doorbell::{Sleeper, notify};
 use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logged, Memory, SlotHead};
 use crate::pair::Place;
 use crate::ring::Ring;
-use crate::sync::{AtomicU32, AtomicU64, Futex, MISTAKE, Mistake};
+use crate::sync::{AtomicU32, AtomicU64, Cell, Futex, MISTAKE, Mistake};
 use crate::{abort, log};
 
 const SLOTS: usize = 2;
@@ -25,6 +25,8 @@ struct Heap {
     abort: AbortCell,
     controls: Vec<Control>,
     slots: Vec<Vec<Line<SlotHead>>>,
+    /// The data areas of the slots.
+    areas: Vec<Vec<Cell<[u8; 2]>>>,
     /// From rank 0 to rank 1.
     cells: Vec<Line<Frame>>,
 }
@@ -44,6 +46,7 @@ impl Heap {
             abort: AbortCell::new(),
             controls: (0..size).map(control).collect(),
             slots: (0..size).map(|_| (0..slots).map(|_| Line::new()).collect()).collect(),
+            areas: (0..size).map(|_| (0..slots).map(|_| Cell::new([0; 2])).collect()).collect(),
             cells: (0..cells).map(|_| Line::new()).collect(),
         })
     }
@@ -80,13 +83,16 @@ fn content(rank: usize, exchange: u64) -> [u8; 2] {
     [rank as u8, exchange as u8]
 }
 
+/// Who publishes in an exchange, of so many that come in turn.
+type Writers = &'static [&'static [usize]];
+
 /// One rank's polls, as `ShmNode` makes them, for phases in which `writers` publish and everybody else reads.
 struct Rank {
     me: usize,
     size: usize,
     heap: Arc<Heap>,
     ring: Ring,
-    writers: &'static [usize],
+    writers: Writers,
     exchanges: u64,
     /// Whether to wake sleepers.
     ringing: bool,
@@ -95,10 +101,19 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(me: usize, heap: &Arc<Heap>, writers: &'static [usize], exchanges: u64, ringing: bool) -> Rank {
+    fn new(me: usize, heap: &Arc<Heap>, writers: Writers, exchanges: u64, ringing: bool) -> Rank {
         let size = heap.controls.len();
         let ring = Ring::new(me, size, SLOTS);
         Rank { me, size, heap: Arc::clone(heap), ring, writers, exchanges, ringing, stays_armed: false }
+    }
+
+    fn writers(&self, exchange: u64) -> &'static [usize] {
+        self.writers[exchange as usize % self.writers.len()]
+    }
+
+    /// Where `rank` puts its data in `exchange`.
+    fn area(&self, rank: usize, exchange: u64) -> &Cell<[u8; 2]> {
+        &self.heap.areas[self.ring.area(rank, exchange)][self.ring.index(exchange)]
     }
 
     fn is_done(&self) -> bool {
@@ -116,14 +131,17 @@ impl Rank {
         if self.ring.published() == self.exchanges || self.ring.is_full() {
             return Ok(false);
         }
-        if !self.writers.contains(&self.me) {
+        let exchange = self.ring.published();
+        if !self.writers(exchange).contains(&self.me) {
             self.ring.skip();
             return Ok(true);
         }
         if let Some(peer) = self.ring.in_the_way(&*self.heap) {
             return Err(peer);
         }
-        let bytes = content(self.me, self.ring.published());
+        let bytes = content(self.me, exchange);
+        // SAFETY: what the model is to show (E5); it panics on a race.
+        self.area(self.me, exchange).with_mut(|area| unsafe { *area = bytes });
         self.ring.publish(&*self.heap, |head| head.inline[..2].copy_from_slice(&bytes));
         self.notify();
         Ok(true)
@@ -134,13 +152,16 @@ impl Rank {
         if exchange == self.ring.published() {
             return Ok(false);
         }
-        for &peer in self.writers.iter().filter(|&&w| w != self.me) {
+        for &peer in self.writers(exchange).iter().filter(|&&w| w != self.me) {
             if !self.ring.is_ready(&*self.heap, peer) {
                 return Err(peer);
             }
             let slot = self.heap.slot(peer, self.ring.index(exchange));
             let got = slot.read(|head| [head.inline[0], head.inline[1]]);
             assert_eq!(got, content(peer, exchange), "stale or torn data");
+            // SAFETY: as in `publish`.
+            let got = self.area(peer, exchange).with(|area| unsafe { *area });
+            assert_eq!(got, content(peer, exchange), "another rank's data, or old");
         }
         self.ring.consume(&*self.heap);
         self.notify();
@@ -199,7 +220,7 @@ impl Rank {
     }
 }
 
-fn both_spin(writers: &'static [usize], exchanges: u64) {
+fn both_spin(writers: Writers, exchanges: u64) {
     let heap = Heap::new(2, SLOTS, 0);
     let other = Rank::new(1, &heap, writers, exchanges, false);
     let thread = thread::spawn(move || other.spin());
@@ -209,27 +230,32 @@ fn both_spin(writers: &'static [usize], exchanges: u64) {
 
 #[test]
 fn slots_carry_every_exchange_both_ways() {
-    explore(2, None, || both_spin(&[0, 1], 4));
+    explore(2, None, || both_spin(&[&[0, 1]], 4));
 }
 
 #[test]
 fn slots_are_recycled_when_only_one_rank_writes() {
-    explore(3, None, || both_spin(&[0], 5));
+    explore(3, None, || both_spin(&[&[0]], 5));
+}
+
+#[test]
+fn slots_change_their_areas_whoever_skips() {
+    explore(2, None, || both_spin(&[&[0, 1], &[0], &[1]], 5));
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn a_relaxed_publish_is_found() {
-    explore(3, Some(Mistake::RelaxedPublish), || both_spin(&[0, 1], 4));
+    explore(3, Some(Mistake::RelaxedPublish), || both_spin(&[&[0, 1]], 4));
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn a_relaxed_recycle_is_found() {
-    explore(3, Some(Mistake::RelaxedRecycle), || both_spin(&[0], 5));
+    explore(3, Some(Mistake::RelaxedRecycle), || both_spin(&[&[0]], 5));
 }
 
-fn all_sleep(size: usize, writers: &'static [usize], exchanges: u64) {
+fn all_sleep(size: usize, writers: Writers, exchanges: u64) {
     let heap = Heap::new(size, SLOTS, 0);
     let rank = |me| Rank { stays_armed: size > 2, ..Rank::new(me, &heap, writers, exchanges, true) };
     let threads: Vec<_> = (1..size)
@@ -246,35 +272,35 @@ fn all_sleep(size: usize, writers: &'static [usize], exchanges: u64) {
 
 #[test]
 fn no_wake_up_is_lost_between_two_ranks() {
-    explore(2, None, || all_sleep(2, &[0, 1], 2));
+    explore(2, None, || all_sleep(2, &[&[0, 1]], 2));
 }
 
 #[test]
 fn no_wake_up_is_lost_when_a_writer_waits_for_its_slots() {
-    explore(2, None, || all_sleep(2, &[0], 3));
+    explore(2, None, || all_sleep(2, &[&[0]], 3));
 }
 
 #[test]
 fn no_wake_up_is_lost_when_the_peer_waited_for_changes() {
-    explore(2, None, || all_sleep(3, &[1, 2], 1));
+    explore(2, None, || all_sleep(3, &[&[1, 2]], 1));
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn a_sleeper_that_does_not_fence_is_found() {
-    explore(2, Some(Mistake::NoArmFence), || all_sleep(2, &[0, 1], 2));
+    explore(2, Some(Mistake::NoArmFence), || all_sleep(2, &[&[0, 1]], 2));
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn a_waker_that_does_not_fence_is_found() {
-    explore(2, Some(Mistake::NoNotifyFence), || all_sleep(2, &[0, 1], 2));
+    explore(2, Some(Mistake::NoNotifyFence), || all_sleep(2, &[&[0, 1]], 2));
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn a_changed_hint_without_another_look_is_found() {
-    explore(2, Some(Mistake::NoSecondLook), || all_sleep(3, &[1, 2], 1));
+    explore(2, Some(Mistake::NoSecondLook), || all_sleep(3, &[&[1, 2]], 1));
 }
 
 const FRAMES: u32 = 4;

@@ -468,7 +468,7 @@ impl Consuming {
 
 /// Publishes what this rank gives in the exchange `at`; its slot is free.
 fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
-    let slot = slot_of(segment, me, ring.index(ring.published()), at.group.inline);
+    let slot = slot_of(segment, ring, me, ring.published(), at.group.inline);
     let mut offset = 0;
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
@@ -486,8 +486,9 @@ fn publish_words(run: &PhaseRun, words: &[u8], segment: &Segment, ring: &mut Rin
     });
 }
 
-fn slot_of(segment: &Segment, rank: usize, index: usize, inline: bool) -> Region {
-    if inline { segment.inline(rank, index) } else { segment.data(rank, index) }
+fn slot_of(segment: &Segment, ring: &Ring, rank: usize, exchange: u64, inline: bool) -> Region {
+    let index = ring.index(exchange);
+    if inline { segment.inline(rank, index) } else { segment.data(ring.area(rank, exchange), index) }
 }
 
 /// One poll's work on one exchange.
@@ -686,8 +687,8 @@ impl<'a> Work<'a> {
         if let Some(data) = self.peers.get(rank) {
             return data.slice(m.src.off + self.run.shift + at.done, n);
         }
-        let index = self.ring.index(self.ring.consumed());
-        slot_of(self.segment, rank, index, at.group.inline).slice(at.offset(rank) + at.done, n)
+        let exchange = self.ring.consumed();
+        slot_of(self.segment, self.ring, rank, exchange, at.group.inline).slice(at.offset(rank) + at.done, n)
     }
 }
 

@@ -1,7 +1,9 @@
 //! The exchange protocol: every rank's ring of slots, its exchanges numbered 0, 1, 2, … alike on all ranks.
 //!
 //! A rank takes part in exchange `e` by publishing (or skipping, when it has nothing to give) and later consuming it.
-//! Its slot for `e` is `e mod K`.
+//! Its slot for `e` is `e mod K`: a head, and the data area that belongs to it. Two ranks swap areas with every turn of
+//! their rings, so that each writes into what it read last: those lines lie in its own cache, while what it wrote there
+//! itself has gone to its reader's (docs/adr/0018).
 //!
 //! Invariants
 //! - **E1** A slot's word is `(e + 1) << 8 | lag` for the last exchange `e` its owner published there; `lag` is how many
@@ -12,6 +14,8 @@
 //!   consumes in order; it is at most K exchanges ahead of its own consumption.
 //! - **E4** Nobody waits for ever: of the ranks with the lowest consumption, each can publish or consume as soon
 //!   as the work has been submitted everywhere.
+//! - **E5** In every exchange each rank has a data area of its own. When it publishes `e`, nobody has a use for what an area
+//!   of slot `e mod K` held before: every peer has consumed `e - K` (E2), and so has the rank itself (E3).
 
 use crate::layout::{Memory, SlotHead};
 use crate::sync::{Ordering, recycle_order};
@@ -41,6 +45,12 @@ impl Ring {
     #[inline]
     pub(crate) fn index(&self, exchange: u64) -> usize {
         (exchange % self.slots) as usize
+    }
+
+    /// The rank at whose slot the data lies that `rank` gives in `exchange` (E5).
+    #[inline]
+    pub(crate) fn area(&self, rank: usize, exchange: u64) -> usize {
+        if self.peers.len() == 2 { rank ^ (exchange / self.slots & 1) as usize } else { rank }
     }
 
     /// The exchange to publish next.

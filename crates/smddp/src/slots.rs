@@ -15,13 +15,13 @@ use smddp_core::settings::Settings;
 use smddp_shm::{Geometry, probe};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 6] = [
     Geometry::USUAL,
-    Geometry { slot: 128 << 10, slots: 4 },
+    Geometry { slot: 64 << 10, slots: 4 },
     Geometry { slot: 256 << 10, slots: 4 },
-    Geometry { slot: 256 << 10, slots: 8 },
+    Geometry { slot: 512 << 10, slots: 4 },
     Geometry { slot: 512 << 10, slots: 8 },
     Geometry { slot: 1 << 20, slots: 4 },
 ];
@@ -180,7 +180,7 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 131072 4\n1 2 x this = 12 4\nnonsense\n1 4 x this = 262144 8\n0 2 x this = 262144 4\n";
+        let lines = "1 2 x this = 65536 4\n1 2 x this = 12 4\nnonsense\n1 4 x this = 524288 4\n0 2 x this = 262144 4\n";
         fs::write(&path, lines).unwrap();
         assert_eq!(remembered(&path, "1 2 x this"), Some(CANDIDATES[1]));
         assert_eq!(remembered(&path, "1 4 x this"), Some(CANDIDATES[3]));
@@ -220,6 +220,6 @@ mod tests {
             known(&Settings::from_vars([(name.to_owned(), value.to_owned())]).unwrap())
         };
         assert_eq!(with("SMDDP_SHM_SLOT", "64K"), (Geometry { slot: 64 << 10, slots: 4 }, Origin::Settings));
-        assert_eq!(with("SMDDP_SHM_SLOTS", "7"), (Geometry { slot: 512 << 10, slots: 7 }, Origin::Settings));
+        assert_eq!(with("SMDDP_SHM_SLOTS", "7"), (Geometry { slot: 128 << 10, slots: 7 }, Origin::Settings));
     }
 }

@@ -57,6 +57,9 @@ pub(super) fn schedule(cx: &Context<'_>, algorithm: &str) -> Result<Schedule> {
     }
 }
 
+/// Slots that a rank fills for a phase of a round within a node: half of its ring, so that the next phase's are free.
+const ROUND_SLOTS: usize = 2;
+
 fn one_phase(cx: &Context<'_>) -> Schedule {
     let user = Span::output(0, cx.bytes());
     let mut plan = Plan::default();
@@ -69,7 +72,7 @@ fn one_phase(cx: &Context<'_>) -> Schedule {
 
 fn two_phase(cx: &Context<'_>) -> Result<Schedule> {
     let locals = cx.shape.size();
-    let wanted = cx.tuning.slot * locals;
+    let wanted = ROUND_SLOTS * cx.tuning.slot * locals;
     let rounds = Cutting { wanted, least: wanted, windows: &IN_CACHE, ..Cutting::whole(cx, cx.bytes()) }
         .rounds(cx.tuning, |_| 0)?;
     Ok(rounds.schedule("two_phase", 0, |len| {

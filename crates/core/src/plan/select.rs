@@ -107,7 +107,7 @@ impl Default for Tuning {
 impl Tuning {
     /// Bytes of a slot where no setting gives them. The node may use other slots: this decides the rounds, which must be
     /// the same on all nodes.
-    pub const SLOT: usize = 512 << 10;
+    pub const SLOT: usize = 128 << 10;
     /// Calls that can have their scratch at once.
     pub const SHARES: usize = 4;
 
