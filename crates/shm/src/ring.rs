@@ -50,7 +50,7 @@ impl Ring {
     /// The rank at whose slot the data lies that `rank` gives in `exchange` (E5).
     #[inline]
     pub(crate) fn area(&self, rank: usize, exchange: u64) -> usize {
-        if self.peers.len() == 2 { rank ^ (exchange / self.slots & 1) as usize } else { rank }
+        if self.peers.len() == 2 { rank ^ (exchange / self.slots % 2) as usize } else { rank }
     }
 
     /// The exchange to publish next.
