@@ -35,18 +35,20 @@ def hidden(who: int) -> dict[str, object]:
         if world.rank == who:
             libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         count = 200_000
-        block = numpy.arange(count, dtype=numpy.float32)
+        own = numpy.arange(world.size * count, dtype=numpy.float32)
         where = numpy.zeros(2 * world.size, dtype=numpy.int64)
-        world.all_gather(numpy.array([os.getpid(), block.ctypes.data]), where)
+        world.all_gather(numpy.array([os.getpid(), own.ctypes.data]), where)
         pid, address = where[2 * who :][:2]
         refused = _is_refused(libc, int(pid), int(address))
         right = []
         for turn in range(4):
-            block[:] = numpy.arange(count) % 1000 + world.rank + turn
-            gathered = numpy.full(count * world.size, -1, dtype=numpy.float32)
-            world.all_gather(block, gathered)
-            ranks = gathered.reshape(world.size, count) - numpy.arange(count) % 1000 - turn
-            right.append(bool((ranks == numpy.arange(world.size)[:, None]).all()))
+            # What goes to each rank names both and the turn.
+            own.reshape(world.size, count)[:] = numpy.arange(count) % 1000 + turn
+            own.reshape(world.size, count)[:] += 10 * world.rank + numpy.arange(world.size)[:, None]
+            came = numpy.full(count * world.size, -1, dtype=numpy.float32)
+            world.all_to_all(own, came)
+            blocks = came.reshape(world.size, count) - numpy.arange(count) % 1000 - turn - world.rank
+            right.append(bool((blocks == 10 * numpy.arange(world.size)[:, None]).all()))
         return {"refused": refused, "right": right}
 
 

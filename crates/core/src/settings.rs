@@ -112,7 +112,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SINGLE_COPY",
         Kind::Choice(&["auto", "off"]),
         "auto",
-        "blocks of 512 KiB and more of all_gather and all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv)",
+        "blocks of 512 KiB and more of all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv)",
     ),
     row(
         "SMDDP_ALGORITHM",

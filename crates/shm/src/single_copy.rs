@@ -40,11 +40,7 @@ impl Offer {
     fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
         let at = |span: Span| run.buffers.at(span, run.shift);
         let written = || moves.iter().filter(|m| includes(m.to, me)).map(|m| at(m.dst));
-        let lasting = |m: &Move| {
-            let source = at(m.src);
-            written()
-                .all(|target| target.as_ptr() == source.as_ptr() && is_own(m, me) || !target.overlaps(source))
-        };
+        let lasting = |m: &Move| written().all(|target| !target.overlaps(at(m.src)));
         if moves.iter().filter(|m| travels(m, me)).all(lasting) {
             let Buffers { input, output, scratch } = run.buffers;
             let [input, output, scratch] = [input, output, scratch].map(|region| region.as_ptr() as u64);
@@ -65,16 +61,10 @@ impl Offer {
     }
 }
 
-/// Whether `m` copies a rank's own bytes.
-fn is_own(m: &Move, me: usize) -> bool {
-    m.from == Who::One(me as u32) && includes(m.to, me)
-}
-
 /// Whether a phase begins so (C1): the group is on this node alone, every rank of it takes from all others while they take
 /// from it, and there are large blocks.
 pub(crate) fn takes(run: &PhaseRun, moves: &[Move], size: usize) -> bool {
-    let collective = run.call.unpack().map(|call| call.collective);
-    matches!(collective, Some(Collective::AllGather | Collective::AllToAll))
+    run.call.unpack().is_some_and(|call| call.collective == Collective::AllToAll)
         && size > 1
         && run.arith.world as usize == size
         && moves.iter().all(|m| matches!(m.from, Who::One(_)))

@@ -10,7 +10,7 @@ use common::{
     Memory, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
 };
 use proptest::prelude::*;
-use smddp_core::call::{Call, Collective, PackedCall};
+use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Plan, Span, Who};
 use smddp_core::transport::{Buffers, Ctx, NodeLocal};
@@ -21,26 +21,18 @@ use smddp_shm::{Membership, ShmNode};
 const BLOCK: usize = (512 << 10) + 8 * 123;
 const WORD: Span = Span::output(0, 8);
 
-fn moves(collective: Collective, size: usize) -> Vec<Move> {
+fn moves(size: usize, len: usize) -> Vec<Move> {
     let ranks = 0..size as u32;
-    let at = |block: u32| block as usize * BLOCK;
-    let gathers =
-        |from: u32| span_move(Who::One(from), Who::All, Span::input(0, BLOCK), Span::output(at(from), BLOCK));
+    let at = |block: u32| block as usize * len;
     let sends = |from: u32, to: u32| {
-        span_move(Who::One(from), Who::One(to), Span::input(at(to), BLOCK), Span::output(at(from), BLOCK))
+        span_move(Who::One(from), Who::One(to), Span::input(at(to), len), Span::output(at(from), len))
     };
-    match collective {
-        Collective::AllGather => ranks.map(gathers).collect(),
-        _ => ranks.clone().flat_map(|from| ranks.clone().map(move |to| sends(from, to))).collect(),
-    }
+    ranks.clone().flat_map(|from| ranks.clone().map(move |to| sends(from, to))).collect()
 }
 
-fn marked(collective: Collective) -> PackedCall {
-    Call::new(collective, DType::U8, BLOCK as u64).pack()
-}
-
-fn phase(plan: &Arc<Plan>, buffers: Buffers, collective: Collective, size: usize) -> PhaseRun {
-    run(plan, buffers, arith(DType::U8, ReduceOp::Sum, size), marked(collective), 1)
+fn phase(plan: &Arc<Plan>, buffers: Buffers, size: usize) -> PhaseRun {
+    let call = Call::new(Collective::AllToAll, DType::U8, BLOCK as u64).pack();
+    run(plan, buffers, arith(DType::U8, ReduceOp::Sum, size), call, 1)
 }
 
 /// Block `block` of what `rank` has.
@@ -49,9 +41,8 @@ fn content(rank: usize, block: usize) -> Vec<u8> {
 }
 
 /// What `rank` ends with.
-fn wanted(collective: Collective, rank: usize, size: usize) -> Vec<u8> {
-    let block = if collective == Collective::AllGather { 0 } else { rank };
-    (0..size).flat_map(|from| content(from, block)).collect()
+fn wanted(rank: usize, size: usize) -> Vec<u8> {
+    (0..size).flat_map(|from| content(from, rank)).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,32 +53,28 @@ struct Rank {
 }
 
 /// One call between two small phases, all submitted at once; what each rank ends with and took.
-fn execute(collective: Collective, ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
+fn execute(ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
     let size = ranks.len();
-    let all = one_phase(moves(collective, size));
+    let all = one_phase(moves(size, BLOCK));
     let word = one_phase(vec![span_move(Who::One(0), Who::All, WORD, Span { off: 8, ..WORD })]);
     let member = |group, rank: usize, size| Membership {
         single_copy: ranks[rank].wants,
         ..membership(group, rank, size)
     };
     on_members(size, SMALL, member, |rank, mut node| {
-        let blocks = if collective == Collective::AllGather { 1 } else { size };
-        let input: Vec<u8> = (0..blocks).flat_map(|block| content(rank, block)).collect();
+        let input: Vec<u8> = (0..size).flat_map(|block| content(rank, block)).collect();
         let mut memory = Memory { input, output: vec![0; size * BLOCK], scratch: vec![0; 16] };
         let mut buffers = memory.buffers();
         if ranks[rank].in_place {
-            // The blocks lie where the call wants them; it is given one memory for both.
-            let own = if collective == Collective::AllGather { rank * BLOCK } else { 0 };
-            let there = buffers.output.slice(own, buffers.input.len());
-            there.copy_from(buffers.input);
-            buffers.input = there;
+            buffers.output.copy_from(buffers.input);
+            buffers.input = buffers.output;
         }
         let mut words = Memory { input: vec![], output: vec![rank as u8 + 1; 16], scratch: vec![] };
         let small = |words: &mut Memory, ctx| {
             run(&word, words.buffers(), arith(DType::U8, ReduceOp::Sum, size), call(2), ctx)
         };
         node.submit(small(&mut words, 0)).unwrap();
-        node.submit(phase(&all, buffers, collective, size)).unwrap();
+        node.submit(phase(&all, buffers, size)).unwrap();
         node.submit(small(&mut words, 2)).unwrap();
         let done = drive(&mut node, 3, 50).unwrap();
         assert_eq!(words.output[8..], [1; 8], "rank 0's word");
@@ -101,14 +88,13 @@ proptest! {
     #[test]
     fn every_rank_ends_with_its_blocks(
         ranks in prop::collection::vec((any::<bool>(), prop::bool::weighted(0.8)), 2..5),
-        collective in prop::sample::select(vec![Collective::AllGather, Collective::AllToAll]),
     ) {
         let ranks: Vec<Rank> = ranks.into_iter().map(|(in_place, wants)| Rank { in_place, wants }).collect();
         let size = ranks.len();
-        // In place, a rank of all_to_all writes over what its peers read.
-        let possible = ranks.iter().all(|r| r.wants && !(r.in_place && collective == Collective::AllToAll));
-        for (rank, (output, taken, done)) in execute(collective, &ranks).into_iter().enumerate() {
-            prop_assert!(output == wanted(collective, rank, size), "rank {} of {}", rank, collective);
+        // In place, a rank writes over what its peers read.
+        let possible = ranks.iter().all(|r| r.wants && !r.in_place);
+        for (rank, (output, taken, done)) in execute(&ranks).into_iter().enumerate() {
+            prop_assert!(output == wanted(rank, size), "rank {}", rank);
             prop_assert_eq!(done, vec![Ctx(0), Ctx(1), Ctx(2)]);
             // Nobody takes anything that has to come again.
             prop_assert_eq!(taken, if possible { ((size - 1) * BLOCK) as u64 } else { 0 });
@@ -119,13 +105,11 @@ proptest! {
 #[test]
 fn a_block_below_the_least_goes_through_slots() {
     let len = (512 << 10) - 8;
-    let gathers = |from: u32| {
-        span_move(Who::One(from), Who::All, Span::input(0, len), Span::output(from as usize * len, len))
-    };
-    let plan = one_phase((0..2).map(gathers).collect());
+    let plan = one_phase(moves(2, len));
     let taken = on_ranks(2, SMALL, |rank, mut node| {
-        let mut memory = Memory { input: vec![rank as u8; len], output: vec![9; 2 * len], scratch: vec![] };
-        node.submit(phase(&plan, memory.buffers(), Collective::AllGather, 2)).unwrap();
+        let mut memory =
+            Memory { input: vec![rank as u8; 2 * len], output: vec![9; 2 * len], scratch: vec![] };
+        node.submit(phase(&plan, memory.buffers(), 2)).unwrap();
         drive(&mut node, 1, 50).unwrap();
         assert!(memory.output[..len] == vec![0; len] && memory.output[len..] == vec![1; len]);
         node.copied_once()
@@ -133,7 +117,7 @@ fn a_block_below_the_least_goes_through_slots() {
     assert_eq!(taken, [0, 0]);
 }
 
-/// Two ranks polled by hand, of one all_gather.
+/// Two ranks polled by hand, of one all_to_all.
 struct Pair {
     nodes: Vec<ShmNode>,
     buffers: Vec<Buffers>,
@@ -144,14 +128,15 @@ struct Pair {
 impl Pair {
     fn new() -> Pair {
         let nodes = on_ranks(2, SMALL, |_, node| node);
-        let memory = |rank| Memory { input: content(rank, 0), output: vec![0; 2 * BLOCK], scratch: vec![] };
+        let input = |rank| [content(rank, 0), content(rank, 1)].concat();
+        let memory = |rank| Memory { input: input(rank), output: vec![0; 2 * BLOCK], scratch: vec![] };
         let mut memories: Vec<Memory> = (0..2).map(memory).collect();
         let buffers = memories.iter_mut().map(Memory::buffers).collect();
-        Pair { nodes, buffers, plan: one_phase(moves(Collective::AllGather, 2)), _memories: memories }
+        Pair { nodes, buffers, plan: one_phase(moves(2, BLOCK)), _memories: memories }
     }
 
     fn submit(&mut self, rank: usize) {
-        let run = phase(&self.plan, self.buffers[rank], Collective::AllGather, 2);
+        let run = phase(&self.plan, self.buffers[rank], 2);
         self.nodes[rank].submit(run).unwrap();
     }
 
@@ -162,21 +147,19 @@ impl Pair {
         done
     }
 
-    /// The second byte of each block that `rank` has.
-    fn seen(&self, rank: usize) -> [u8; 2] {
-        [1, BLOCK + 1].map(|at| {
-            let mut byte = [0u8];
-            // SAFETY: `byte` outlives the call.
-            unsafe { Region::of(&mut byte) }.copy_from(self.buffers[rank].output.slice(at, 1));
-            byte[0]
-        })
+    /// Whether `rank` has what it is to end with.
+    fn is_right(&self, rank: usize) -> bool {
+        let mut bytes = vec![0; 2 * BLOCK];
+        // SAFETY: `bytes` outlives the call.
+        unsafe { Region::of(&mut bytes) }.copy_from(self.buffers[rank].output);
+        bytes == wanted(rank, 2)
     }
 }
 
 /// C2: nobody reads a peer that has not come, and nobody is done while another may still read from it.
 #[test]
 fn a_rank_is_held_until_its_peers_have_read() {
-    let (mut pair, all) = (Pair::new(), [content(0, 0)[1], content(1, 0)[1]]);
+    let mut pair = Pair::new();
     pair.submit(0);
     assert_eq!(pair.exhaust(0), []);
     assert_eq!((pair.nodes[0].copied_once(), pair.nodes[0].waiting_for()), (0, vec![1]));
@@ -184,23 +167,23 @@ fn a_rank_is_held_until_its_peers_have_read() {
     let mut done = Vec::new();
     assert!(pair.nodes[1].poll(&mut done).unwrap(), "it says where its data lies");
     assert_eq!(pair.exhaust(0), [], "rank 1 has not read all of rank 0");
-    assert_eq!((pair.nodes[0].copied_once(), pair.seen(0)), (BLOCK as u64, all));
+    assert_eq!((pair.nodes[0].copied_once(), pair.is_right(0)), (BLOCK as u64, true));
     done.extend(pair.exhaust(1));
     assert_eq!(done, [Ctx(1)]);
     assert_eq!(pair.exhaust(0), [Ctx(1)]);
-    assert_eq!(pair.seen(1), all);
+    assert!(pair.is_right(1));
 }
 
 /// C2, of a rank that waits for the others to come: it says that it has read no earlier.
 #[test]
 fn a_rank_that_came_first_is_waited_for_too() {
-    let (mut pair, all) = (Pair::new(), [content(0, 0)[1], content(1, 0)[1]]);
+    let mut pair = Pair::new();
     pair.submit(0);
     assert_eq!(pair.exhaust(0), []);
     pair.submit(1);
     assert_eq!(pair.exhaust(1), [], "rank 0 has not read anything");
-    assert_eq!(pair.seen(1), all);
+    assert!(pair.is_right(1));
     assert_eq!(pair.exhaust(0), [Ctx(1)]);
     assert_eq!(pair.exhaust(1), [Ctx(1)]);
-    assert_eq!(pair.seen(0), all);
+    assert!(pair.is_right(0));
 }

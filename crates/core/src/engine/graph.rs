@@ -48,6 +48,9 @@ impl Graph {
     }
 }
 
+/// Scratch that a group always has: enough for a barrier on one node.
+pub const SCRAP: usize = 64;
+
 /// A schedule with the graphs of its plans.
 #[derive(Debug)]
 pub struct Ready {
@@ -56,8 +59,8 @@ pub struct Ready {
     tail: Option<Graph>,
     /// Phases of a round, at most.
     pub phases: usize,
-    /// Nothing but phases, one after the other, in one round and without scratch: such a call can run on its caller's
-    /// stack.
+    /// Nothing but phases, one after the other, in one round and with no more scratch than [`SCRAP`]: such a call can run on
+    /// its caller's stack.
     pub is_plain: bool,
     /// Made for memory that the node's ranks share.
     pub is_shared: bool,
@@ -70,7 +73,7 @@ impl Ready {
         let phases = body.phases.len().max(tail.as_ref().map_or(0, |t| t.phases.len()));
         let one_round = schedule.full_rounds == 1 && tail.is_none();
         let only_phases = phases > 0 && phases == schedule.body.steps.len();
-        let is_plain = one_round && only_phases && schedule.scratch_stride() == 0;
+        let is_plain = one_round && only_phases && schedule.scratch_stride() <= SCRAP;
         Ready { schedule, body, tail, phases, is_plain, is_shared }
     }
 
@@ -99,7 +102,10 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::Collective;
+    use crate::plan::select::{CallShape, Tuning, schedule};
     use crate::plan::{Op, Span};
+    use crate::topology::GroupShape;
 
     #[test]
     fn dependents_mirror_dependencies() {
@@ -114,5 +120,15 @@ mod tests {
         assert_eq!(graph.dependents(b), &[c]);
         assert!(graph.dependents(c).is_empty());
         assert_eq!(graph.phases, vec![b]);
+    }
+
+    #[test]
+    fn small_calls_within_a_node_can_run_on_their_callers_stack() {
+        let shape = GroupShape::even(1, 3);
+        for collective in Collective::ALL.into_iter().filter(|&c| c != Collective::SendRecv) {
+            let call = CallShape::new(collective, 4, 1);
+            let schedule = schedule(&shape, 1, &call, &Tuning::default()).unwrap();
+            assert!(Ready::new(schedule, false).is_plain, "{collective}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use crate::call::{Call, Collective};
 use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
-use crate::engine::graph::Ready;
+use crate::engine::graph::{Ready, SCRAP};
 use crate::engine::numbers::Stream;
 use crate::engine::op::{OpState, Work};
 use crate::engine::staging::{Loan, Staging};
@@ -87,8 +87,13 @@ pub struct Group<L> {
     spare: Workspace,
     /// The phase that last ran on the spot: the next one differs little.
     at_once: Option<PhaseRun>,
+    scrap: Box<Scrap>,
     failed: Option<Error>,
 }
+
+/// Scratch of the call that runs on the spot (G1: there is one at a time).
+#[repr(align(64))]
+struct Scrap([u8; SCRAP]);
 
 impl<L: NodeLocal> Group<L> {
     pub fn new(index: usize, seat: Seat<L>) -> Group<L> {
@@ -104,6 +109,7 @@ impl<L: NodeLocal> Group<L> {
             next_seq: 0,
             spare: Workspace::default(),
             at_once: None,
+            scrap: Box::new(Scrap([0; SCRAP])),
             failed: None,
         }
     }
@@ -315,7 +321,9 @@ impl<L: NodeLocal> Group<L> {
             return (Tried::NotNow, Ok(()));
         }
         let (ready, arith, mark) = (call.ready, self.arith(&call.call), self.mark());
-        let buffers = Buffers { input: call.input, output: call.output, scratch: Region::EMPTY };
+        // SAFETY: the box stays where it is as long as the group, whose transport alone is given the region (R1).
+        let scratch = unsafe { Region::of(&mut self.scrap.0) };
+        let buffers = Buffers { input: call.input, output: call.output, scratch };
         let packed = call.call.pack();
         let seq = self.next_seq;
         self.next_seq += 1;

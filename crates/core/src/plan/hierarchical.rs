@@ -176,11 +176,11 @@ pub(super) fn barrier(cx: &Context<'_>) -> Schedule {
     let (elem, nodes) = (cx.call.elem, cx.shape.node_count());
     let mut b = Builder::new(cx.local());
     let data = b.reserve(elem);
-    let out = b.reserve(elem);
     if nodes == 1 {
-        b.phase(vec![Move { from: Who::All, to: Who::All, src: data, dst: out, finish: false }]);
+        b.phase(vec![Move { from: Who::All, to: Who::All, src: data, dst: data, finish: false }]);
         return Schedule::single("one_phase", b.finish(), 0);
     }
+    let out = b.reserve(elem);
     let alone = cx.shape.local_size(cx.rank) == 1;
     let sum = if alone { data } else { b.reserve(elem) };
     if !alone {
