@@ -1,6 +1,8 @@
-//! What the link between two cores gives: each of two threads fills slots and reads the other's, and does nothing else, once in
-//! slots of its own and once in slots that they swap (docs/adr/0018). No all_reduce of private memory through slots is faster:
-//! each rank must give S bytes, or S/2 twice, and take as many.
+//! The bounds of an all_reduce of private memory through slots. What the link between two cores gives: each of two threads fills
+//! slots and reads the other's, and does nothing else, once in slots of its own and once in slots that they swap
+//! (docs/adr/0018); a rank must give S bytes, or S/2 twice, and take as many. And what private memory gives: each thread reads S
+//! bytes that it has written before into a slot, as a rank must too. A core has so many lines under way at a time, wherever they
+//! come from: the two times add up.
 //!
 //! `cargo bench -p smddp-shm --bench links`
 
@@ -124,15 +126,56 @@ fn measure(slots: Slots) -> Vec<f64> {
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| Link { own: &b, other: &a, slots }.run(&together));
         let mine = Link { own: &a, other: &b, slots }.run(&together);
-        mine.into_iter().zip(peer.join().unwrap()).map(|(x, y)| x.max(y)).collect()
+        slower(mine, peer.join().unwrap())
     })
 }
 
+/// Fastest microseconds for each size that a thread needs to read its own memory, written before, while another does so too.
+fn read_own(together: &Barrier) -> Vec<f64> {
+    let (mut memory, mut slot) = (vec![0u8; SIZES[SIZES.len() - 1]], vec![0u8; RING.slot]);
+    let mut fastest = |bytes: usize| {
+        let measure = |round: usize| {
+            memory[..bytes].fill(round as u8);
+            together.wait();
+            let start = Instant::now();
+            for piece in memory[..bytes].chunks(RING.slot) {
+                slot[..piece.len()].copy_from_slice(std::hint::black_box(piece));
+                std::hint::black_box(&slot);
+            }
+            start.elapsed().as_secs_f64() * 1e6
+        };
+        (0..ROUNDS).map(measure).fold(f64::INFINITY, f64::min)
+    };
+    SIZES.iter().map(|&bytes| fastest(bytes)).collect()
+}
+
+fn private() -> Vec<f64> {
+    let together = Barrier::new(2);
+    std::thread::scope(|scope| {
+        let peer = scope.spawn(|| read_own(&together));
+        slower(read_own(&together), peer.join().unwrap())
+    })
+}
+
+fn slower(mine: Vec<f64>, theirs: Vec<f64>) -> Vec<f64> {
+    mine.into_iter().zip(theirs).map(|(x, y)| x.max(y)).collect()
+}
+
 fn main() {
-    let (own, swapped) = (measure(Slots::Own), measure(Slots::Swapped));
-    println!("{:>10} {:>12} {:>6} {:>12} {:>6}", "bytes", "own us", "GB/s", "swapped us", "GB/s");
-    for (bytes, (own, swapped)) in SIZES.into_iter().zip(own.into_iter().zip(swapped)) {
-        let rate = |time: f64| bytes as f64 / time / 1e3;
-        println!("{bytes:>10} {own:>12.1} {:>6.2} {swapped:>12.1} {:>6.2}", rate(own), rate(swapped));
+    let columns = [measure(Slots::Own), measure(Slots::Swapped), private()];
+    println!(
+        "{:>10} {:>14} {:>14} {:>14} {:>17}",
+        "us (GB/s)", "own", "swapped", "private", "swapped + private"
+    );
+    for (at, bytes) in SIZES.into_iter().enumerate() {
+        let [own, swapped, private] = columns.each_ref().map(|times| times[at]);
+        let cell = |time: f64| format!("{time:.0} ({:.1})", bytes as f64 / time / 1e3);
+        println!(
+            "{bytes:>10} {:>14} {:>14} {:>14} {:>17}",
+            cell(own),
+            cell(swapped),
+            cell(private),
+            cell(swapped + private)
+        );
     }
 }
