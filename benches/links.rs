@@ -2,7 +2,7 @@
 //! slots and reads the other's, and does nothing else, once in slots of its own and once in slots that they swap
 //! (docs/adr/0018); a rank must give S bytes, or S/2 twice, and take as many. And what private memory gives: each thread reads S
 //! bytes that it has written before into a slot, as a rank must too. A core has so many lines under way at a time, wherever they
-//! come from: the two times add up.
+//! come from, so the two times are taken to add up.
 //!
 //! `cargo bench -p smddp-shm --bench links`
 
@@ -62,7 +62,6 @@ fn wait(count: &Count, least: u64) {
 }
 
 /// The two threads as one of them sees them.
-#[derive(Clone, Copy)]
 struct Link<'a> {
     own: &'a Side,
     other: &'a Side,
@@ -120,14 +119,25 @@ impl Link<'_> {
     }
 }
 
-/// Fastest microseconds of the slower thread for each size.
-fn measure(slots: Slots) -> Vec<f64> {
-    let (a, b, together) = (Side::new(), Side::new(), Barrier::new(2));
+/// What the slower of two threads takes for each size.
+fn slower(peer: impl FnOnce() -> Vec<f64> + Send, mine: impl FnOnce() -> Vec<f64>) -> Vec<f64> {
     std::thread::scope(|scope| {
-        let peer = scope.spawn(|| Link { own: &b, other: &a, slots }.run(&together));
-        let mine = Link { own: &a, other: &b, slots }.run(&together);
-        slower(mine, peer.join().unwrap())
+        let peer = scope.spawn(peer);
+        mine().into_iter().zip(peer.join().unwrap()).map(|(x, y)| x.max(y)).collect()
     })
+}
+
+fn link(slots: Slots) -> Vec<f64> {
+    let (a, b, together) = (Side::new(), Side::new(), Barrier::new(2));
+    slower(
+        || Link { own: &b, other: &a, slots }.run(&together),
+        || Link { own: &a, other: &b, slots }.run(&together),
+    )
+}
+
+fn private() -> Vec<f64> {
+    let together = Barrier::new(2);
+    slower(|| read_own(&together), || read_own(&together))
 }
 
 /// Fastest microseconds for each size that a thread needs to read its own memory, written before, while another does so too.
@@ -149,20 +159,8 @@ fn read_own(together: &Barrier) -> Vec<f64> {
     SIZES.iter().map(|&bytes| fastest(bytes)).collect()
 }
 
-fn private() -> Vec<f64> {
-    let together = Barrier::new(2);
-    std::thread::scope(|scope| {
-        let peer = scope.spawn(|| read_own(&together));
-        slower(read_own(&together), peer.join().unwrap())
-    })
-}
-
-fn slower(mine: Vec<f64>, theirs: Vec<f64>) -> Vec<f64> {
-    mine.into_iter().zip(theirs).map(|(x, y)| x.max(y)).collect()
-}
-
 fn main() {
-    let columns = [measure(Slots::Own), measure(Slots::Swapped), private()];
+    let columns = [link(Slots::Own), link(Slots::Swapped), private()];
     println!(
         "{:>10} {:>14} {:>14} {:>14} {:>17}",
         "us (GB/s)", "own", "swapped", "private", "swapped + private"
