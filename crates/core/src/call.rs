@@ -91,6 +91,8 @@ pub struct Call {
     pub uneven: bool,
     /// On memory that the node's ranks share ([`crate::shared`]); on all ranks or on none.
     pub shared: bool,
+    /// With its data on a device ([`crate::far`]); on all ranks or on none.
+    pub far: bool,
 }
 
 /// A [`Call`] in 16 bytes, as it travels in message and slot headers.
@@ -100,7 +102,7 @@ pub struct PackedCall {
     pub collective: u8,
     pub dtype: u8,
     pub op: u8,
-    /// Bits: 1 uneven, 2 in shared memory.
+    /// Bits: 1 uneven, 2 in shared memory, 4 on a device.
     pub form: u8,
     pub root: u32,
     pub count: u64,
@@ -108,7 +110,16 @@ pub struct PackedCall {
 
 impl Call {
     pub fn new(collective: Collective, dtype: DType, count: u64) -> Call {
-        Call { collective, dtype, op: ReduceOp::Sum, root: 0, count, uneven: false, shared: false }
+        Call {
+            collective,
+            dtype,
+            op: ReduceOp::Sum,
+            root: 0,
+            count,
+            uneven: false,
+            shared: false,
+            far: false,
+        }
     }
 
     pub fn pack(&self) -> PackedCall {
@@ -116,7 +127,9 @@ impl Call {
             collective: self.collective as u8,
             dtype: self.dtype as u8,
             op: if self.collective.reduces() { self.op as u8 } else { 0 },
-            form: (u8::from(self.uneven) * UNEVEN) | (u8::from(self.shared) * SHARED),
+            form: (u8::from(self.uneven) * UNEVEN)
+                | (u8::from(self.shared) * SHARED)
+                | (u8::from(self.far) * FAR),
             root: if self.collective.rooted() { self.root } else { 0 },
             count: self.count,
         }
@@ -131,6 +144,7 @@ impl Call {
 /// Bits of [`PackedCall::form`].
 const UNEVEN: u8 = 1;
 const SHARED: u8 = 2;
+const FAR: u8 = 4;
 
 impl PackedCall {
     pub fn is_shared(&self) -> bool {
@@ -152,6 +166,7 @@ impl PackedCall {
             count: self.count,
             uneven: self.form & UNEVEN != 0,
             shared: self.is_shared(),
+            far: self.form & FAR != 0,
         })
     }
 }
@@ -181,6 +196,9 @@ impl fmt::Display for Call {
         }
         if self.shared {
             write!(f, ", in shared memory")?;
+        }
+        if self.far {
+            write!(f, ", on a device")?;
         }
         f.write_str(")")
     }

@@ -15,7 +15,8 @@ use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
-use crate::memory::Region;
+use crate::far::FarCall;
+use crate::memory::{Owner, Region};
 use crate::plan::select::{self, CallShape, Tuning};
 use crate::request::{Blocks, Request};
 use crate::shared::{OwnParts, Shared};
@@ -91,20 +92,29 @@ impl<T: Transports> Clone for Communicator<T> {
 pub struct SharedEntry<T: Transports> {
     group: Weak<Inner<T>>,
     number: u64,
-    /// What the fabric, which is the process's and outlives the group, has registered for this entry.
-    registered: Option<(Weak<Engine<T>>, Region)>,
+    _registered: Option<Registered<T>>,
+}
+
+/// Memory that the fabric, which is the process's and outlives groups, has registered: dropped, it is taken back. No call
+/// on it may be under way then.
+pub struct Registered<T: Transports> {
+    engine: Weak<Engine<T>>,
+    memory: Region,
+}
+
+impl<T: Transports> Drop for Registered<T> {
+    fn drop(&mut self) {
+        if let Some(engine) = self.engine.upgrade().filter(|engine| engine.is_ours()) {
+            let _ = engine.with_fabric_if_any(|fabric| {
+                fabric.deregister(self.memory);
+                Ok(())
+            });
+        }
+    }
 }
 
 impl<T: Transports> Drop for SharedEntry<T> {
     fn drop(&mut self) {
-        if let Some((engine, memory)) = &self.registered
-            && let Some(engine) = engine.upgrade().filter(|engine| engine.is_ours())
-        {
-            let _ = engine.with_fabric_if_any(|fabric| {
-                fabric.deregister(*memory);
-                Ok(())
-            });
-        }
         let Some(group) = self.group.upgrade() else { return };
         group.shared.leave(self.number);
         if !group.closed.load(Ordering::Acquire) && group.engine.is_ours() {
@@ -298,7 +308,7 @@ impl<T: Transports> Communicator<T> {
     fn drive(&self, request: &Request, limit: Option<Duration>) -> Result<Option<Arc<OpState>>> {
         let ready = self.admit(request)?;
         let op = || Arc::new(self.collective(request, Arc::clone(&ready)));
-        if ready.is_plain && request.gate.is_none() {
+        if ready.is_plain && request.gate.is_none() && request.far.is_none() {
             let (input, output) = (request.input, request.output);
             let call =
                 Immediate { ready: &ready, input, output, call: request.call(ready.is_shared), op: &op };
@@ -438,7 +448,8 @@ impl<T: Transports> Communicator<T> {
 
     fn collective(&self, request: &Request, ready: Arc<Ready>) -> OpState {
         let call = request.call(ready.is_shared);
-        let work = Work::Collective { ready, input: request.input, output: request.output };
+        let far = FarCall::of(request, self.size(), self.inner.rank);
+        let work = Work::Collective { ready, input: request.input, output: request.output, far };
         let mut op = self.op(call, work, request.timeout);
         op.gate.clone_from(&request.gate);
         op
@@ -453,6 +464,7 @@ impl<T: Transports> Communicator<T> {
             counts: request.counts.clone(),
             splits: request.splits.clone(),
             shared: self.is_shared(request),
+            far: request.far.is_some(),
         };
         let mut plans = self.inner.plans.lock().map_err(|_| poisoned())?;
         if let Some((_, ready)) = plans.last.as_ref().filter(|(last, _)| *last == key) {
@@ -497,20 +509,36 @@ impl<T: Transports> Communicator<T> {
         let (number, own) = (shared.number, shared.own());
         let engine = &self.inner.engine;
         engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
-        let mut entry = SharedEntry { group: Arc::downgrade(&self.inner), number, registered: None };
-        if self.inner.shape.node_count() > 1 {
-            match engine.with_fabric_if_any(|fabric| fabric.register(own)) {
-                Ok(()) => entry.registered = Some((Arc::downgrade(engine), own)),
-                Err(error) => {
-                    tracing::warn!(%error, "shared memory not registered: what leaves the node is copied")
-                }
-            }
-        }
+        let leaves_node = self.inner.shape.node_count() > 1;
+        let registered = leaves_node.then(|| self.register(own, Owner::Host)).transpose();
+        let registered = registered.unwrap_or_else(|error| {
+            tracing::warn!(%error, "shared memory not registered: what leaves the node is copied");
+            None
+        });
         self.inner.shared.enter(number, own);
-        Ok(entry)
+        Ok(SharedEntry { group: Arc::downgrade(&self.inner), number, _registered: registered })
+    }
+
+    /// Registers memory with the fabric, for the messages of this process.
+    pub fn register(&self, memory: Region, owner: Owner) -> Result<Registered<T>> {
+        let engine = &self.inner.engine;
+        engine.with_fabric_if_any(|fabric| fabric.register(memory, owner))?;
+        Ok(Registered { engine: Arc::downgrade(engine), memory })
+    }
+
+    /// Bytes that each message of a call with its data on a device must have at least; none: this group has no such calls
+    /// (see [`crate::far`]), since its fabric reaches no device, or ranks share a node.
+    pub fn least_device_message(&self) -> Option<usize> {
+        let shape = &self.inner.shape;
+        let is_alone = shape.node_count() > 1 && shape.even_local_size() == Some(1);
+        let least = || self.inner.engine.fabric_info(|fabric| fabric.least_device_message()).flatten();
+        is_alone.then(least).flatten()
     }
 
     fn check(&self, request: &Request) -> Result<()> {
+        if let Some(far) = &request.far {
+            far.check(request)?;
+        }
         self.check_call(request, request.input.len(), request.output.len())
     }
 

@@ -10,6 +10,7 @@ pub mod dtype;
 pub mod element;
 pub mod engine;
 pub mod error;
+pub mod far;
 pub mod gate;
 pub mod memory;
 pub mod plan;

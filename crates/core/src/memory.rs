@@ -8,6 +8,14 @@
 
 use std::ptr::NonNull;
 
+/// Whose memory a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    Host,
+    /// The CUDA device of this number. The address is the device's: the host never reads or writes there.
+    Cuda(i32),
+}
+
 /// `len` bytes at `ptr`. Plain data: copying it copies no bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
@@ -25,7 +33,8 @@ impl Region {
 
     /// # Safety
     /// R1: the memory is valid for reads and writes until every operation given this region is over.
-    /// A region that is only ever a source may point to read-only memory.
+    /// A region that is only ever a source may point to read-only memory. One of a device's memory is given to nobody but
+    /// [`Fabric`](crate::transport::Fabric)s that were told of it.
     pub unsafe fn new(ptr: *mut u8, len: usize) -> Region {
         match NonNull::new(ptr) {
             Some(ptr) if len > 0 => Region { ptr, len },

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::call::{Call, Collective};
 use crate::dtype::{DType, ReduceOp};
+use crate::far::Far;
 use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::{Buf, source_of};
@@ -32,6 +33,8 @@ pub struct Request {
     pub timeout: Option<Duration>,
     /// Begin only when it opens. The group's later collectives wait behind this one.
     pub gate: Option<Gate>,
+    /// The device's memory that messages use in place of `input` and `output`.
+    pub far: Option<Far>,
 }
 
 impl Request {
@@ -48,6 +51,7 @@ impl Request {
             splits: None,
             timeout: None,
             gate: None,
+            far: None,
         }
     }
 
@@ -81,6 +85,7 @@ impl Request {
             count: if self.splits.is_some() { 0 } else { self.count as u64 },
             uneven: self.counts.is_some() || self.splits.is_some(),
             shared,
+            far: self.far.is_some(),
         }
     }
 }

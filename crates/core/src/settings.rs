@@ -151,6 +151,12 @@ pub const TABLE: &[Row] = &[
         "path of the NCCL library to load (default: the copy PyTorch has loaded)",
     ),
     row(
+        "SMDDP_GPUDIRECT",
+        Kind::Choice(&["off", "on"]),
+        "off",
+        "whether NICs read and write the memory of CUDA devices between nodes, for messages larger than SMDDP_EAGER, where provider and devices can (FI_HMEM); on all ranks or on none",
+    ),
+    row(
         "SMDDP_CUDA_SLOT",
         Kind::Bytes(64 << 10, 1 << 30),
         "4M",

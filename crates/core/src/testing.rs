@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::call::PackedCall;
 use crate::error::{Error, Result, Site};
-use crate::memory::Region;
+use crate::memory::{Owner, Region};
 use crate::plan::{Op, Who};
 use crate::reduce;
 use crate::transport::{Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, PhaseRun, Transports};
@@ -318,8 +318,12 @@ impl Fabric for MemoryFabric {
 
     fn deregister(&mut self, _memory: Region) {}
 
-    fn register(&mut self, _memory: Region) -> Result<()> {
+    fn register(&mut self, _memory: Region, _owner: Owner) -> Result<()> {
         Ok(())
+    }
+
+    fn least_device_message(&self) -> Option<usize> {
+        Some(1)
     }
 
     fn send(&mut self, m: Message) -> Result<()> {

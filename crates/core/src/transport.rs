@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::call::PackedCall;
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
-use crate::memory::Region;
+use crate::memory::{Owner, Region};
 use crate::plan::{Buf, Plan, Span};
 use crate::shared::Shared;
 
@@ -161,10 +161,14 @@ pub trait Fabric: Send {
     /// Makes the process with `address` known; the same address gives the same id. `label` names it in errors.
     fn connect(&mut self, address: &[u8], label: &str) -> Result<u32>;
 
-    /// Memory that will serve often as source and target: the engine's staging, what the ranks share.
-    fn register(&mut self, memory: Region) -> Result<()>;
+    /// Memory that will serve often as source and target: the engine's staging, what the ranks share, a device's.
+    fn register(&mut self, memory: Region, owner: Owner) -> Result<()>;
     /// Takes that back, for the same region; no message is in it.
     fn deregister(&mut self, memory: Region);
+
+    /// Bytes that a message in registered memory of a device has at least, to the peers connected so far; none: there
+    /// may be no such messages.
+    fn least_device_message(&self) -> Option<usize>;
 
     /// `message.peer` is an id from `connect`.
     fn send(&mut self, message: Message) -> Result<()>;

@@ -81,6 +81,35 @@ fn in_shared_memory() {
     }
 }
 
+/// With the data on a device, which only messages reach.
+#[test]
+fn on_a_device() {
+    use Collective::{AllGather, AllReduce, Broadcast, ReduceScatter};
+    let ranks = [2, 3, 4, 5, 7, 8, 16, 33];
+    for (collective, size) in
+        [AllReduce, ReduceScatter, AllGather, Broadcast].into_iter().flat_map(|c| ranks.map(|n| (c, n)))
+    {
+        let shape = GroupShape::even(size, 1);
+        for (count, elem, chunk) in [(size * 3 + 1, 2, 0), (37, 4, 44), (size * 1100 + 77, 4, 0)] {
+            let call = CallShape { far: true, ..CallShape::rooted(collective, elem, count, size / 2) };
+            let tuning = Tuning { chunk, staging: 1 << 30, ..Tuning::default() };
+            prove(&shape, &call, &tuning);
+        }
+    }
+}
+
+/// Such a call is for ranks alone on their nodes, and for collectives that know it.
+#[test]
+fn on_a_device_not_everything_goes() {
+    let plan = |shape: &GroupShape, collective| {
+        let call = CallShape { far: true, ..CallShape::new(collective, 4, 100) };
+        select::schedule(shape, 0, &call, &Tuning::default())
+    };
+    assert!(plan(&GroupShape::even(2, 1), Collective::AllReduce).is_ok());
+    assert!(plan(&GroupShape::even(2, 2), Collective::AllReduce).is_err());
+    assert!(plan(&GroupShape::even(2, 1), Collective::Reduce).is_err());
+}
+
 /// [`prove`]; and what is shared is taken by the first phase, and by later ones wholly or not at all.
 fn prove_shared(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Report {
     for rank in 0..shape.size() {

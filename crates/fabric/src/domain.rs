@@ -10,7 +10,7 @@
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 
 use crate::error::Error;
 
@@ -28,6 +28,8 @@ pub struct Caps {
     pub virt_addr: bool,
     /// The provider chooses the key of a registration.
     pub prov_key: bool,
+    /// Memory of devices can be registered (FI_HMEM).
+    pub devices: bool,
     /// Largest single transfer in bytes.
     pub max_msg: usize,
     /// Largest message copied at once by the provider, in bytes.
@@ -96,7 +98,8 @@ pub trait Domain: Send {
     fn insert(&mut self, address: &[u8]) -> Result<PeerAddr, Error>;
 
     /// Registers memory as local buffer, and as target of peers' writes where `remote`.
-    fn register(&mut self, memory: Region, remote: bool) -> Result<Mr, Error>;
+    /// Memory of a device only where [`Caps::devices`] says so.
+    fn register(&mut self, memory: Region, owner: Owner, remote: bool) -> Result<Mr, Error>;
     /// Ends a registration; nothing more is written through it once this has returned, except by transfers begun.
     fn deregister(&mut self, mr: Mr);
 

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smddp_core::error::{Error as CoreError, Result, Site};
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 use smddp_core::settings::Settings;
 use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
 
@@ -334,6 +334,13 @@ impl<D: Domain> FabricEndpoint<D> {
         if peer.lost.is_some() {
             return Err(self.lost_error(m.peer, m.peer_rank));
         }
+        // Small ones are copied, which a device's memory must not be.
+        if m.region.len() <= peer.eager && self.staging.is_on_device(m.region) {
+            return Err(CoreError::Internal(format!(
+                "a message of {} bytes in device memory",
+                m.region.len()
+            )));
+        }
         if let Some(d) = self.groups.post(m.key, m.call, m.peer, m.peer_rank) {
             self.disagree(m.key.group, d);
         }
@@ -424,10 +431,11 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         Ok(id)
     }
 
-    fn register(&mut self, memory: Region) -> Result<()> {
+    fn register(&mut self, memory: Region, owner: Owner) -> Result<()> {
         // Where registering is only bookkeeping, every transfer registers for itself, so that it can be revoked.
-        if self.config.caps.needs_local_mr && self.broken.is_none() {
-            self.staging.register(&mut self.rails, memory)?;
+        let is_wanted = self.config.caps.needs_local_mr || owner != Owner::Host;
+        if is_wanted && self.broken.is_none() {
+            self.staging.register(&mut self.rails, memory, owner)?;
         }
         Ok(())
     }
@@ -436,6 +444,12 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         if self.broken.is_none() {
             self.staging.deregister(&mut self.rails, memory);
         }
+    }
+
+    fn least_device_message(&self) -> Option<usize> {
+        let reaches = self.rails.iter().all(|rail| rail.caps().devices);
+        // Never more to a peer than here (Peer::new).
+        reaches.then_some(self.config.eager + 1)
     }
 
     fn send(&mut self, message: Message) -> Result<()> {

@@ -10,7 +10,7 @@ use crate::ops::{InGrant, Match, OutGrant, Piece, Posted, Tx};
 use crate::slab::Handle;
 use crate::staging::BOUNCE;
 use crate::wire::{Grant, MAX_PIECES, MAX_RAILS, Packet, Target};
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 
 /// Bounce slots one receive may hold at once: one lands while the other is copied out.
 const BOUNCES: usize = 2;
@@ -141,7 +141,7 @@ impl<D: Domain> FabricEndpoint<D> {
         if let Some((mr, offset)) = self.staging.find(into, rail) {
             return Ok((Target { addr: mr.base + offset as u64, key: mr.key }, None));
         }
-        let mr = self.rails[rail].register(into, true).map_err(|e| e.to_string())?;
+        let mr = self.rails[rail].register(into, Owner::Host, true).map_err(|e| e.to_string())?;
         Ok((Target { addr: mr.base, key: mr.key }, Some(mr)))
     }
 
@@ -342,16 +342,13 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    /// What to post for the bytes of `from`: themselves where no registration is needed or they lie in staging,
-    /// else a copy in a bounce slot; `None` when none is free.
+    /// What to post for the bytes of `from`: themselves where no registration is needed or they lie in registered
+    /// memory, else a copy in a bounce slot; `None` when none is free.
     fn source(&mut self, from: Region, rail: usize) -> Option<(Region, Option<Mr>, Option<u32>)> {
-        if self.staging.bounce.is_none() {
-            return Some((from, None, None));
-        }
         if let Some((mr, _)) = self.staging.find(from, rail) {
             return Some((from, Some(mr), None));
         }
-        let (slots, _) = self.staging.bounce.as_mut()?;
+        let Some((slots, _)) = self.staging.bounce.as_mut() else { return Some((from, None, None)) };
         let slot = slots.arena.take()?;
         let copy = slots.arena.region(slot, from.len());
         copy.copy_from(from);

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 
 use crate::domain::{Armed, Caps, Completion, Domain, Mr, PeerAddr, Post, Refused, Remote};
 use crate::error::Error;
@@ -35,6 +35,8 @@ pub struct SimConfig {
     pub moody: u32,
     /// A send or write completes when posted (as into a socket), not when it has arrived; its bytes are copied.
     pub early_completion: bool,
+    /// Where the bytes of a device's memory really lie, from its address on; none: memory of devices is out of reach.
+    pub devices: Option<isize>,
 }
 
 impl Default for SimConfig {
@@ -51,6 +53,7 @@ impl Default for SimConfig {
             depth: 64,
             moody: 0,
             early_completion: false,
+            devices: None,
         }
     }
 }
@@ -79,13 +82,35 @@ struct Flying {
     ctx: u64,
 }
 
+/// Registered memory.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    region: Region,
+    key: u64,
+    /// From its addresses to where its bytes are.
+    shift: isize,
+}
+
+impl Known {
+    /// Where the bytes of a part of it are.
+    fn bytes(&self, part: Region) -> Region {
+        // SAFETY: a device's memory of a test lies as far from its address as the test has said (D2).
+        unsafe { Region::new(part.as_ptr().wrapping_offset(self.shift), part.len()) }
+    }
+
+    fn covers(&self, part: Region) -> bool {
+        let (start, at) = (self.region.as_ptr() as usize, part.as_ptr() as usize);
+        at >= start && at + part.len() <= start + self.region.len()
+    }
+}
+
 #[derive(Debug, Default)]
 struct End {
     dead: bool,
     closed: bool,
     slots: Vec<(Region, u64)>,
     tagged: Vec<(u64, Region, u64)>,
-    memory: BTreeMap<u32, (Region, u64)>,
+    memory: BTreeMap<u32, Known>,
     next_mr: u32,
     done: Vec<Completion>,
     in_flight: usize,
@@ -308,11 +333,11 @@ impl Net {
 
     fn target(&self, end: usize, addr: u64, key: u64, len: usize) -> Option<Region> {
         let virt = self.config.virt_addr;
-        self.ends[end].memory.values().find_map(|(region, k)| {
-            let base = if virt { region.as_ptr() as u64 } else { 0 };
+        self.ends[end].memory.values().find_map(|known| {
+            let base = if virt { known.region.as_ptr() as u64 } else { 0 };
             let offset = addr.checked_sub(base)? as usize;
-            let fits = *k == key && offset.checked_add(len)? <= region.len();
-            if fits { Some(region.slice(offset, len)) } else { None }
+            let fits = known.key == key && offset.checked_add(len)? <= known.region.len();
+            if fits { Some(known.bytes(known.region.slice(offset, len))) } else { None }
         })
     }
 
@@ -349,15 +374,12 @@ impl Net {
         }
     }
 
-    fn covered(&self, end: usize, region: Region, mr: Option<Mr>) {
-        if !self.config.needs_local_mr {
-            return;
-        }
-        let inside = mr.and_then(|mr| self.ends[end].memory.get(&mr.id)).is_some_and(|(whole, _)| {
-            let (start, at) = (whole.as_ptr() as usize, region.as_ptr() as usize);
-            at >= start && at + region.len() <= start + whole.len()
-        });
-        assert!(inside || region.is_empty(), "a local buffer outside registered memory");
+    /// Where the bytes of a local buffer are, which must lie in the memory registered as `mr` where that is needed.
+    fn local(&self, end: usize, region: Region, mr: Option<Mr>) -> Region {
+        let known = mr.and_then(|mr| self.ends[end].memory.get(&mr.id)).filter(|known| known.covers(region));
+        let is_free = !self.config.needs_local_mr || region.is_empty();
+        assert!(known.is_some() || is_free, "a local buffer outside registered memory");
+        known.map_or(region, |known| known.bytes(region))
     }
 }
 
@@ -391,6 +413,7 @@ impl Domain for SimDomain {
             prov_key: c.prov_key,
             max_msg: c.max_msg,
             inject: 0,
+            devices: c.devices.is_some(),
         }
     }
 
@@ -409,15 +432,20 @@ impl Domain for SimDomain {
         }
     }
 
-    fn register(&mut self, memory: Region, _remote: bool) -> Result<Mr, Error> {
+    fn register(&mut self, memory: Region, owner: Owner, _remote: bool) -> Result<Mr, Error> {
         let mut net = self.net.lock();
         let (virt, prov_key) = (net.config.virt_addr, net.config.prov_key);
+        let shift = match (owner, net.config.devices) {
+            (Owner::Host, _) => 0,
+            (Owner::Cuda(_), Some(shift)) => shift,
+            (Owner::Cuda(_), None) => panic!("a device's memory is out of reach"),
+        };
         let key = if prov_key { net.dice(u64::MAX) } else { 0 };
         let end = &mut net.ends[self.end];
         let id = end.next_mr;
         end.next_mr += 1;
         let key = if prov_key { key } else { u64::from(id) };
-        end.memory.insert(id, (memory, key));
+        end.memory.insert(id, Known { region: memory, key, shift });
         Ok(Mr { id, key, base: if virt { memory.as_ptr() as u64 } else { 0 } })
     }
 
@@ -427,32 +455,32 @@ impl Domain for SimDomain {
 
     fn send(&mut self, to: PeerAddr, from: Region, mr: Mr, ctx: u64) -> Post {
         let mut net = self.net.lock();
-        net.covered(self.end, from, Some(mr));
+        let from = net.local(self.end, from, Some(mr));
         net.post(self.end, to, from, What::Small, ctx)
     }
 
     fn recv(&mut self, into: Region, mr: Mr, ctx: u64) -> Post {
         let mut net = self.net.lock();
-        net.covered(self.end, into, Some(mr));
+        let into = net.local(self.end, into, Some(mr));
         net.ends[self.end].slots.push((into, ctx));
         Ok(())
     }
 
     fn write(&mut self, to: Remote, from: Region, mr: Option<Mr>, data: u32, ctx: u64) -> Post {
         let mut net = self.net.lock();
-        net.covered(self.end, from, mr);
+        let from = net.local(self.end, from, mr);
         net.post(self.end, to.peer, from, What::Write { addr: to.addr, key: to.key, data }, ctx)
     }
 
     fn tagged_send(&mut self, to: PeerAddr, from: Region, mr: Option<Mr>, tag: u64, ctx: u64) -> Post {
         let mut net = self.net.lock();
-        net.covered(self.end, from, mr);
+        let from = net.local(self.end, from, mr);
         net.post(self.end, to, from, What::Tagged { tag }, ctx)
     }
 
     fn tagged_recv(&mut self, into: Region, mr: Option<Mr>, tag: u64, ctx: u64) -> Post {
         let mut net = self.net.lock();
-        net.covered(self.end, into, mr);
+        let into = net.local(self.end, into, mr);
         if net.dice(1000) < u64::from(net.config.moody) {
             return Err(Refused::Again);
         }

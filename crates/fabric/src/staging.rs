@@ -4,7 +4,7 @@
 //! slots of about 1 MiB, unexpected messages up to a quarter of SMDDP_STAGING, and, where the provider needs
 //! registered memory for real, bounce slots of half of SMDDP_STAGING.
 
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 
 use crate::arena::Arena;
 use crate::domain::{Domain, Mr};
@@ -24,9 +24,20 @@ pub struct Slots {
 impl Slots {
     pub fn new<D: Domain>(rails: &mut [D], count: usize, slot: usize, remote: bool) -> Result<Slots, Error> {
         let arena = Arena::new(count, slot)?;
-        let mrs = rails.iter_mut().map(|d| d.register(arena.whole(), remote)).collect::<Result<_, _>>()?;
+        let mrs = rails
+            .iter_mut()
+            .map(|d| d.register(arena.whole(), Owner::Host, remote))
+            .collect::<Result<_, _>>()?;
         Ok(Slots { arena, mrs })
     }
+}
+
+/// Memory of others, registered on every rail.
+#[derive(Debug)]
+struct Registered {
+    memory: Region,
+    owner: Owner,
+    mrs: [Option<Mr>; MAX_RAILS],
 }
 
 #[derive(Debug)]
@@ -36,7 +47,7 @@ pub struct Staging {
     /// Bounce slots, for sending and receiving apart, so that neither can starve the other.
     pub bounce: Option<(Slots, Slots)>,
     /// What [`Fabric::register`](smddp_core::transport::Fabric::register) was given.
-    registered: Vec<(Region, [Option<Mr>; MAX_RAILS])>,
+    registered: Vec<Registered>,
     /// Credits this process may have given out in all.
     pub budget: u32,
 }
@@ -58,13 +69,18 @@ impl Staging {
     }
 
     /// Registers memory on every rail, until it is taken back or the endpoint ends.
-    pub fn register<D: Domain>(&mut self, rails: &mut [D], memory: Region) -> Result<(), Error> {
+    pub fn register<D: Domain>(
+        &mut self,
+        rails: &mut [D],
+        memory: Region,
+        owner: Owner,
+    ) -> Result<(), Error> {
         let mut mrs = [None; MAX_RAILS];
         let all = mrs.iter_mut().zip(&mut *rails).try_for_each(|(mr, domain)| {
-            *mr = Some(domain.register(memory, true)?);
+            *mr = Some(domain.register(memory, owner, true)?);
             Ok(())
         });
-        self.registered.push((memory, mrs));
+        self.registered.push(Registered { memory, owner, mrs });
         if all.is_err() {
             self.deregister(rails, memory);
         }
@@ -73,8 +89,8 @@ impl Staging {
 
     /// Takes back what [`register`](Self::register) did for this very region.
     pub fn deregister<D: Domain>(&mut self, rails: &mut [D], memory: Region) {
-        let Some(at) = self.registered.iter().position(|(whole, _)| *whole == memory) else { return };
-        let (_, mrs) = self.registered.swap_remove(at);
+        let Some(at) = self.registered.iter().position(|r| r.memory == memory) else { return };
+        let Registered { mrs, .. } = self.registered.swap_remove(at);
         for (mr, domain) in mrs.into_iter().zip(rails) {
             mr.into_iter().for_each(|mr| domain.deregister(mr));
         }
@@ -82,11 +98,21 @@ impl Staging {
 
     /// The registration `memory` lies in, on `rail`, and its offset there.
     pub fn find(&self, memory: Region, rail: usize) -> Option<(Mr, usize)> {
+        self.whole(memory).and_then(|(whole, offset)| Some((whole.mrs[rail]?, offset)))
+    }
+
+    /// Whether `memory` is a device's.
+    pub fn is_on_device(&self, memory: Region) -> bool {
+        self.whole(memory).is_some_and(|(whole, _)| whole.owner != Owner::Host)
+    }
+
+    /// The registered memory that `memory` is part of, and where.
+    fn whole(&self, memory: Region) -> Option<(&Registered, usize)> {
         let start = memory.as_ptr() as usize;
-        self.registered.iter().find_map(|(whole, mrs)| {
-            let offset = start.checked_sub(whole.as_ptr() as usize)?;
-            let inside = offset.checked_add(memory.len())? <= whole.len();
-            if inside { Some((mrs[rail]?, offset)) } else { None }
+        self.registered.iter().find_map(|r| {
+            let offset = start.checked_sub(r.memory.as_ptr() as usize)?;
+            let inside = offset.checked_add(memory.len())? <= r.memory.len();
+            inside.then_some((r, offset))
         })
     }
 }

@@ -13,6 +13,7 @@ use smddp_core::engine::graph::Ready;
 use smddp_core::engine::group::{Group, Seat};
 use smddp_core::engine::op::{OpState, Work};
 use smddp_core::engine::staging::Staging;
+use smddp_core::memory::Owner;
 use smddp_core::plan::select::{self, CallShape, Override, Tuning};
 use smddp_core::settings::Settings;
 use smddp_core::testing::MemoryNode;
@@ -81,7 +82,7 @@ impl Job {
         let mut ranks = Vec::new();
         for (rank, mut fabric) in fabrics.drain(..).enumerate() {
             let mut staging = Staging::new(1 << 16);
-            fabric.register(staging.whole().unwrap()).unwrap();
+            fabric.register(staging.whole().unwrap(), Owner::Host).unwrap();
             let mut route = |to: usize| {
                 if shape.same_node(rank, to) {
                     return Route::Local(shape.local_of(to) as u32);
@@ -109,7 +110,7 @@ impl Job {
             // SAFETY: as above.
             let input = if d.input.is_empty() { output } else { unsafe { Region::of(&mut d.input) } };
             let ready = Arc::new(Ready::new(schedule, false));
-            let work = Work::Collective { ready, input, output };
+            let work = Work::Collective { ready, input, output, far: None };
             let op = Arc::new(OpState::new(call, work, 0, "sim".into(), rank, Duration::from_secs(3600)));
             r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
             ops.push(op);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use smddp_core::call::PackedCall;
 use smddp_core::error::Error;
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 use smddp_core::settings::Settings;
 use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
 use smddp_core::{Call, Collective, DType};
@@ -120,6 +120,7 @@ fn configs() -> impl Strategy<Value = (SimConfig, usize, Settings)> {
                 depth,
                 moody,
                 early_completion: early,
+                devices: None,
             };
             let mode = if forced { "tagged" } else { "auto" };
             let pairs = [
@@ -179,8 +180,8 @@ proptest! {
         let wanted = sources.clone();
         let mut targets: Vec<Vec<u8>> = plans.iter().map(|p| vec![0xee; p.len]).collect();
         for (i, p) in plans.iter().enumerate() {
-            if p.len > 0 && p.staged.0 { world.ends[p.from].register(region(&mut sources[i])).unwrap(); }
-            if p.len > 0 && p.staged.1 { world.ends[p.to].register(region(&mut targets[i])).unwrap(); }
+            if p.len > 0 && p.staged.0 { world.ends[p.from].register(region(&mut sources[i]), Owner::Host).unwrap(); }
+            if p.len > 0 && p.staged.1 { world.ends[p.to].register(region(&mut targets[i]), Owner::Host).unwrap(); }
         }
         let mut posts: Vec<(u32, usize, bool)> = plans.iter().enumerate()
             .flat_map(|(i, p)| [(p.send_at, i, true), (p.recv_at, i, false)]).collect();
@@ -446,7 +447,7 @@ fn withdrawn(config: SimConfig, steps: usize, why: bool) {
     let (mut o1, mut o2) = (vec![9u8; 400_000], vec![0u8; 400_000]);
     // Registered staging cannot be taken back from a NIC: only settling protects it.
     for buffer in here.iter_mut().skip(steps % 2) {
-        world.ends[0].register(region(buffer)).unwrap();
+        world.ends[0].register(region(buffer), Owner::Host).unwrap();
     }
     for i in 0..lens.len() {
         world.ends[0].send(message(key(i), 1, region(&mut mine[i]), i)).unwrap();
@@ -530,7 +531,7 @@ fn a_peer_that_never_settles_costs_the_endpoint_and_it_says_so() {
     for config in kinds() {
         let mut world = World::new(2, 1, config, &settings(&[]));
         let (mut a, mut b) = (vec![0u8; 1 << 20], vec![0u8; 1 << 20]);
-        world.ends[0].register(region(&mut a)).unwrap();
+        world.ends[0].register(region(&mut a), Owner::Host).unwrap();
         world.ends[0].recv(message(key(0), 1, region(&mut a), 0)).unwrap();
         for _ in 0..50 {
             world.poll_all();
@@ -557,8 +558,8 @@ fn memory_that_was_taken_back_is_used_as_any() {
         for round in 0..4 {
             let registered = round % 2 == 0;
             if registered {
-                world.ends[0].register(here).unwrap();
-                world.ends[1].register(there).unwrap();
+                world.ends[0].register(here, Owner::Host).unwrap();
+                world.ends[1].register(there, Owner::Host).unwrap();
             }
             world.ends[0].send(message(key(round), 1, here, round)).unwrap();
             world.ends[1].recv(message(key(round), 0, there, round)).unwrap();
@@ -617,4 +618,77 @@ fn a_description_names_rails_and_mode() {
     let world = World::new(1, 3, calm(), &settings(&[]));
     let text = world.ends[0].describe();
     assert!(text.contains("3 rail") && text.contains("sim2") && text.contains("remote writes"), "{text}");
+}
+
+/// A device's memory: addresses that nobody may touch, and its bytes as far behind them as they are long.
+struct Device {
+    start: *mut u8,
+    len: usize,
+}
+
+impl Device {
+    fn new(len: usize) -> Device {
+        use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+        let len = len.next_multiple_of(4096);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, left in place until the process ends; its first half is never touched.
+        let start = unsafe {
+            let start = mmap_anonymous(std::ptr::null_mut(), 2 * len, access, MapFlags::PRIVATE).unwrap();
+            mprotect(start, len, MprotectFlags::empty()).unwrap();
+            start.cast()
+        };
+        Device { start, len }
+    }
+
+    fn part(&self, at: usize, len: usize) -> Region {
+        // SAFETY: mapped for good; given to the network alone.
+        unsafe { Region::new(self.start, self.len) }.slice(at, len)
+    }
+
+    fn bytes(&mut self, at: usize, len: usize) -> &mut [u8] {
+        // SAFETY: the second half of the mapping, while no message is under way.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(self.len + at), len) }
+    }
+}
+
+/// Messages from and to a device's memory, which the host cannot touch.
+#[test]
+fn a_devices_memory_is_the_networks_alone() {
+    const LEN: usize = 300_001;
+    for config in kinds() {
+        let mut device = Device::new(4 * LEN);
+        let config = SimConfig { devices: Some(device.len as isize), ..config };
+        let mut world = World::new(2, 2, config, &settings(&[("SMDDP_STRIPE", "64K")]));
+        let least = world.ends[0].least_device_message().unwrap();
+        assert!(least > 1024 && least < LEN);
+        for end in &mut world.ends {
+            end.register(device.part(0, 4 * LEN), Owner::Cuda(1)).unwrap();
+        }
+        device.bytes(0, LEN).iter_mut().enumerate().for_each(|(i, b)| *b = (i * 7 + i / 251) as u8);
+        let wanted = device.bytes(0, LEN).to_vec();
+        let mut host = vec![0; LEN];
+        // Round and round: device to device, device to host, host to device.
+        let ways = [
+            (device.part(0, LEN), device.part(LEN, LEN)),
+            (device.part(LEN, LEN), region(&mut host)),
+            (region(&mut host), device.part(2 * LEN, LEN)),
+            (device.part(2 * LEN, least), device.part(3 * LEN, least)),
+        ];
+        for (i, (from, to)) in ways.into_iter().enumerate() {
+            world.ends[i % 2].send(message(key(i), 1 - i % 2, from, i)).unwrap();
+            world.ends[1 - i % 2].recv(message(key(i), i % 2, to, i)).unwrap();
+            world.until(|w| w.done.iter().map(Vec::len).sum::<usize>() == 2 * (i + 1));
+        }
+        assert!(host == wanted && device.bytes(2 * LEN, LEN) == wanted);
+        assert!(device.bytes(3 * LEN, least) == &wanted[..least]);
+        let small = message(key(9), 1, device.part(0, least - 1), 9);
+        let text = world.ends[0].send(small).unwrap_err().to_string();
+        assert!(text.contains("device memory"), "{text}");
+    }
+}
+
+#[test]
+fn a_network_that_reaches_no_device_says_so() {
+    let world = World::new(2, 1, SimConfig::default(), &settings(&[]));
+    assert_eq!(world.ends[0].least_device_message(), None);
 }

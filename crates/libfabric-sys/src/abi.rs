@@ -20,12 +20,17 @@ pub const FI_REMOTE_WRITE: u64 = 1 << 13;
 pub const FI_REMOTE_CQ_DATA: u64 = 1 << 17;
 pub const FI_COMPLETION: u64 = 1 << 24;
 pub const FI_TRANSMIT_COMPLETE: u64 = 1 << 27;
+pub const FI_HMEM: u64 = 1 << 47;
 pub const FI_REMOTE_COMM: u64 = 1 << 52;
 
 pub const FI_MR_LOCAL: c_int = 1 << 2;
 pub const FI_MR_VIRT_ADDR: c_int = 1 << 4;
 pub const FI_MR_ALLOCATED: c_int = 1 << 5;
 pub const FI_MR_PROV_KEY: c_int = 1 << 6;
+pub const FI_MR_HMEM: c_int = 1 << 10;
+
+/// `enum fi_hmem_iface`.
+pub const FI_HMEM_CUDA: c_int = 1;
 
 pub const FI_AV_TABLE: c_int = 2;
 pub const FI_EP_RDM: c_int = 3;
@@ -214,6 +219,35 @@ pub struct fi_ops_mr {
             *mut c_void,
         ) -> c_int,
     >,
+    pub regv: Unused,
+    pub regattr: Option<unsafe extern "C" fn(*mut fid, *const fi_mr_attr, u64, *mut *mut fid_mr) -> c_int>,
+}
+
+/// `struct iovec`.
+#[repr(C)]
+pub struct iovec {
+    pub iov_base: *mut c_void,
+    pub iov_len: usize,
+}
+
+/// Given to the library: in full (A1), what later versions have behind `device` included.
+#[repr(C)]
+pub struct fi_mr_attr {
+    pub mr_iov: *const iovec,
+    pub iov_count: usize,
+    pub access: u64,
+    pub offset: u64,
+    pub requested_key: u64,
+    pub context: *mut c_void,
+    pub auth_key_size: usize,
+    pub auth_key: *mut u8,
+    pub iface: c_int,
+    /// A union of 8 bytes; of CUDA, the device's number in the first 4.
+    pub device: u64,
+    pub hmem_data: *mut c_void,
+    pub page_size: usize,
+    pub base_mr: *const fid_mr,
+    pub sub_mr_cnt: usize,
 }
 
 #[repr(C)]

@@ -96,6 +96,14 @@ pub unsafe fn mr_reg(
 }
 
 /// # Safety
+/// As [`close`]; `attr` is in full (A1).
+pub unsafe fn mr_regattr(domain: *mut fid_domain, attr: &fi_mr_attr, out: *mut *mut fid_mr) -> c_int {
+    // SAFETY: a live object (see above).
+    let (ops, object) = unsafe { ((*domain).mr, &raw mut (*domain).fid) };
+    through!(ops, fi_ops_mr, regattr(object, attr, 0, out))
+}
+
+/// # Safety
 /// As [`close`]; `address` is one address in the provider's format.
 pub unsafe fn av_insert(av: *mut fid_av, address: *const c_void, out: *mut fi_addr_t) -> c_int {
     // SAFETY: a live object (see above).

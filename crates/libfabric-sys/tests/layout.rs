@@ -28,6 +28,8 @@ fn sizes_are_the_headers() {
         fid_fabric: 40;
         fid_domain: 40;
         fid_mr: 40;
+        fi_mr_attr: 112;
+        iovec: 16;
         fi_av_attr: 48;
         fid_av: 32;
         fi_cq_attr: 48;
@@ -69,7 +71,8 @@ fn offsets_are_the_headers() {
         fi_ops_fabric { size: 0, domain: 8, passive_ep: 16, eq_open: 24, wait_open: 32, trywait: 40 }
         fid_fabric { fid: 0, ops: 24, api_version: 32 }
         fi_ops_domain { size: 0, av_open: 8, cq_open: 16, endpoint: 24 }
-        fi_ops_mr { size: 0, reg: 8 }
+        fi_ops_mr { size: 0, reg: 8, regv: 16, regattr: 24 }
+        fi_mr_attr { mr_iov: 0, iov_count: 8, access: 16, offset: 24, requested_key: 32, context: 40, auth_key_size: 48, auth_key: 56, iface: 64, device: 72 }
         fid_domain { fid: 0, ops: 24, mr: 32 }
         fid_mr { fid: 0, mem_desc: 24, key: 32 }
         fi_av_attr { kind: 0, rx_ctx_bits: 4, count: 8, ep_per_node: 16, name: 24, map_addr: 32, flags: 40 }
@@ -105,11 +108,14 @@ fn constants_are_the_headers() {
         FI_REMOTE_CQ_DATA: 131072;
         FI_COMPLETION: 16777216;
         FI_TRANSMIT_COMPLETE: 134217728;
+        FI_HMEM: 140737488355328;
         FI_REMOTE_COMM: 4503599627370496;
         FI_MR_LOCAL: 4;
         FI_MR_VIRT_ADDR: 16;
         FI_MR_ALLOCATED: 32;
         FI_MR_PROV_KEY: 64;
+        FI_MR_HMEM: 1024;
+        FI_HMEM_CUDA: 1;
         FI_AV_TABLE: 2;
         FI_EP_RDM: 3;
         FI_PROGRESS_MANUAL: 2;

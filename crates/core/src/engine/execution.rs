@@ -10,8 +10,9 @@ use std::sync::Arc;
 use crate::call::PackedCall;
 use crate::engine::graph::Ready;
 use crate::error::{Error, Result};
+use crate::far::FarCall;
 use crate::memory::Region;
-use crate::plan::{Op, StepId};
+use crate::plan::{Op, Span, StepId};
 use crate::reduce;
 use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal, PhaseRun};
 
@@ -57,6 +58,7 @@ pub struct Workspace {
 pub struct Execution {
     ready: Arc<Ready>,
     buffers: Buffers,
+    far: Option<FarCall>,
     arith: Arith,
     call: PackedCall,
     group: u64,
@@ -79,6 +81,7 @@ pub struct Execution {
 pub struct Start {
     pub ready: Arc<Ready>,
     pub buffers: Buffers,
+    pub far: Option<FarCall>,
     pub arith: Arith,
     pub call: PackedCall,
     pub group: u64,
@@ -97,6 +100,7 @@ impl Execution {
         Execution {
             ready: start.ready,
             buffers: start.buffers,
+            far: start.far,
             arith: start.arith,
             call: start.call,
             group: start.group,
@@ -280,11 +284,13 @@ impl Execution {
         match &ready.plan(number).steps[step as usize].op {
             Op::Phase(_) => Err(Error::Internal("a phase outside the lane".to_owned())),
             Op::Send { to, src, tag } => {
-                let message = self.message(slot, step, number, *to, *tag, buffers.at(*src, shift));
+                let region = self.of_message(&buffers, *src, shift);
+                let message = self.message(slot, step, number, *to, *tag, region);
                 self.post(hands, *to as usize, message, true)
             }
             Op::Recv { from, dst, tag } => {
-                let message = self.message(slot, step, number, *from, *tag, buffers.at(*dst, shift));
+                let region = self.of_message(&buffers, *dst, shift);
+                let message = self.message(slot, step, number, *from, *tag, region);
                 self.post(hands, *from as usize, message, false)
             }
             Op::Reduce { dst, srcs, finish } => {
@@ -302,6 +308,11 @@ impl Execution {
                 Ok(())
             }
         }
+    }
+
+    /// Where the bytes of a message lie. Far calls have one round: nothing is shifted (F4).
+    fn of_message(&self, buffers: &Buffers, span: Span, shift: usize) -> Region {
+        self.far.and_then(|far| far.of_message(span)).unwrap_or_else(|| buffers.at(span, shift))
     }
 
     fn message(

@@ -348,7 +348,8 @@ impl<L: NodeLocal> Group<L> {
             let op = (call.op)();
             op.seq.store(seq, Ordering::Relaxed);
             let group = self.seat.id;
-            let start = Start { ready: Arc::clone(ready), buffers, arith, call: packed, group, seq, mark };
+            let start =
+                Start { ready: Arc::clone(ready), buffers, far: None, arith, call: packed, group, seq, mark };
             let execution = Execution::resumed(start, std::mem::take(&mut self.spare), at);
             self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
             return (Tried::Later(op), outcome.map(|_| ()));
@@ -361,13 +362,14 @@ impl<L: NodeLocal> Group<L> {
     }
 
     fn begin(&mut self, op: Arc<OpState>, staging: &mut Staging) -> Result<Active> {
-        let Work::Collective { ready, input, output } = &op.work else {
+        let Work::Collective { ready, input, output, far } = &op.work else {
             return Err(Error::Internal("a message in the queue of collectives".to_owned()));
         };
         let loan = staging.lend(ready.scratch())?;
         let start = Start {
             ready: Arc::clone(ready),
             buffers: Buffers { input: *input, output: *output, scratch: loan.region },
+            far: *far,
             arith: self.arith(&op.call),
             call: op.call.pack(),
             group: self.seat.id,

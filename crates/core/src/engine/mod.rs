@@ -28,6 +28,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::memory::Owner;
 use crate::process;
 use crate::settings::Settings;
 use crate::transport::{Bell, Fabric, Transports};
@@ -121,7 +122,7 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| {
             if driver.fabric.is_none() {
                 let mut fabric = open()?;
-                fabric.register(driver.staging.whole()?)?;
+                fabric.register(driver.staging.whole()?, Owner::Host)?;
                 driver.fabric = Some(fabric);
                 self.shared.listens.store(true, Ordering::Relaxed);
                 // Asleep for good until now.

@@ -12,6 +12,7 @@ use crate::call::Call;
 use crate::engine::graph::Ready;
 use crate::engine::numbers::MessageNumbers;
 use crate::error::{Error, Result, Site};
+use crate::far::FarCall;
 use crate::gate::Gate;
 use crate::memory::Region;
 use crate::transport::MsgKey;
@@ -24,6 +25,7 @@ pub enum Work {
         ready: Arc<Ready>,
         input: Region,
         output: Region,
+        far: Option<FarCall>,
     },
     Message {
         peer: usize,

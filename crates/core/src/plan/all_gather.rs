@@ -64,7 +64,9 @@ fn spread_own(cx: &Context<'_>, b: &mut Builder, blocks: &[Span]) {
     let here = cx.shape.ranks_on(cx.node());
     let own = |r: usize| Span::input(0, blocks[r].len);
     if here.len() == 1 {
-        b.copy(blocks[cx.rank], own(cx.rank));
+        if !cx.call.far {
+            b.copy(blocks[cx.rank], own(cx.rank));
+        }
         return;
     }
     b.phase(here.iter().enumerate().map(|(l, &r)| spread(l, own(r as usize), blocks[r as usize])).collect());

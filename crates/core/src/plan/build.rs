@@ -14,7 +14,7 @@ const ALIGN_FROM: usize = 4096;
 pub(super) const LINE: usize = 64;
 
 /// Piece `i` of `len` bytes cut in `parts` pieces that differ by at most one element (one cache line when large).
-pub(super) fn cut(len: usize, parts: usize, i: usize, elem: usize) -> (usize, usize) {
+pub(crate) fn cut(len: usize, parts: usize, i: usize, elem: usize) -> (usize, usize) {
     let unit = if len / parts >= ALIGN_FROM { LINE.max(elem) } else { elem };
     let units = len / unit;
     let start = |i: usize| if i == parts { len } else { (i * (units / parts) + i.min(units % parts)) * unit };

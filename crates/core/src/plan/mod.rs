@@ -12,6 +12,7 @@
 //! - **P5** every rank's contribution enters each result exactly once, in the same association on every rank that
 //!   computes it, and `finish` is applied exactly once.
 //! - **P6** bytes over each node's link, each way, do not exceed [`Schedule::link_bytes`].
+//! - **P7** a call with its data on a device keeps the rules of [`crate::far`].
 //!
 //! Where things are: [`select`] chooses; one file an algorithm builds (`all_reduce_*`, `broadcast`, ...) with `build`
 //! (cuts, dependencies), `rail` (who talks to whom) and `rounds` (sizes); [`check`] proves, [`cost`] prices, [`render`]
@@ -42,6 +43,7 @@ mod rounds;
 pub mod select;
 
 use build::LINE;
+pub(crate) use build::cut;
 pub use select::{CallShape, Tuning, algorithms, schedule};
 
 /// Which buffer a span lies in. For in-place calls `Input` and `Output` are the same memory.

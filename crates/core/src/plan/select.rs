@@ -17,6 +17,7 @@ use std::sync::Arc;
 use super::{Op, Plan, Schedule, Span, cost, hierarchical};
 use crate::call::Collective;
 use crate::error::{Error, Result};
+use crate::far;
 use crate::settings::{Settings, parse_bytes};
 use crate::topology::GroupShape;
 
@@ -36,6 +37,8 @@ pub struct CallShape {
     pub splits: Option<Splits>,
     /// On memory that the ranks of each node share.
     pub shared: bool,
+    /// With its data on a device: see [`crate::far`].
+    pub far: bool,
 }
 
 /// Elements that a rank (sends to, receives from) each rank.
@@ -43,7 +46,7 @@ pub type Splits = (Arc<[usize]>, Arc<[usize]>);
 
 impl CallShape {
     pub fn new(collective: Collective, elem: usize, count: usize) -> CallShape {
-        CallShape { collective, elem, count, root: 0, counts: None, splits: None, shared: false }
+        CallShape { collective, elem, count, root: 0, counts: None, splits: None, shared: false, far: false }
     }
 
     pub fn rooted(collective: Collective, elem: usize, count: usize, root: usize) -> CallShape {
@@ -204,6 +207,15 @@ pub const fn algorithms(collective: Collective) -> &'static [&'static str] {
 /// The algorithm of calls on memory that the ranks of the one node share. Not a person's choice: it is the memory's.
 const SHARED: &str = "shared";
 
+/// The algorithms of calls whose data lies on a device: those in which a rank computes its own share alone.
+const fn far_algorithm(collective: Collective) -> Option<&'static str> {
+    match collective {
+        Collective::AllReduce => Some("sharded"),
+        Collective::AllGather | Collective::ReduceScatter => Some("direct"),
+        _ => None,
+    }
+}
+
 /// Whether `algorithm` serves groups on one node (the others serve groups on several).
 pub fn inside_node(algorithm: &str) -> bool {
     matches!(algorithm, "one_phase" | "two_phase")
@@ -327,7 +339,13 @@ pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuni
     }
     // The transport sees to it that nothing is copied on the way: the one phase is the same.
     let inside = call.shared && shape.node_count() == 1;
-    let algorithm = if inside { "one_phase" } else { choose(shape, call, tuning)? };
+    let in_one_round = call.far.then(|| Tuning { chunk: usize::MAX, staging: usize::MAX, ..tuning.clone() });
+    let cx = Context { tuning: in_one_round.as_ref().unwrap_or(tuning), ..cx };
+    let algorithm = match far_algorithm(call.collective) {
+        _ if inside => "one_phase",
+        Some(algorithm) if call.far => algorithm,
+        _ => choose(shape, call, tuning)?,
+    };
     let schedule = match call.collective {
         Collective::AllReduce => hierarchical::schedule(&cx, algorithm),
         Collective::Barrier => Ok(hierarchical::barrier(&cx)),
@@ -375,6 +393,7 @@ fn check(shape: &GroupShape, rank: usize, call: &CallShape) -> Result<()> {
         && call.root < size
         && call.elem.is_power_of_two()
         && call.elem <= super::LINE
+        && (!call.far || shape.even_local_size() == Some(1) && far::carries(call.collective))
         && lists.into_iter().all(|l| l.len() == size);
     if sound {
         return Ok(());

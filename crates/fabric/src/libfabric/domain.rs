@@ -6,7 +6,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smddp_core::memory::Region;
+use smddp_core::memory::{Owner, Region};
 use smddp_libfabric_sys::Library;
 use smddp_libfabric_sys::abi::*;
 use smddp_libfabric_sys::calls::{self, Target};
@@ -126,7 +126,9 @@ impl LibfabricDomain {
             if self.nic.provider.starts_with("efa") {
                 // Its shared-memory path would otherwise make CUDA calls, which can deadlock with a parked stream.
                 let no = 0u8;
-                calls::setopt(self.ep, FI_OPT_CUDA_API_PERMITTED, (&raw const no).cast(), 1);
+                let code = calls::setopt(self.ep, FI_OPT_CUDA_API_PERMITTED, (&raw const no).cast(), 1);
+                // One that cannot do without reaches no device from its NIC.
+                self.caps.devices &= code == 0;
             }
             let code = calls::control(ep, FI_ENABLE, ptr::null_mut());
             self.check("fi_enable", code)?;
@@ -244,6 +246,7 @@ unsafe fn caps(info: &fi_info) -> Caps {
         prov_key: domain.mr_mode & FI_MR_PROV_KEY != 0,
         max_msg: ep.max_msg_size,
         inject: tx.inject_size,
+        devices: info.caps & FI_HMEM != 0,
     }
 }
 
@@ -283,7 +286,7 @@ impl Domain for LibfabricDomain {
         Ok(peer)
     }
 
-    fn register(&mut self, memory: Region, remote: bool) -> Result<Mr, Error> {
+    fn register(&mut self, memory: Region, owner: Owner, remote: bool) -> Result<Mr, Error> {
         if self.ep.is_null() || (!remote && !self.caps.needs_local_mr) {
             return Ok(Mr { id: u32::MAX, key: 0, base: 0 });
         }
@@ -291,10 +294,25 @@ impl Domain for LibfabricDomain {
         let key = if self.caps.prov_key { 0 } else { self.next_key };
         self.next_key += 1;
         let mut mr = ptr::null_mut();
-        // SAFETY: the domain is open; the memory stays valid until `deregister` or `close` (R1).
-        let code =
-            unsafe { calls::mr_reg(self.domain, memory.as_ptr().cast(), memory.len(), access, key, &mut mr) };
-        self.check("fi_mr_reg", code)?;
+        let (start, len) = (memory.as_ptr().cast(), memory.len());
+        match owner {
+            Owner::Host => {
+                // SAFETY: the domain is open; the memory stays valid until `deregister` or `close` (R1).
+                let code = unsafe { calls::mr_reg(self.domain, start, len, access, key, &mut mr) };
+                self.check("fi_mr_reg", code)?;
+            }
+            Owner::Cuda(device) => {
+                let part = iovec { iov_base: start, iov_len: len };
+                // SAFETY: plain data, for which zero is "none".
+                let mut attr: fi_mr_attr = unsafe { std::mem::zeroed() };
+                (attr.mr_iov, attr.iov_count) = (&raw const part, 1);
+                (attr.access, attr.requested_key) = (access, key);
+                (attr.iface, attr.device) = (FI_HMEM_CUDA, device as u32 as u64);
+                // SAFETY: as above; the attributes are in full (A1).
+                let code = unsafe { calls::mr_regattr(self.domain, &attr, &mut mr) };
+                self.check("fi_mr_regattr", code)?;
+            }
+        }
         let id = match self.free_mrs.pop() {
             Some(id) => {
                 self.mrs[id as usize] = mr;

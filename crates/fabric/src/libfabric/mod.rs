@@ -22,7 +22,7 @@ impl FabricEndpoint<LibfabricDomain> {
     pub fn open(settings: &Settings, library_dirs: &[PathBuf]) -> Result<Self, Error> {
         let library = load(settings, library_dirs)?;
         let wish = nics::Wish::of(settings);
-        let found = nics::find(&library, &wish.provider)?;
+        let found = nics::find(&library, &wish)?;
         let chosen = nics::choose(found, &wish)?;
         let provider = chosen.first().map_or(wish.provider, |n| n.info.provider.clone());
         let domains = chosen
@@ -44,8 +44,8 @@ impl FabricEndpoint<LibfabricDomain> {
 pub fn probe(settings: &Settings, library_dirs: &[PathBuf]) -> Result<Vec<NicInfo>, Error> {
     let library = load(settings, library_dirs)?;
     let wish = nics::Wish::of(settings);
-    let mut all: Vec<NicInfo> = nics::find(&library, &wish.provider)?.into_iter().map(|n| n.info).collect();
-    let chosen = nics::choose(nics::find(&library, &wish.provider)?, &wish)?;
+    let mut all: Vec<NicInfo> = nics::find(&library, &wish)?.into_iter().map(|n| n.info).collect();
+    let chosen = nics::choose(nics::find(&library, &wish)?, &wish)?;
     for nic in &mut all {
         nic.chosen = chosen.iter().any(|c| c.info.name == nic.name && c.info.address == nic.address);
     }

@@ -78,6 +78,8 @@ pub struct Wish {
     pub names: Vec<String>,
     /// 0: chosen here.
     pub rails: usize,
+    /// With access to the memory of devices, where there is such a NIC.
+    pub devices: bool,
 }
 
 impl Wish {
@@ -87,6 +89,7 @@ impl Wish {
             provider: provider(settings.text("SMDDP_PROVIDER"), &foreign_filter(), efa_device()),
             names: names.map(str::to_owned).collect(),
             rails: settings.number("SMDDP_RAILS").min(MAX_RAILS),
+            devices: settings.text("SMDDP_GPUDIRECT") == "on",
         }
     }
 }
@@ -131,10 +134,18 @@ pub fn efa_device() -> bool {
     })
 }
 
-/// All NICs the provider offers for what we do; those without remote writes only when none has them.
-pub fn find(library: &Arc<Library>, provider: &str) -> Result<Vec<Nic>, Error> {
-    let with = ask(library, provider, FI_MSG | FI_TAGGED | FI_RMA)?;
-    if with.is_empty() { ask(library, provider, FI_MSG | FI_TAGGED) } else { Ok(with) }
+/// All NICs the provider offers for what we do; those without remote writes, or without access to devices where that is
+/// wished for, only when none has them.
+pub fn find(library: &Arc<Library>, wish: &Wish) -> Result<Vec<Nic>, Error> {
+    const MESSAGES: u64 = FI_MSG | FI_TAGGED;
+    let devices = if wish.devices { FI_HMEM } else { 0 };
+    for caps in [MESSAGES | FI_RMA | devices, MESSAGES | devices, MESSAGES | FI_RMA] {
+        let found = ask(library, &wish.provider, caps)?;
+        if !found.is_empty() {
+            return Ok(found);
+        }
+    }
+    ask(library, &wish.provider, MESSAGES)
 }
 
 fn ask(library: &Arc<Library>, provider: &str, caps: u64) -> Result<Vec<Nic>, Error> {
@@ -192,6 +203,9 @@ unsafe fn fill(hints: &mut fi_info, caps: u64, provider: &CStr) {
         domain.resource_mgmt = FI_RM_ENABLED;
         domain.av_type = FI_AV_TABLE;
         domain.mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+        if caps & FI_HMEM != 0 {
+            domain.mr_mode |= FI_MR_HMEM;
+        }
         // Transfers are numbered in 4 bytes.
         domain.cq_data_size = 4;
     }

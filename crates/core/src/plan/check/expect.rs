@@ -14,6 +14,8 @@ enum Wanted {
     From(usize, usize),
     /// As it was.
     Own,
+    /// Nothing.
+    Nothing,
 }
 
 pub(super) fn check(world: &World, run: &Run<'_>) -> Result<(), Fault> {
@@ -59,7 +61,8 @@ fn wanted(world: &World, rank: usize, element: usize) -> Wanted {
                 Some(counts) => place(&|r| counts[r]),
                 None => (element / call.count, element % call.count),
             };
-            Wanted::From(block, at)
+            // The caller's affair (F3).
+            if call.far && block == rank { Wanted::Nothing } else { Wanted::From(block, at) }
         }
         Collective::ReduceScatter => {
             let before = match &call.counts {
@@ -91,14 +94,17 @@ fn check_cell(
     wanted: &Wanted,
 ) -> Result<(), Fault> {
     let size = world.shape.size();
-    if !cell.value.is_defined() {
-        return Err(Fault::Unwritten { rank, element });
+    match (cell.value.is_defined(), wanted) {
+        (false, Wanted::Nothing) => return Ok(()),
+        (true, Wanted::Nothing) => return Err(Fault::Clobbered { rank, buf: Buf::Output, element }),
+        (false, _) => return Err(Fault::Unwritten { rank, element }),
+        (true, _) => {}
     }
     let (source, one) = match *wanted {
         Wanted::Sum(source) => (source, None),
         Wanted::From(one, source) => (source, Some(one)),
         Wanted::Own if cell == Cell::of(element, rank) => return Ok(()),
-        Wanted::Own => return Err(Fault::Clobbered { rank, buf: Buf::Output, element }),
+        Wanted::Own | Wanted::Nothing => return Err(Fault::Clobbered { rank, buf: Buf::Output, element }),
     };
     if cell.element as usize != source {
         return Err(Fault::WrongElement { rank, element, holds: cell.element as usize, wanted: source });

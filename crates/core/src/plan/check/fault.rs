@@ -104,6 +104,9 @@ pub enum Fault {
     #[error("rank {rank}: element {element} of {buf:?} was overwritten, and is not this rank's to change")]
     Clobbered { rank: usize, buf: Buf, element: usize },
 
+    #[error("P7: rank {rank}, step {step}: {what}")]
+    Far { rank: usize, step: usize, what: String },
+
     #[error("P6: node {node}: {bytes} bytes go {} over the link, stated are {bound}", if *.way == Way::Out { "out" } else { "in" })]
     Link { node: usize, way: Way, bytes: usize, bound: usize },
 }

@@ -9,6 +9,7 @@
 use std::fmt;
 
 mod expect;
+mod far;
 mod fault;
 mod messages;
 mod races;
@@ -70,11 +71,14 @@ impl World {
         Ok(World { schedules: schedules.collect::<Result<_>>()?, shape: shape.clone(), calls })
     }
 
-    /// Proves P1 to P6, and that the result is the collective's.
+    /// Proves P1 to P7, and that the result is the collective's.
     pub fn check(&self) -> Result<Report, Fault> {
         self.check_phases()?;
         for rank in 0..self.shape.size() {
             races::check(self, rank)?;
+            if self.calls[rank].far {
+                far::check(self, rank)?;
+            }
         }
         messages::check(self)?;
         let mut run = run::Run::new(self);
