@@ -28,6 +28,15 @@ pub const HOST_REGISTER_PORTABLE_MAPPED: c_uint = 1 | 2;
 /// `CU_STREAM_WAIT_VALUE_GEQ`: cyclic, `(int32)(*addr - value) >= 0`.
 pub const WAIT_VALUE_GEQ: c_uint = 0;
 pub const WRITE_VALUE_DEFAULT: c_uint = 0;
+/// `CU_STREAM_WAIT_VALUE_FLUSH`: what others wrote to the device before the word is then visible to the stream.
+pub const WAIT_VALUE_FLUSH: c_uint = 1 << 30;
+
+/// `CUdevice_attribute`.
+pub const CAN_FLUSH_REMOTE_WRITES: c_int = 98;
+pub const GPU_DIRECT_RDMA_SUPPORTED: c_int = 116;
+/// From 100 on, the device itself sees writes in the order in which they came.
+pub const GPU_DIRECT_RDMA_WRITES_ORDERING: c_int = 118;
+pub const DMA_BUF_SUPPORTED: c_int = 124;
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`: the thread's calls never disturb another thread's capture.
 pub const CAPTURE_MODE_RELAXED: c_int = 2;
@@ -72,6 +81,7 @@ table! {
     driver_version = "cuDriverGetVersion": fn(*mut c_int);
     device_count = "cuDeviceGetCount": fn(*mut c_int);
     device_get = "cuDeviceGet": fn(*mut Device, c_int);
+    device_attribute = "cuDeviceGetAttribute": fn(*mut c_int, c_int, Device);
     device_name = "cuDeviceGetName": fn(*mut c_char, c_int, Device);
     device_bus_id = "cuDeviceGetPCIBusId": fn(*mut c_char, c_int, Device);
     primary_retain = "cuDevicePrimaryCtxRetain": fn(*mut Context, Device);

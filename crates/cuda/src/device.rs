@@ -93,6 +93,27 @@ impl Device {
         Ok(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
     }
 
+    fn attribute(&self, wanted: i32) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: a place for the answer.
+        let status = unsafe { (self.driver.device_attribute)(&raw mut value, wanted, self.handle) };
+        self.check("asking what the device can do", status)?;
+        Ok(value)
+    }
+
+    /// How a stream of the device comes to see what a NIC has written to its memory; none: NICs cannot, or it may not.
+    pub(crate) fn direct_access(&self) -> Result<Option<Arrival>> {
+        const BY_THE_DEVICE: i32 = 100;
+        let can = |wanted| self.attribute(wanted).map(|value| value > 0);
+        if !can(sys::GPU_DIRECT_RDMA_SUPPORTED)? && !can(sys::DMA_BUF_SUPPORTED)? {
+            return Ok(None);
+        }
+        if self.attribute(sys::GPU_DIRECT_RDMA_WRITES_ORDERING)? >= BY_THE_DEVICE {
+            return Ok(Some(Arrival::InOrder));
+        }
+        Ok(can(sys::CAN_FLUSH_REMOTE_WRITES)?.then_some(Arrival::Flushed))
+    }
+
     pub(crate) fn is_capturing(&self, stream: sys::Stream) -> Result<bool> {
         let mut state = 0;
         // SAFETY: a stream of this device (the caller's contract) and a place for the answer.
@@ -131,6 +152,15 @@ fn check(driver: &Driver, what: &str, status: Status) -> Result<()> {
         return Ok(());
     }
     Err(Error::Transport { transport: "CUDA", reason: format!("{what}: {}", driver.explain(status)) })
+}
+
+/// How a stream that waits for a word comes to see what was written to the device's memory before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    /// Writes of others arrive in order.
+    InOrder,
+    /// The stream must say that it wants to see them.
+    Flushed,
 }
 
 /// A stream of our own, which the default stream does not wait for.
@@ -179,10 +209,14 @@ impl Stream {
         self.device.check("writing a word from a stream", status)
     }
 
-    pub(crate) fn wait_word(&self, at: u64, value: u32) -> Result<()> {
+    /// What the device's memory holds of others' writes before the word is seen behind it as `arrival` says.
+    pub(crate) fn wait_word(&self, at: u64, value: u32, arrival: Arrival) -> Result<()> {
+        let flags = match arrival {
+            Arrival::InOrder => sys::WAIT_VALUE_GEQ,
+            Arrival::Flushed => sys::WAIT_VALUE_GEQ | sys::WAIT_VALUE_FLUSH,
+        };
         // SAFETY: as in `write_word`.
-        let status =
-            unsafe { (self.device.driver.stream_wait_value)(self.raw, at, value, sys::WAIT_VALUE_GEQ) };
+        let status = unsafe { (self.device.driver.stream_wait_value)(self.raw, at, value, flags) };
         self.device.check("waiting for a word in a stream", status)
     }
 

@@ -151,7 +151,9 @@ impl<T: Transports> DeviceGroup<T> {
         if matches!(path, Path::Nccl | Path::Hierarchical) {
             refuse_shared_device(&host, &bus_id)?;
         }
-        let parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
+        let mut parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
+        let between = rail.as_ref().filter(|_| path == Path::Hierarchical).unwrap_or(&host);
+        settle_direct(&host, between, &settings, parts.stager.as_mut())?;
         let has_flat = path == Path::Hierarchical && selection.has_flat();
         let has_flat = on_all(&host, has_flat, "SMDDP_CUDA_ALGORITHM with the way nccl")?;
         let watched = |members| {
@@ -210,7 +212,10 @@ impl<T: Transports> DeviceGroup<T> {
         let limit =
             (self.path == Path::Hierarchical).then(|| format!("at most {MULTIPROCESSORS} multiprocessors"));
         let flat = self.flat.as_ref().map(|_| "some calls over all ranks".to_owned());
-        let more: Vec<String> = nccl.into_iter().chain(limit).chain(flat).chain(staged).collect();
+        let direct = parts.and_then(|p| p.stager.as_ref()?.direct_from());
+        let direct = direct.map(|least| format!("GPUDirect for messages of {least} bytes and more"));
+        let more: Vec<String> =
+            nccl.into_iter().chain(limit).chain(flat).chain(staged).chain(direct).collect();
         format!("CUDA device {}: {how}; {}", self.device.ordinal, more.join(", "))
     }
 
@@ -572,6 +577,33 @@ fn meet<T: Transports>(
     let id = smddp_nccl_sys::UniqueId(theirs);
     let meeting = NcclComm::meet(&library, device, id, place, max_ctas);
     agreed(host, meeting::outcome(host, &members, meeting), "meeting for NCCL")
+}
+
+/// Whether the network goes to the stager's device memory: where the settings want it and all ranks can.
+fn settle_direct<T: Transports>(
+    host: &Communicator<T>,
+    between: &Communicator<T>,
+    settings: &Settings,
+    stager: Option<&mut Stager>,
+) -> Result<()> {
+    const NAME: &str = "SMDDP_GPUDIRECT";
+    let is_wanted = stager.is_some() && settings.text(NAME) == "on";
+    let (true, Some(stager)) = (on_all(host, is_wanted, "SMDDP_GPUDIRECT=on")?, stager) else {
+        return Ok(());
+    };
+    let offered = stager.offer_direct(between);
+    let mut all = vec![0i64; host.size()];
+    host.all_gather(&[*offered.as_ref().unwrap_or(&0) as i64], &mut all)?;
+    let lacking = all.iter().position(|&least| least == 0);
+    stager.settle_direct(if lacking.is_none() { all.iter().max().map(|&most| most as usize) } else { None });
+    match (lacking, offered) {
+        (_, Err(error)) => tracing::warn!(%error, "{NAME}=on has no effect in group '{}'", host.name()),
+        (Some(rank), Ok(_)) => {
+            tracing::warn!("{NAME}=on has no effect in group '{}': rank {rank} lacks it", host.name());
+        }
+        (None, Ok(_)) => {}
+    }
+    Ok(())
 }
 
 fn make_parts<T: Transports>(path: Path, device: &Arc<Device>, settings: &Settings) -> Result<Parts<T>> {

@@ -15,6 +15,7 @@
 //! - **C4** a slot is written again only behind the event after its last copy out.
 
 mod device;
+mod direct;
 mod group;
 mod hierarchical;
 mod meeting;

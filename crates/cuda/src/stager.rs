@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
+use smddp_core::far;
 use smddp_core::gate::{Gate, SLOTS};
 use smddp_core::request::Request;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::{Device, DeviceMemory, Event, Stream, wait};
+use crate::device::{Arrival, Device, DeviceMemory, Event, Stream, wait};
+use crate::direct::{Direct, DirectPiece};
 use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
 use crate::select;
@@ -36,10 +38,10 @@ struct Slot {
 }
 
 /// Which rows of a piece are copied in and out, and what the operation between sees.
-struct Rows {
+pub(crate) struct Rows {
     /// Of the operation.
-    input: usize,
-    output: usize,
+    pub(crate) input: usize,
+    pub(crate) output: usize,
     in_place: bool,
     /// Of the user's memory that are copied in, and out, on this rank.
     copied_in: usize,
@@ -79,6 +81,8 @@ pub(crate) struct Stager {
     device: Arc<Device>,
     words: SharedWords,
     slots: Vec<Slot>,
+    /// Before the memory that it tells the network of.
+    direct: Option<Direct>,
     scratch: Option<DeviceMemory>,
     next: usize,
     half: usize,
@@ -101,6 +105,7 @@ impl Stager {
             device: Arc::clone(device),
             words: SharedWords::new(device)?,
             slots: (0..count).map(slot).collect::<Result<_>>()?,
+            direct: None,
             scratch: match scratch {
                 Scratch::None => None,
                 Scratch::OnDevice => Some(DeviceMemory::new(device, count * (bytes / 2))?),
@@ -133,7 +138,7 @@ impl Stager {
         let gate = Gate { words: Arc::clone(&self.words.words), slot: 0, value: 1 };
         let tried = (|| {
             self.to_host.write_word(self.words.ready(0), 1)?;
-            self.to_device.wait_word(self.words.done(0), 1)
+            self.to_device.wait_word(self.words.done(0), 1, Arrival::InOrder)
         })();
         let within = |what: &dyn Fn() -> bool| {
             let until = Instant::now() + PROBE_LIMIT;
@@ -196,6 +201,29 @@ impl Stager {
         self.scratch.as_ref().map_or(0, |memory| memory.address + (self.next * self.half) as u64)
     }
 
+    /// Registers the slots' memory on the device with the network between the ranks of `between`; the bytes that its messages
+    /// have at least, or why there is no such thing. [`settle_direct`](Self::settle_direct) must follow.
+    pub(crate) fn offer_direct<T: Transports>(&mut self, between: &Communicator<T>) -> Result<usize> {
+        let bytes = self.slots.len() * self.half;
+        let direct = Direct::new(&self.device, between, self.by_words, &mut self.scratch, bytes)?;
+        let least = direct.least();
+        self.direct = Some(direct);
+        Ok(least)
+    }
+
+    /// Whether messages may go from and to the device's memory, and how long they are at least, on all ranks alike.
+    pub(crate) fn settle_direct(&mut self, least: Option<usize>) {
+        self.direct = match (self.direct.take(), least) {
+            (Some(direct), Some(least)) => Some(direct.from(least)),
+            _ => None,
+        };
+    }
+
+    /// Bytes of the shortest message from and to the device's memory, where there are any.
+    pub(crate) fn direct_from(&self) -> Option<usize> {
+        self.direct.as_ref().map(Direct::least)
+    }
+
     /// Enqueues a call of one piece behind `stream`'s work, which goes on without it; its rows go to `outputs`. The slot
     /// it passes through, to be told to [`join`](Self::join) before it is used again, [`depth`](Self::depth) pieces later.
     pub(crate) fn fork<T: Transports>(
@@ -256,21 +284,76 @@ impl Stager {
         count: usize,
         (inputs, outputs): (&dyn Fn(usize) -> u64, &dyn Fn(usize) -> u64),
     ) -> Result<Handle<T>> {
+        let on_device = self.scratch();
         let (slot, gate) = self.take_slot();
         let memory = self.slots[slot].memory.region();
         let width = count * call.dtype.size();
         let input = memory.slice(0, rows.input * width);
         let output = if rows.in_place { input } else { memory.slice(self.half, rows.output * width) };
+        let request = call.request(count, input, output);
 
         self.to_host.wait(&self.slots[slot].free)?;
-        for r in 0..rows.copied_in {
-            self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), inputs(r), width)?;
-        }
-        let handle = self.exchange(host, &call.request(count, input, output), gate)?;
-        for r in 0..rows.copied_out {
-            self.to_device.copy_to_device(outputs(r), output.slice(r * width, width).as_ptr(), width)?;
-        }
+        let least = far::least_message(call.collective, call.dtype.size(), count, host.size());
+        let is_alone = host.shape().even_local_size() == Some(1);
+        let direct = self.direct.as_ref().filter(|_| is_alone);
+        let handle = if direct.is_some_and(|direct| direct.carries(call.collective, least)) {
+            let piece = DirectPiece { request, rows, width, on_device, place: (host.rank(), host.size()) };
+            self.through_device(host, &piece, gate, (inputs, outputs))?
+        } else {
+            for r in 0..rows.copied_in {
+                self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), inputs(r), width)?;
+            }
+            let handle = self.exchange(host, &request, gate)?;
+            for r in 0..rows.copied_out {
+                self.to_device.copy_to_device(outputs(r), output.slice(r * width, width).as_ptr(), width)?;
+            }
+            handle
+        };
         self.slots[slot].free.record(self.to_device.raw)?;
+        Ok(handle)
+    }
+
+    /// A piece whose messages go from and to the slot's memory on the device; what this rank sums goes through the host.
+    fn through_device<T: Transports>(
+        &self,
+        host: &Communicator<T>,
+        piece: &DirectPiece<'_>,
+        gate: Gate,
+        (inputs, outputs): (&dyn Fn(usize) -> u64, &dyn Fn(usize) -> u64),
+    ) -> Result<Handle<T>> {
+        let DirectPiece { request, rows, width, on_device, place: (me, _) } = piece;
+        let (collective, width) = (request.collective, *width);
+        let (own, own_len) = piece.own_share();
+        let row = |r: usize| on_device + (r * width) as u64;
+        let first = if collective == Collective::AllGather { *me } else { 0 };
+        for r in 0..rows.copied_in {
+            self.device.copy_on_device(row(first + r), inputs(r), width, self.to_host.raw)?;
+        }
+        if own_len > 0 {
+            let share = request.input.slice(own, own_len);
+            self.to_host.copy_to_host(share.as_ptr(), on_device + own as u64, own_len)?;
+        }
+        let handle = self.exchange(host, &piece.far_request(), gate)?;
+        let copy = |at: usize, len: usize| {
+            let (to, from) = (outputs(0) + at as u64, on_device + at as u64);
+            self.device.copy_on_device(to, from, len, self.to_device.raw)
+        };
+        match collective {
+            Collective::AllReduce => {
+                copy(0, own)?;
+                copy(own + own_len, width - own - own_len)?;
+                let sum = request.output.slice(own, own_len);
+                self.to_device.copy_to_device(outputs(0) + own as u64, sum.as_ptr(), own_len)?;
+            }
+            Collective::ReduceScatter => {
+                self.to_device.copy_to_device(outputs(0), request.output.as_ptr(), width)?;
+            }
+            _ => {
+                for r in 0..rows.copied_out {
+                    self.device.copy_on_device(outputs(r), row(r), width, self.to_device.raw)?;
+                }
+            }
+        }
         Ok(handle)
     }
 
@@ -330,7 +413,8 @@ impl Stager {
             let request = Request { gate: Some(gate), ..request.clone() };
             // SAFETY: slots live until the stager's end, which waits for the operations; C4 keeps others out.
             let handle = unsafe { host.start(&request)? };
-            self.to_device.wait_word(self.words.done(slot), value)?;
+            let arrival = self.direct.as_ref().map_or(Arrival::InOrder, Direct::arrival);
+            self.to_device.wait_word(self.words.done(slot), value, arrival)?;
             return Ok(handle);
         }
         self.to_host.synchronize()?;
@@ -368,6 +452,8 @@ impl Stager {
         for (_, memory) in self.borrowed.drain(..) {
             std::mem::forget(memory);
         }
+        // The network is told no more of it in any case.
+        self.direct = None;
         std::mem::forget(self.scratch.take());
         self.words.leave_behind();
     }

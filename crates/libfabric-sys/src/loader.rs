@@ -142,10 +142,15 @@ impl Library {
         Err(LoadError::NotFound { tried })
     }
 
+    /// The library's words for an error number as C has them, for good.
+    pub fn strerror(&self, code: c_int) -> *const c_char {
+        // SAFETY: takes any number and returns a static string.
+        unsafe { (self.fi_strerror)(code) }
+    }
+
     /// The library's words for an error number, positive or negative.
     pub fn error_text(&self, code: isize) -> String {
-        // SAFETY: fi_strerror takes any number and returns a static string.
-        let text = unsafe { (self.fi_strerror)(code.unsigned_abs() as c_int) };
+        let text = self.strerror(code.unsigned_abs() as c_int);
         if text.is_null() {
             return format!("error {code}");
         }

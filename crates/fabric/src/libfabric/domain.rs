@@ -123,11 +123,11 @@ impl LibfabricDomain {
             self.check("fi_ep_bind", code)?;
             let code = calls::bind(ep, &raw mut (*self.cq).fid, FI_SEND | FI_RECV);
             self.check("fi_ep_bind", code)?;
-            if self.nic.provider.starts_with("efa") {
-                // Its shared-memory path would otherwise make CUDA calls, which can deadlock with a parked stream.
+            if self.nic.provider.starts_with("efa") || self.caps.devices {
+                // CUDA calls of the provider's can deadlock with a parked stream. One that cannot do without them reaches
+                // no device from its NIC.
                 let no = 0u8;
                 let code = calls::setopt(self.ep, FI_OPT_CUDA_API_PERMITTED, (&raw const no).cast(), 1);
-                // One that cannot do without reaches no device from its NIC.
                 self.caps.devices &= code == 0;
             }
             let code = calls::control(ep, FI_ENABLE, ptr::null_mut());

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod direct;
 mod failures;
 mod hierarchical;
 mod job;

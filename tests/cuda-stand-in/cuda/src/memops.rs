@@ -5,7 +5,7 @@ use crate::context;
 use crate::memory::{self, Span};
 use crate::queue::wait_parked;
 use crate::stream::Stream;
-use smddp_standin::switches::{Switches, WaitValue};
+use smddp_standin::switches::{GpuDirect, Switches, WaitValue};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -36,9 +36,10 @@ enum Compare {
 const FLUSH: u32 = 1 << 30;
 
 impl Compare {
-    /// FLUSH is refused: attribute 98 says we have it not.
+    /// FLUSH is taken where attribute 98 says that we have it.
     fn of(flags: u32) -> Result<Self> {
-        match flags {
+        let has_flush = Switches::get().gpudirect == GpuDirect::Flush;
+        match if has_flush { flags & !FLUSH } else { flags } {
             0 => Ok(Self::Geq),
             1 => Ok(Self::Eq),
             2 => Ok(Self::And),

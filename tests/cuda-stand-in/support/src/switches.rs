@@ -33,6 +33,16 @@ pub enum Poison {
     Enqueue,
 }
 
+/// Whether others may read and write devices' memory, and how a stream sees what they wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuDirect {
+    Off,
+    /// Writes arrive in order.
+    Ordered,
+    /// Waits for words take the flag that flushes them.
+    Flush,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerLoss {
     /// Operations that need a rank which has left fail with ncclRemoteError.
@@ -57,6 +67,7 @@ pub struct Switches {
     pub free_lock: bool,
     pub poison: Poison,
     pub peer_loss: PeerLoss,
+    pub gpudirect: GpuDirect,
     pub host_alias: bool,
     pub any_pointer: bool,
     pub hang_limit: Duration,
@@ -104,6 +115,11 @@ impl Switches {
                 &[("off", Poison::Off), ("start", Poison::Start), ("enqueue", Poison::Enqueue)],
             )?,
             peer_loss: choice(&var, "PEER_LOSS", &[("error", PeerLoss::Error), ("hang", PeerLoss::Hang)])?,
+            gpudirect: choice(
+                &var,
+                "GPUDIRECT",
+                &[("off", GpuDirect::Off), ("ordered", GpuDirect::Ordered), ("flush", GpuDirect::Flush)],
+            )?,
             host_alias: choice(&var, "HOST_ALIAS", &FLAG)?,
             any_pointer: choice(&var, "ANY_POINTER", &FLAG)?,
             hang_limit: Duration::from_secs(number(&var, "HANG_S", 60)?),

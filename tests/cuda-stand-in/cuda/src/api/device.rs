@@ -3,7 +3,7 @@
 use crate::code::Code;
 use crate::context::{self, device};
 use crate::entry::{Out, api, initialize};
-use smddp_standin::switches::{Switches, WaitValue};
+use smddp_standin::switches::{GpuDirect, Switches, WaitValue};
 use std::ffi::{c_char, c_int, c_uint};
 use std::sync::OnceLock;
 
@@ -45,8 +45,12 @@ fn attribute(attribute: c_int) -> Option<c_int> {
         99 | 115 | 78 => 1,
         // Memory operations: the old ones 92 to 94, of 64 bits 122, NOR 123.
         92..=94 | 122 | 123 => memops,
-        // Remote flush, dmabuf, GPUDirect: none.
-        98 | 116..=119 | 124 => 0,
+        // GPUDirect: the flush of remote writes, whether there is any, in what order writes arrive.
+        98 => c_int::from(Switches::get().gpudirect == GpuDirect::Flush),
+        116 => c_int::from(Switches::get().gpudirect != GpuDirect::Off),
+        118 if Switches::get().gpudirect == GpuDirect::Ordered => 100,
+        // And without a module of its own, by dmabuf: none.
+        117..=119 | 124 => 0,
         134 => -1,
         other if (1..=150).contains(&other) => 0,
         _ => return None,

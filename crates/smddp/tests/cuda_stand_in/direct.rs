@@ -1,0 +1,132 @@
+//! GPUDirect: messages between nodes from and to device memory, over a libfabric that reaches the stand-in's devices.
+
+use smddp::{Collective, DType, library_dirs};
+
+use crate::hierarchical::CARRIED;
+use crate::job::{Group, Job, children};
+use crate::reference::Case;
+use smddp_standin::{Children, paths};
+
+const SLOW: [(&str, &str); 2] = [("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
+
+/// Slots of 64 KiB: half of one holds 8192 elements of 4 bytes.
+const HALF: usize = 8192;
+const EAGER: usize = 1024;
+
+fn with(test: &str, nodes: &[usize], gpudirect: &str) -> Children {
+    let dirs = std::env::join_paths(library_dirs(&[])).unwrap();
+    children(test, nodes, &SLOW)
+        .env("SMDDP_STANDIN_GPUDIRECT", gpudirect)
+        .env("SMDDP_STANDIN_LIBRARY_DIRS", dirs.to_str().unwrap())
+}
+
+fn group(job: &Job) -> Group {
+    let fabric = paths().fabric.to_str().unwrap();
+    job.group(
+        "world",
+        &[
+            ("SMDDP_LIBFABRIC", fabric),
+            ("SMDDP_GPUDIRECT", "on"),
+            ("SMDDP_EAGER", "1K"),
+            ("SMDDP_CUDA_SLOT", "64K"),
+            ("SMDDP_CUDA_SLOTS", "3"),
+        ],
+    )
+}
+
+/// Every collective, in sizes around the shortest message and around a slot, twice with all calls still under way.
+fn every_collective(test: &str, nodes: &[usize], gpudirect: &str) {
+    with(test, nodes, gpudirect).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = group(&job);
+        let told = group.device.describe();
+        assert!(told.contains(&format!("GPUDirect for messages of {} bytes", EAGER + 1)), "{told}");
+        let ranks = nodes.len();
+        let edge = ranks * (EAGER / 4);
+        let mut calls = Vec::new();
+        for count in [1, EAGER / 4, edge, edge + ranks, 5_000, HALF / ranks + 1, 4 * HALF + 3] {
+            for collective in crate::reference::COLLECTIVES {
+                for dtype in [DType::F32, DType::I64] {
+                    calls.push(Case::of(collective, dtype, count, count % job.size(), &job));
+                }
+            }
+        }
+        let running: Vec<_> = calls.iter().map(|case| case.start(&job, &group)).collect();
+        job.synchronize();
+        for (case, memory) in calls.iter().zip(running) {
+            case.check(&job, &memory);
+        }
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn collectives_of_2_nodes() {
+    every_collective("direct::collectives_of_2_nodes", &[1, 1], "ordered");
+}
+
+#[test]
+fn collectives_of_3_nodes_whose_streams_flush() {
+    every_collective("direct::collectives_of_3_nodes_whose_streams_flush", &[1, 1, 1], "flush");
+}
+
+#[test]
+fn collectives_of_2_nodes_of_2() {
+    every_collective("direct::collectives_of_2_nodes_of_2", &[2, 2], "flush");
+}
+
+/// What is only moved is never copied to the host, and of what is summed a rank's own share alone.
+#[test]
+fn only_what_is_summed_passes_the_host() {
+    let nodes = &[1, 1];
+    with("direct::only_what_is_summed_passes_the_host", nodes, "ordered").run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = group(&job);
+        let copies = || job.control.calls("cuMemcpyDtoHAsync_v2");
+        for collective in CARRIED {
+            for (count, is_direct) in [(HALF / 2, true), (EAGER / 4, false)] {
+                let case = Case::of(collective, DType::F32, count, 0, &job);
+                let memory = case.start(&job, &group);
+                job.synchronize();
+                case.check(&job, &memory);
+                let again = Case::of(collective, DType::F32, count, 0, &job);
+                let before = copies();
+                let memory = again.start(&job, &group);
+                let copied = copies() - before;
+                let sums = matches!(collective, Collective::AllReduce | Collective::ReduceScatter);
+                let wanted = match (is_direct, collective) {
+                    (true, _) => u64::from(sums),
+                    (false, Collective::ReduceScatter) => 2,
+                    (false, Collective::Broadcast) => u64::from(job.rank() == 0),
+                    (false, _) => 1,
+                };
+                assert_eq!(copied, wanted, "{collective} of {count}");
+                job.synchronize();
+                again.check(&job, &memory);
+            }
+        }
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+/// Wanted where devices do not have it: everything goes through the host, and the description does not claim otherwise.
+#[test]
+fn what_is_not_there_is_not_used() {
+    let nodes = &[1, 1];
+    with("direct::what_is_not_there_is_not_used", nodes, "off").run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = group(&job);
+        assert!(!group.device.describe().contains("GPUDirect"), "{}", group.device.describe());
+        let case = Case::of(Collective::AllReduce, DType::F32, 4 * HALF, 0, &job);
+        let memory = case.start(&job, &group);
+        job.synchronize();
+        case.check(&job, &memory);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
