@@ -1,7 +1,10 @@
 //! GPUDirect: messages between nodes from and to device memory, over a libfabric that reaches the stand-in's devices.
 
-use smddp::{Collective, DType, library_dirs};
+use std::time::{Duration, Instant};
 
+use smddp::{Collective, DType, Error, Result, library_dirs};
+
+use crate::failures::{sum, told};
 use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
@@ -21,12 +24,16 @@ fn with(test: &str, nodes: &[usize], gpudirect: &str) -> Children {
 }
 
 fn group(job: &Job) -> Group {
+    try_group(job, "on").unwrap()
+}
+
+fn try_group(job: &Job, gpudirect: &str) -> Result<Group> {
     let fabric = paths().fabric.to_str().unwrap();
-    job.group(
+    job.try_group(
         "world",
         &[
             ("SMDDP_LIBFABRIC", fabric),
-            ("SMDDP_GPUDIRECT", "on"),
+            ("SMDDP_GPUDIRECT", gpudirect),
             ("SMDDP_EAGER", "1K"),
             ("SMDDP_CUDA_SLOT", "64K"),
             ("SMDDP_CUDA_SLOTS", "3"),
@@ -56,6 +63,7 @@ fn every_collective(test: &str, nodes: &[usize], gpudirect: &str) {
         for (case, memory) in calls.iter().zip(running) {
             case.check(&job, &memory);
         }
+        assert_eq!(job.control.calls("flush") > 0, gpudirect == "flush");
         rank.barrier("over");
         group.end();
         job.end();
@@ -113,20 +121,78 @@ fn only_what_is_summed_passes_the_host() {
     });
 }
 
-/// Wanted where devices do not have it: everything goes through the host, and the description does not claim otherwise.
+/// Everything goes through the host then, and the description does not claim otherwise.
+fn goes_through_the_host(job: &Job) {
+    let group = group(job);
+    assert!(!group.device.describe().contains("GPUDirect"), "{}", group.device.describe());
+    let case = sum(job, 4 * HALF);
+    let memory = case.start(job, &group);
+    job.synchronize();
+    case.check(job, &memory);
+    group.end();
+}
+
 #[test]
-fn what_is_not_there_is_not_used() {
+fn what_devices_have_not_is_not_used() {
     let nodes = &[1, 1];
-    with("direct::what_is_not_there_is_not_used", nodes, "off").run(|rank| {
+    with("direct::what_devices_have_not_is_not_used", nodes, "off").run(|rank| {
+        let job = Job::start(rank, nodes);
+        goes_through_the_host(&job);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
+#[test]
+fn what_one_rank_has_not_none_uses() {
+    let nodes = &[1, 1, 1];
+    with("direct::what_one_rank_has_not_none_uses", nodes, "ordered").run(|rank| {
+        const INVALID: i32 = 1;
+        let job = Job::start(rank, nodes);
+        if rank.rank == 1 {
+            job.control.fail("cuDeviceGetAttribute", 1, INVALID);
+        }
+        goes_through_the_host(&job);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
+#[test]
+fn ranks_whose_settings_differ_are_told() {
+    let nodes = &[1, 1];
+    with("direct::ranks_whose_settings_differ_are_told", nodes, "ordered").run(|rank| {
+        let job = Job::start(rank, nodes);
+        let error = try_group(&job, if rank.rank == 0 { "on" } else { "off" }).map(|_| ()).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("SMDDP_GPUDIRECT") && text.contains(&format!("rank {}", 1 - rank.rank)),
+            "{text}"
+        );
+        rank.barrier("over");
+    });
+}
+
+/// A stream that waits for a message into device memory is released, and the memory is the network's no more.
+#[test]
+fn an_abort_releases_the_stream() {
+    let nodes = &[1, 1];
+    with("direct::an_abort_releases_the_stream", nodes, "ordered").run(|rank| {
         let job = Job::start(rank, nodes);
         let group = group(&job);
-        assert!(!group.device.describe().contains("GPUDirect"), "{}", group.device.describe());
-        let case = Case::of(Collective::AllReduce, DType::F32, 4 * HALF, 0, &job);
-        let memory = case.start(&job, &group);
-        job.synchronize();
-        case.check(&job, &memory);
+        if rank.rank == 0 {
+            sum(&job, 100_000).start(&job, &group);
+            let until = Instant::now() + Duration::from_secs(20);
+            while job.control.parked() == 0 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
+            group.device.abort("a test");
+            assert!(job.comes_to_rest(), "the stream still waits");
+        }
+        rank.barrier("aborted");
+        let error = told(&job, &group);
+        assert!(matches!(error, Error::Aborted { .. }), "{error}");
         rank.barrier("over");
-        group.end();
-        job.end();
     });
 }

@@ -8,12 +8,12 @@ use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
 
-fn sum(job: &Job, count: usize) -> Case {
+pub fn sum(job: &Job, count: usize) -> Case {
     Case::of(Collective::AllReduce, DType::F32, count, 0, job)
 }
 
 /// Calls until one is refused: the failure of an earlier call, known at the latest when the stream has passed it.
-fn told(job: &Job, group: &Group) -> Error {
+pub fn told(job: &Job, group: &Group) -> Error {
     let until = Instant::now() + Duration::from_secs(30);
     while Instant::now() < until {
         let case = sum(job, 500);

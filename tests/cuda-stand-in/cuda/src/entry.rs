@@ -97,6 +97,11 @@ pub fn enter(name: &str) -> Result {
     }
 }
 
+/// Counts what is no call.
+pub fn count(name: &str) {
+    *calls().counts.entry(name.into()).or_default() += 1;
+}
+
 pub fn count_of(name: &str) -> u64 {
     calls().counts.get(name).copied().unwrap_or(0)
 }
@@ -184,6 +189,6 @@ pub fn driver_shared() -> Option<RwLockReadGuard<'static, ()>> {
 pub fn driver_alone() -> Option<RwLockWriteGuard<'static, ()>> {
     let alone = Switches::get().free_lock.then(|| DRIVER.write().unwrap_or_else(PoisonError::into_inner));
     // For tests, which may want to go on only then.
-    *calls().counts.entry(FREEING.into()).or_default() += 1;
+    count(FREEING);
     alone
 }

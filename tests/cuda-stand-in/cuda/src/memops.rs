@@ -2,6 +2,7 @@
 
 use crate::code::{Code, Result};
 use crate::context;
+use crate::entry;
 use crate::memory::{self, Span};
 use crate::queue::wait_parked;
 use crate::stream::Stream;
@@ -34,11 +35,16 @@ enum Compare {
 }
 
 const FLUSH: u32 = 1 << 30;
+/// Waits with that flag count as calls of this name.
+const FLUSHED: &str = "flush";
 
 impl Compare {
     /// FLUSH is taken where attribute 98 says that we have it.
     fn of(flags: u32) -> Result<Self> {
         let has_flush = Switches::get().gpudirect == GpuDirect::Flush;
+        if has_flush && flags & FLUSH != 0 {
+            entry::count(FLUSHED);
+        }
         match if has_flush { flags & !FLUSH } else { flags } {
             0 => Ok(Self::Geq),
             1 => Ok(Self::Eq),
