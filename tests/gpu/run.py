@@ -70,6 +70,7 @@ STEPS = [
     Step("an abort", "an_abort", [0, 1], 40),
     Step("speed, staged, 2 nodes", "staging", [0, 1], 40),
     Step("speed, beside torch's nccl, 1 rank", "beside_nccl", [0], 45, NCCL),
+    Step("collectives, GPUDirect wished for, 2 nodes", "collectives", [0, 1], 50, {"SMDDP_GPUDIRECT": "on"}),
     Step("collectives, 1 node x 2, staged", "collectives", [0, 0], 50, STAGED),
     Step("collectives, 4 nodes", "collectives", [0, 1, 2, 3], 60),
     Step("training, 4 nodes", "training", [0, 1, 2, 3], 50),

@@ -1,6 +1,6 @@
 //! Calls whose data lies in a device's memory, where messages take it and leave it: the host computes on memory of its own.
 //!
-//! Such a call has its data twice. [`Request`](crate::request::Request) names the host's memory as ever, and a [`Far`]
+//! Such a call has its data twice. [`Request`] names the host's memory as ever, and a [`Far`]
 //! the device's, of the same shape.
 //!
 //! Invariants, on groups of one rank a node

@@ -4,7 +4,8 @@
 //! copies a piece into a slot, and a word beside it says so (`cuStreamWriteValue32`); the progress thread runs the
 //! exchange as an ordinary operation with a gate ([`smddp_core::gate`]); a wait on a second word, enqueued ahead, releases
 //! the copy back. NCCL's kernels wait for their peers without limit; a thread of the group's own, asleep while no call is
-//! outstanding, ends them where the engine would end an operation (`watch.rs`).
+//! outstanding, ends them where the engine would end an operation (`watch.rs`). With GPUDirect the exchange's messages begin and
+//! end in device memory of the slot (`direct.rs`).
 //!
 //! Invariants
 //! - **C1** everything is enqueued by the caller's thread, in call order; the host never waits for the device.

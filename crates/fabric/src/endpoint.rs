@@ -513,11 +513,12 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
     fn describe(&self) -> String {
         let rails: Vec<String> = self.rails.iter().map(Domain::describe).collect();
         format!(
-            "{}; {} rail(s): {}; large messages: {}",
+            "{}; {} rail(s): {}; large messages: {}{}",
             self.config.provider,
             rails.len(),
             rails.join(", "),
-            if self.config.rma { "remote writes" } else { "tagged" }
+            if self.config.rma { "remote writes" } else { "tagged" },
+            if self.least_device_message().is_some() { "; reaches CUDA devices" } else { "" }
         )
     }
 }

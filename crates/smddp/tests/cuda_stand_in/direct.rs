@@ -24,28 +24,26 @@ fn with(test: &str, nodes: &[usize], gpudirect: &str) -> Children {
 }
 
 fn group(job: &Job) -> Group {
-    try_group(job, "on").unwrap()
+    try_group(job, &[("SMDDP_GPUDIRECT", "on")]).unwrap()
 }
 
-fn try_group(job: &Job, gpudirect: &str) -> Result<Group> {
+fn try_group(job: &Job, more: &[(&str, &str)]) -> Result<Group> {
     let fabric = paths().fabric.to_str().unwrap();
-    job.try_group(
-        "world",
-        &[
-            ("SMDDP_LIBFABRIC", fabric),
-            ("SMDDP_GPUDIRECT", gpudirect),
-            ("SMDDP_EAGER", "1K"),
-            ("SMDDP_CUDA_SLOT", "64K"),
-            ("SMDDP_CUDA_SLOTS", "3"),
-        ],
-    )
+    let usual = [
+        ("SMDDP_LIBFABRIC", fabric),
+        ("SMDDP_EAGER", "1K"),
+        ("SMDDP_CUDA_SLOT", "64K"),
+        ("SMDDP_CUDA_SLOTS", "3"),
+    ];
+    job.try_group("world", &[&usual, more].concat())
 }
 
 /// Every collective, in sizes around the shortest message and around a slot, twice with all calls still under way.
-fn every_collective(test: &str, nodes: &[usize], gpudirect: &str) {
+fn every_collective(test: &str, nodes: &[usize], gpudirect: &str, ways: &str) {
     with(test, nodes, gpudirect).run(|rank| {
         let job = Job::start(rank, nodes);
-        let group = group(&job);
+        let settings = [("SMDDP_GPUDIRECT", "on"), ("SMDDP_CUDA_ALGORITHM", ways)];
+        let group = try_group(&job, &settings).unwrap();
         let told = group.device.describe();
         assert!(told.contains(&format!("GPUDirect for messages of {} bytes", EAGER + 1)), "{told}");
         let ranks = nodes.len();
@@ -72,17 +70,24 @@ fn every_collective(test: &str, nodes: &[usize], gpudirect: &str) {
 
 #[test]
 fn collectives_of_2_nodes() {
-    every_collective("direct::collectives_of_2_nodes", &[1, 1], "ordered");
+    every_collective("direct::collectives_of_2_nodes", &[1, 1], "ordered", "");
 }
 
 #[test]
 fn collectives_of_3_nodes_whose_streams_flush() {
-    every_collective("direct::collectives_of_3_nodes_whose_streams_flush", &[1, 1, 1], "flush");
+    every_collective("direct::collectives_of_3_nodes_whose_streams_flush", &[1, 1, 1], "flush", "");
 }
 
 #[test]
 fn collectives_of_2_nodes_of_2() {
-    every_collective("direct::collectives_of_2_nodes_of_2", &[2, 2], "flush");
+    every_collective("direct::collectives_of_2_nodes_of_2", &[2, 2], "flush", "");
+}
+
+/// Ranks that share a node go through the host, in a group whose rails need not.
+#[test]
+fn collectives_some_of_which_are_staged() {
+    let ways = "all_reduce=staged, all_gather=staged";
+    every_collective("direct::collectives_some_of_which_are_staged", &[2, 2], "ordered", ways);
 }
 
 /// What is only moved is never copied to the host, and of what is summed a rank's own share alone.
@@ -122,8 +127,8 @@ fn only_what_is_summed_passes_the_host() {
 }
 
 /// Everything goes through the host then, and the description does not claim otherwise.
-fn goes_through_the_host(job: &Job) {
-    let group = group(job);
+fn goes_through_the_host(job: &Job, more: &[(&str, &str)]) {
+    let group = try_group(job, &[&[("SMDDP_GPUDIRECT", "on")], more].concat()).unwrap();
     assert!(!group.device.describe().contains("GPUDirect"), "{}", group.device.describe());
     let case = sum(job, 4 * HALF);
     let memory = case.start(job, &group);
@@ -137,7 +142,19 @@ fn what_devices_have_not_is_not_used() {
     let nodes = &[1, 1];
     with("direct::what_devices_have_not_is_not_used", nodes, "off").run(|rank| {
         let job = Job::start(rank, nodes);
-        goes_through_the_host(&job);
+        goes_through_the_host(&job, &[]);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
+/// The machine's own libfabric, over tcp.
+#[test]
+fn what_the_provider_has_not_is_not_used() {
+    let nodes = &[1, 1];
+    with("direct::what_the_provider_has_not_is_not_used", nodes, "ordered").run(|rank| {
+        let job = Job::start(rank, nodes);
+        goes_through_the_host(&job, &[("SMDDP_LIBFABRIC", "")]);
         rank.barrier("over");
         job.end();
     });
@@ -152,7 +169,7 @@ fn what_one_rank_has_not_none_uses() {
         if rank.rank == 1 {
             job.control.fail("cuDeviceGetAttribute", 1, INVALID);
         }
-        goes_through_the_host(&job);
+        goes_through_the_host(&job, &[]);
         rank.barrier("over");
         job.end();
     });
@@ -163,7 +180,8 @@ fn ranks_whose_settings_differ_are_told() {
     let nodes = &[1, 1];
     with("direct::ranks_whose_settings_differ_are_told", nodes, "ordered").run(|rank| {
         let job = Job::start(rank, nodes);
-        let error = try_group(&job, if rank.rank == 0 { "on" } else { "off" }).map(|_| ()).unwrap_err();
+        let wanted = if rank.rank == 0 { "on" } else { "off" };
+        let error = try_group(&job, &[("SMDDP_GPUDIRECT", wanted)]).map(|_| ()).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("SMDDP_GPUDIRECT") && text.contains(&format!("rank {}", 1 - rank.rank)),
