@@ -151,7 +151,7 @@ impl<T: Transports> DeviceGroup<T> {
         if matches!(path, Path::Nccl | Path::Hierarchical) {
             refuse_shared_device(&host, &bus_id)?;
         }
-        let mut parts = agreed(&host, make_parts(path, &device, &settings), "making its staging")?;
+        let mut parts = agreed(&host, make_parts(&host, path, &device, &settings), "making its staging")?;
         let between = rail.as_ref().filter(|_| path == Path::Hierarchical).unwrap_or(&host);
         settle_direct(&host, between, &settings, parts.stager.as_mut())?;
         let has_flat = path == Path::Hierarchical && selection.has_flat();
@@ -606,12 +606,17 @@ fn settle_direct<T: Transports>(
     Ok(())
 }
 
-fn make_parts<T: Transports>(path: Path, device: &Arc<Device>, settings: &Settings) -> Result<Parts<T>> {
+fn make_parts<T: Transports>(
+    host: &Communicator<T>,
+    path: Path,
+    device: &Arc<Device>,
+    settings: &Settings,
+) -> Result<Parts<T>> {
     device.enter()?;
-    let (count, bytes) = (settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"));
+    let slots = (settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"));
     let stager = match path {
-        Path::Staged => Some(Stager::new(device, count, bytes, Scratch::None)?),
-        Path::Hierarchical => Some(Stager::new(device, count, bytes, Scratch::OnDevice)?),
+        Path::Staged => Some(Stager::new(device, host, slots, Scratch::None)?),
+        Path::Hierarchical => Some(Stager::new(device, host, slots, Scratch::OnDevice)?),
         Path::Nccl | Path::Alone => None,
     };
     Ok(Parts { stager, before: Event::new(device)?, last: None })

@@ -4,7 +4,10 @@ use std::ptr;
 use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use smddp_core::communicator::Communicator;
 use smddp_core::gate::Words;
+use smddp_core::memory::Owner;
+use smddp_core::transport::Transports;
 use smddp_core::{Error, Region, Result};
 use smddp_cuda_sys as sys;
 
@@ -26,6 +29,8 @@ fn unpinned(bytes: usize, reason: &str) -> Error {
 pub(crate) struct Pinned {
     device: Arc<Device>,
     region: Region,
+    /// With the network, until dropped.
+    registered: Option<Box<dyn Send>>,
 }
 
 impl Pinned {
@@ -48,7 +53,19 @@ impl Pinned {
             return Err(unpinned(len, &device.driver.explain(status)));
         }
         // SAFETY: mapped until drop (R1); the stager hands out disjoint pieces.
-        Ok(Pinned { device: Arc::clone(device), region: unsafe { Region::new(start.cast(), len) } })
+        let region = unsafe { Region::new(start.cast(), len) };
+        Ok(Pinned { device: Arc::clone(device), region, registered: None })
+    }
+
+    /// Registers it with the network between the ranks of `host`, which else copies what it sends from here.
+    pub(crate) fn registered<T: Transports>(mut self, host: &Communicator<T>) -> Pinned {
+        match host.register(self.region, Owner::Host) {
+            Ok(registered) => self.registered = Some(Box::new(registered)),
+            Err(error) => {
+                tracing::warn!(%error, "staging for CUDA tensors is not registered: it is copied once more")
+            }
+        }
+        self
     }
 
     pub(crate) fn region(&self) -> Region {
@@ -58,6 +75,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        self.registered = None;
         let start = self.region.as_ptr().cast();
         // A thread without the context cannot unregister; then the pages stay pinned until the process ends.
         if self.device.enter().is_ok() {

@@ -98,9 +98,17 @@ pub(crate) struct Stager {
 
 impl Stager {
     /// `count` slots of `bytes`; the device must have been entered.
-    pub(crate) fn new(device: &Arc<Device>, count: usize, bytes: usize, scratch: Scratch) -> Result<Stager> {
+    pub(crate) fn new<T: Transports>(
+        device: &Arc<Device>,
+        host: &Communicator<T>,
+        (count, bytes): (usize, usize),
+        scratch: Scratch,
+    ) -> Result<Stager> {
         let count = count.clamp(1, SLOTS);
-        let slot = |_| Ok(Slot { memory: Pinned::new(device, bytes)?, free: Event::new(device)?, value: 0 });
+        let slot = |_| {
+            let memory = Pinned::new(device, bytes)?.registered(host);
+            Ok(Slot { memory, free: Event::new(device)?, value: 0 })
+        };
         let mut stager = Stager {
             device: Arc::clone(device),
             words: SharedWords::new(device)?,
@@ -452,9 +460,7 @@ impl Stager {
         for (_, memory) in self.borrowed.drain(..) {
             std::mem::forget(memory);
         }
-        // The network is told no more of it in any case.
-        self.direct = None;
-        std::mem::forget(self.scratch.take());
+        std::mem::forget((self.direct.take(), self.scratch.take()));
         self.words.leave_behind();
     }
 }

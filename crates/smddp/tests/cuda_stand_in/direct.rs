@@ -8,7 +8,7 @@ use crate::failures::{sum, told};
 use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
-use smddp_standin::{Children, paths};
+use smddp_standin::{Children, paths, registered_bytes};
 
 const SLOW: [(&str, &str); 2] = [("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
 
@@ -28,19 +28,26 @@ fn group(job: &Job) -> Group {
 }
 
 fn try_group(job: &Job, more: &[(&str, &str)]) -> Result<Group> {
+    job.try_group("world", &[&usual()[..], more].concat())
+}
+
+fn usual() -> [(&'static str, &'static str); 4] {
     let fabric = paths().fabric.to_str().unwrap();
-    let usual = [
+    [
         ("SMDDP_LIBFABRIC", fabric),
         ("SMDDP_EAGER", "1K"),
         ("SMDDP_CUDA_SLOT", "64K"),
         ("SMDDP_CUDA_SLOTS", "3"),
-    ];
-    job.try_group("world", &[&usual, more].concat())
+    ]
 }
 
 /// Every collective, in sizes around the shortest message and around a slot, twice with all calls still under way.
 fn every_collective(test: &str, nodes: &[usize], gpudirect: &str, ways: &str) {
-    with(test, nodes, gpudirect).run(|rank| {
+    every_collective_of(with(test, nodes, gpudirect), nodes, gpudirect, ways);
+}
+
+fn every_collective_of(ranks: Children, nodes: &[usize], gpudirect: &str, ways: &str) {
+    ranks.run(|rank| {
         let job = Job::start(rank, nodes);
         let settings = [("SMDDP_GPUDIRECT", "on"), ("SMDDP_CUDA_ALGORITHM", ways)];
         let group = try_group(&job, &settings).unwrap();
@@ -88,6 +95,42 @@ fn collectives_of_2_nodes_of_2() {
 fn collectives_some_of_which_are_staged() {
     let ways = "all_reduce=staged, all_gather=staged";
     every_collective("direct::collectives_some_of_which_are_staged", &[2, 2], "ordered", ways);
+}
+
+/// NICs that want all they touch registered, as EFA's do: the pinned slots are, so that nothing is copied once more.
+#[test]
+fn pinned_slots_are_registered_where_nics_want_it() {
+    let nodes = &[1, 1];
+    let test = "direct::pinned_slots_are_registered_where_nics_want_it";
+    with(test, nodes, "off").env("SMDDP_STANDIN_MR_LOCAL", "1").run(|rank| {
+        let job = Job::start(rank, nodes);
+        let before = registered_bytes();
+        let host = job.host("host", &usual());
+        let by_host = registered_bytes() - before;
+        assert!(by_host > 0, "the engine's staging is registered");
+        let group = try_group(&job, &[]).unwrap();
+        let slots = 3 * (64 << 10);
+        assert_eq!(registered_bytes() - before - by_host, slots);
+        let case = sum(&job, 4 * HALF);
+        let memory = case.start(&job, &group);
+        job.synchronize();
+        case.check(&job, &memory);
+        rank.barrier("over");
+        group.end();
+        host.shutdown();
+        job.end();
+    });
+}
+
+#[test]
+fn collectives_where_nics_want_all_registered() {
+    let test = "direct::collectives_where_nics_want_all_registered";
+    every_collective_of(
+        with(test, &[1, 1], "ordered").env("SMDDP_STANDIN_MR_LOCAL", "1"),
+        &[1, 1],
+        "ordered",
+        "",
+    );
 }
 
 /// What is only moved is never copied to the host, and of what is summed a rank's own share alone.

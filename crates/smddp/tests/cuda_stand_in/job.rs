@@ -100,30 +100,41 @@ impl Job {
         self.try_group(name, settings).unwrap()
     }
 
-    pub fn try_group(&self, name: &str, more: &[(&str, &str)]) -> Result<Group> {
-        let (node, local) = self.place;
+    fn settings(&self, more: &[(&str, &str)]) -> Settings {
         let mut settings = Settings::from_vars([]).unwrap();
-        settings.set("SMDDP_NODE_ID", &format!("node{node}")).unwrap();
+        settings.set("SMDDP_NODE_ID", &format!("node{}", self.place.0)).unwrap();
         settings.set("SMDDP_NCCL", smddp_standin::paths().nccl.to_str().unwrap()).unwrap();
         for (name, value) in more {
             settings.set(name, value).unwrap();
         }
-        let meet = |name: String, rank: usize, size: usize| {
-            connect(GroupOptions {
-                scope: name.clone(),
-                name,
-                rank,
-                size,
-                store: Arc::clone(&self.store),
-                timeout: LIMIT,
-                settings: settings.clone(),
-                library_dirs: library_dirs(&[]),
-            })
-        };
-        let host = meet(name.to_owned(), self.rank, self.size())?;
+        settings
+    }
+
+    fn meet(&self, name: String, (rank, size): (usize, usize), settings: &Settings) -> Result<Communicator> {
+        connect(GroupOptions {
+            scope: name.clone(),
+            name,
+            rank,
+            size,
+            store: Arc::clone(&self.store),
+            timeout: LIMIT,
+            settings: settings.clone(),
+            library_dirs: library_dirs(&[]),
+        })
+    }
+
+    /// A group for the CPU alone.
+    pub fn host(&self, name: &str, more: &[(&str, &str)]) -> Communicator {
+        self.meet(name.to_owned(), (self.rank, self.size()), &self.settings(more)).unwrap()
+    }
+
+    pub fn try_group(&self, name: &str, more: &[(&str, &str)]) -> Result<Group> {
+        let (node, local) = self.place;
+        let settings = self.settings(more);
+        let host = self.meet(name.to_owned(), (self.rank, self.size()), &settings)?;
         let even = self.nodes.iter().all(|&n| n == self.nodes[0]);
         let rail = (self.nodes.len() > 1 && even && self.nodes[0] > 1)
-            .then(|| meet(format!("{name}/rail{local}"), node, self.nodes.len()))
+            .then(|| self.meet(format!("{name}/rail{local}"), (node, self.nodes.len()), &settings))
             .transpose()?;
         let device = DeviceGroup::new(DeviceOptions {
             host: host.clone(),

@@ -3,6 +3,8 @@
 //! All calls go to the real library, but for these: `fi_getinfo` finds what was asked for with FI_HMEM too, memory of CUDA
 //! devices is registered as the host memory that it is, and FI_OPT_CUDA_API_PERMITTED is taken. Objects get copies of their
 //! tables of functions with those entries changed; the copies are never freed, as the library is never unloaded.
+//!
+//! With SMDDP_STANDIN_MR_LOCAL=1 a NIC also wants what it sends and receives to be registered, as EFA's does.
 
 // What fails here fails a test: a panic is the report.
 #![allow(clippy::expect_used)]
@@ -10,12 +12,25 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use smddp_libfabric_sys::abi::*;
 use smddp_libfabric_sys::{Library, places};
 
 /// Folders in which the real libfabric may lie, beside the usual ones; as PATH is written.
 const DIRS: &str = "SMDDP_STANDIN_LIBRARY_DIRS";
+
+/// Bytes registered so far.
+static REGISTERED: AtomicU64 = AtomicU64::new(0);
+
+#[unsafe(no_mangle)]
+extern "C" fn smddp_standin_fabric_registered() -> u64 {
+    REGISTERED.load(Ordering::SeqCst)
+}
+
+fn wants_local_registration() -> bool {
+    std::env::var_os("SMDDP_STANDIN_MR_LOCAL").is_some_and(|value| value == "1")
+}
 
 fn real() -> &'static Library {
     static REAL: OnceLock<Library> = OnceLock::new();
@@ -102,10 +117,7 @@ unsafe extern "C" fn fi_getinfo(
 ) -> c_int {
     // SAFETY: the caller's arguments; the copy of the hints is ours to change and to free.
     unsafe {
-        let is_wanted = !hints.is_null() && (*hints).caps & FI_HMEM != 0;
-        if !is_wanted {
-            return (real().fi_getinfo)(version, node, service, flags, hints, out);
-        }
+        let wanted = if hints.is_null() { 0 } else { (*hints).caps & FI_HMEM };
         let plain = (real().fi_dupinfo)(hints);
         (*plain).caps &= !FI_HMEM;
         (*(*plain).domain_attr).mr_mode &= !FI_MR_HMEM;
@@ -113,7 +125,10 @@ unsafe extern "C" fn fi_getinfo(
         (real().fi_freeinfo)(plain);
         let mut next = if code == 0 { *out } else { std::ptr::null_mut() };
         while !next.is_null() {
-            (*next).caps |= FI_HMEM;
+            (*next).caps |= wanted;
+            if wants_local_registration() {
+                (*(*next).domain_attr).mr_mode |= FI_MR_LOCAL;
+            }
             next = (*next).next;
         }
         code
@@ -149,6 +164,7 @@ unsafe extern "C" fn open_domain(
     // SAFETY: the caller's arguments; a live object when it went well.
     unsafe {
         (*info).caps &= !FI_HMEM;
+        (*(*info).domain_attr).mr_mode &= !FI_MR_LOCAL;
         let open = BEHIND.domain.get().expect("kept with the table");
         let code = open(fabric, info, out, context);
         if code == 0 {
@@ -159,7 +175,8 @@ unsafe extern "C" fn open_domain(
             (*domain).ops = table;
             let table = copied((*domain).mr, (*(*domain).mr).size);
             BEHIND.reg.get_or_init(|| (*table).reg.expect("every provider has it"));
-            (*table).regattr = Some(register);
+            (*table).reg = Some(register);
+            (*table).regattr = Some(register_of_device);
             (*domain).mr = table;
         }
         code
@@ -201,7 +218,27 @@ unsafe extern "C" fn set_option(
     unsafe { BEHIND.setopt.get().expect("kept with the table")(ep, level, option, value, len) }
 }
 
+#[allow(clippy::too_many_arguments)]
 unsafe extern "C" fn register(
+    domain: *mut fid,
+    start: *const c_void,
+    len: usize,
+    access: u64,
+    offset: u64,
+    key: u64,
+    flags: u64,
+    out: *mut *mut fid_mr,
+    context: *mut c_void,
+) -> c_int {
+    REGISTERED.fetch_add(len as u64, Ordering::SeqCst);
+    // SAFETY: the caller's arguments.
+    unsafe {
+        let register = BEHIND.reg.get().expect("kept with the table");
+        register(domain, start, len, access, offset, key, flags, out, context)
+    }
+}
+
+unsafe extern "C" fn register_of_device(
     domain: *mut fid,
     attr: *const fi_mr_attr,
     flags: u64,
@@ -212,7 +249,6 @@ unsafe extern "C" fn register(
         let attr = &*attr;
         assert!(attr.iface == FI_HMEM_CUDA && attr.iov_count == 1, "only devices' memory comes here");
         let part = &*attr.mr_iov;
-        let register = BEHIND.reg.get().expect("kept with the table");
         let (start, len) = (part.iov_base.cast_const(), part.iov_len);
         register(domain, start, len, attr.access, attr.offset, attr.requested_key, flags, out, attr.context)
     }

@@ -9,6 +9,17 @@ pub struct Control {
     table: &'static Table,
 }
 
+/// Bytes that this process has registered with the stand-in of libfabric so far.
+pub fn registered_bytes() -> u64 {
+    // SAFETY: one of ours, which is never unloaded.
+    let library =
+        unsafe { libloading::Library::new(&crate::paths().fabric) }.expect("the stand-in was built");
+    let library = std::mem::ManuallyDrop::new(library);
+    // SAFETY: the function's type.
+    let count = unsafe { library.get::<extern "C" fn() -> u64>(b"smddp_standin_fabric_registered") };
+    count.expect("the stand-in has it")()
+}
+
 impl Control {
     /// Of the driver at `path`, which is loaded if it is not yet, and stays loaded.
     pub fn of(path: &Path) -> Result<Self, String> {

@@ -13,4 +13,4 @@ mod control;
 
 pub use build::{Paths, paths};
 pub use children::{Children, Rank};
-pub use control::Control;
+pub use control::{Control, registered_bytes};
