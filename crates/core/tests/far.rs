@@ -2,42 +2,17 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-use std::time::Duration;
+mod common;
 
-use smddp_core::communicator::Communicator;
-use smddp_core::engine::Engine;
-use smddp_core::engine::execution::Route;
-use smddp_core::engine::group::Seat;
+use common::{Group, groups, on_all};
 use smddp_core::far::{Far, least_message, own_share};
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
-use smddp_core::settings::Settings;
-use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
 use smddp_core::{Collective, DType, GroupShape, Region};
 
-type Group = Communicator<MemoryTransports>;
-
-/// One rank a node.
-fn groups(size: usize) -> Vec<Group> {
-    let shape = Arc::new(GroupShape::even(size, 1));
-    let group = |(rank, fabric): (usize, MemoryFabric)| {
-        let engine = Arc::new(Engine::new(&Settings::default()).unwrap());
-        engine.set_crowded();
-        engine.with_fabric(|| Ok(fabric), |_| Ok(())).unwrap();
-        let seat = Seat {
-            id: 7,
-            name: "test".into(),
-            rank,
-            shape: Arc::clone(&shape),
-            local: MemoryNode::new(1, 3).remove(0),
-            routes: (0..size)
-                .map(|to| if to == rank { Route::Local(0) } else { Route::Fabric(to as u32) })
-                .collect(),
-        };
-        Group::new(engine, seat, Tuning::default(), Duration::from_secs(60)).unwrap()
-    };
-    MemoryFabric::new(size, 11).into_iter().enumerate().map(group).collect()
+/// Of one rank a node.
+fn alone(size: usize) -> Vec<Group> {
+    groups(&GroupShape::even(size, 1), 11, &Tuning::default())
 }
 
 /// What must not be read.
@@ -117,17 +92,13 @@ fn check(collective: Collective, count: usize, root: usize, size: usize, rank: u
 fn messages_reach_the_device_alone_and_sums_the_host_alone() {
     use Collective::{AllGather, AllReduce, Broadcast, ReduceScatter};
     for size in [2, 3, 5] {
-        let groups = groups(size);
+        let groups = alone(size);
         for (count, root) in [(64, 0), (1000, 1), (70_001, size - 1)] {
             for collective in [AllReduce, ReduceScatter, AllGather, Broadcast] {
-                std::thread::scope(|scope| {
-                    for group in &groups {
-                        scope.spawn(move || {
-                            let mut data = data(collective, count, size, group.rank());
-                            run(group, collective, count, root, &mut data);
-                            check(collective, count, root, size, group.rank(), &data);
-                        });
-                    }
+                on_all(&groups, |group| {
+                    let mut data = data(collective, count, size, group.rank());
+                    run(group, collective, count, root, &mut data);
+                    check(collective, count, root, size, group.rank(), &data);
                 });
             }
         }
@@ -136,7 +107,7 @@ fn messages_reach_the_device_alone_and_sums_the_host_alone() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let groups = groups(2);
+    let groups = alone(2);
     let (mut host, mut device) = (vec![0i32; 64], vec![0i32; 64]);
     // SAFETY: nothing is started.
     let (host, device) = unsafe { (Region::of(&mut host), Region::of(&mut device)) };
@@ -157,6 +128,6 @@ fn the_shortest_message_of_a_call() {
     assert_eq!(least_message(Collective::Broadcast, 4, 100, 3), 400);
     assert_eq!(least_message(Collective::AllReduce, 4, 100, 3), 132);
     assert_eq!(least_message(Collective::AllReduce, 4, 1, 2), 0);
-    let groups = groups(2);
+    let groups = alone(2);
     assert_eq!(groups[0].least_device_message(), Some(1));
 }

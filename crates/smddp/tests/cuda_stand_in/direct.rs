@@ -1,10 +1,8 @@
 //! GPUDirect: messages between nodes from and to device memory, over a libfabric that reaches the stand-in's devices.
 
-use std::time::{Duration, Instant};
+use smddp::{Collective, DType, Result, library_dirs};
 
-use smddp::{Collective, DType, Error, Result, library_dirs};
-
-use crate::failures::{sum, told};
+use crate::failures::{abort_while_one_waits, sum};
 use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
@@ -241,19 +239,7 @@ fn an_abort_releases_the_stream() {
     with("direct::an_abort_releases_the_stream", nodes, "ordered").run(|rank| {
         let job = Job::start(rank, nodes);
         let group = group(&job);
-        if rank.rank == 0 {
-            sum(&job, 100_000).start(&job, &group);
-            let until = Instant::now() + Duration::from_secs(20);
-            while job.control.parked() == 0 && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
-            group.device.abort("a test");
-            assert!(job.comes_to_rest(), "the stream still waits");
-        }
-        rank.barrier("aborted");
-        let error = told(&job, &group);
-        assert!(matches!(error, Error::Aborted { .. }), "{error}");
+        abort_while_one_waits(rank, &job, &group);
         rank.barrier("over");
     });
 }

@@ -7,13 +7,14 @@ use smddp::{Collective, DType, Error};
 use crate::hierarchical::CARRIED;
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
+use smddp_standin::Rank;
 
 pub fn sum(job: &Job, count: usize) -> Case {
     Case::of(Collective::AllReduce, DType::F32, count, 0, job)
 }
 
 /// Calls until one is refused: the failure of an earlier call, known at the latest when the stream has passed it.
-pub fn told(job: &Job, group: &Group) -> Error {
+fn told(job: &Job, group: &Group) -> Error {
     let until = Instant::now() + Duration::from_secs(30);
     while Instant::now() < until {
         let case = sum(job, 500);
@@ -28,6 +29,24 @@ pub fn told(job: &Job, group: &Group) -> Error {
     panic!("nobody was told");
 }
 
+/// Rank 0 calls alone and aborts, which releases its stream; all are told.
+pub fn abort_while_one_waits(rank: &Rank, job: &Job, group: &Group) {
+    if rank.rank == 0 {
+        let late = sum(job, 100_000);
+        late.start(job, group);
+        let until = Instant::now() + Duration::from_secs(20);
+        while job.control.parked() == 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
+        group.device.abort("a test");
+        assert!(job.comes_to_rest(), "the stream still waits");
+    }
+    rank.barrier("aborted");
+    let error = told(job, group);
+    assert!(matches!(error, Error::Aborted { .. }), "{error}");
+}
+
 fn abort_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
     children(test, nodes, &[]).run(|rank| {
         let job = Job::wanting(wanted, rank, nodes);
@@ -36,20 +55,7 @@ fn abort_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
         let memory = first.start(&job, &group);
         job.synchronize();
         first.check(&job, &memory);
-        if rank.rank == 0 {
-            let late = sum(&job, 100_000);
-            late.start(&job, &group);
-            let until = Instant::now() + Duration::from_secs(20);
-            while job.control.parked() == 0 && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            assert!(job.control.parked() > 0, "nothing waits for the rank that has not come");
-            group.device.abort("a test");
-            assert!(job.comes_to_rest(), "the stream still waits");
-        }
-        rank.barrier("aborted");
-        let error = told(&job, &group);
-        assert!(matches!(error, Error::Aborted { .. }), "{error}");
+        abort_while_one_waits(rank, &job, &group);
         rank.barrier("over");
     });
 }
