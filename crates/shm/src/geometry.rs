@@ -36,7 +36,12 @@ impl Geometry {
 
     /// Bytes of shared memory that a rank needs for it in each group, about.
     pub fn bytes(self) -> usize {
-        self.slot * self.slots + MESSAGES_LIMIT
+        self.slot * self.slots + self.messages()
+    }
+
+    /// Of which for messages to all its peers.
+    fn messages(self) -> usize {
+        MESSAGES_LIMIT.min(MESSAGES_SLOTS * self.slot)
     }
 
     /// The nearest geometry that `local_size` ranks can use: whole pages, at most 16 MiB a rank in all.
@@ -94,8 +99,7 @@ impl Layout {
         let pids = abort_text + size_of::<AbortCell>();
         let ranks = (pids + 4 * local_size).next_multiple_of(PAGE);
 
-        let messages = MESSAGES_LIMIT.min(MESSAGES_SLOTS * geometry.slot);
-        let pair = prev_power_of_two(messages / local_size).clamp(MESSAGES_LEAST, MESSAGES_PAIR);
+        let pair = prev_power_of_two(geometry.messages() / local_size).clamp(MESSAGES_LEAST, MESSAGES_PAIR);
         let cells = if pair >= 32 << 10 { 8 } else { 4 };
         let heads = size_of::<Control>();
         let messages = heads + geometry.slots * HEAD_STRIDE;
@@ -178,6 +182,9 @@ mod tests {
             prop_assert!(geometry.slots >= 2 && geometry.slot >= 256 * local && geometry.slot.is_multiple_of(PAGE));
             let l = Layout::new(geometry, local);
             prop_assert!(l.rank_stride <= RANK_LIMIT);
+            // Heads and whole pages come to what `bytes` says, and the least for each of many peers.
+            let told = geometry.bytes().max(geometry.slot * geometry.slots + MESSAGES_LEAST * local);
+            prop_assert!(l.rank_stride <= told + l.messages + PAGE);
             prop_assert!(size_of::<Header>() <= l.alerts);
             prop_assert!(l.pids + 4 * local <= l.ranks);
             let last = local - 1;

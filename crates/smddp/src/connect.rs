@@ -25,7 +25,8 @@ use crate::node::{NodeId, cores};
 use crate::runtime::{self, HostTransports};
 use crate::{Communicator, library_dirs, slots};
 
-/// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best.
+/// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best. The first
+/// one always does.
 const FULL_RINGS: usize = 12 << 20;
 /// Bytes of a slot in the groups after those.
 const SMALL_SLOT: usize = 64 << 10;
@@ -206,7 +207,7 @@ impl Party<'_> {
             }
             _ => Geometry::USUAL,
         };
-        if self.engine.groups() < FULL_RINGS / full.bytes() {
+        if self.engine.groups() < full_rings(full) {
             return full;
         }
         Geometry { slot: full.slot.min(SMALL_SLOT), slots: full.slots.min(Geometry::USUAL.slots) }
@@ -277,4 +278,24 @@ fn random() -> Result<(u64, [u8; 32])> {
         u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]]),
         secret,
     ))
+}
+
+/// How many groups of a process have rings as large as `full`.
+fn full_rings(full: Geometry) -> usize {
+    (FULL_RINGS / full.bytes()).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_groups_have_full_rings_within_the_limit() {
+        assert_eq!(full_rings(Geometry::USUAL), 8);
+        assert_eq!(full_rings(Geometry { slot: 4 << 20, slots: 3 }), 1);
+        for slot in [4 << 10, 64 << 10, 1 << 20, 2 << 20] {
+            let full = Geometry { slot, slots: 4 };
+            assert!(full_rings(full) * full.bytes() <= FULL_RINGS, "{slot}");
+        }
+    }
 }
