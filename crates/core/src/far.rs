@@ -79,8 +79,8 @@ pub struct FarCall {
 
 impl FarCall {
     pub(crate) fn of(request: &Request, size: usize, rank: usize) -> Option<FarCall> {
-        let near = own_share(request.collective, request.dtype.size(), request.count, size, rank);
-        request.far.map(|far| FarCall { far, near })
+        let near = || own_share(request.collective, request.dtype.size(), request.count, size, rank);
+        request.far.map(|far| FarCall { far, near: near() })
     }
 
     /// The device's memory for a message of `span`, which is not in the host's (F1).

@@ -166,8 +166,7 @@ pub trait Fabric: Send {
     /// Takes that back, for the same region; no message is in it.
     fn deregister(&mut self, memory: Region);
 
-    /// Bytes that a message in registered memory of a device has at least, to the peers connected so far; none: there
-    /// may be no such messages.
+    /// Bytes that a message in registered memory of a device has at least; none: there may be no such messages.
     fn least_device_message(&self) -> Option<usize>;
 
     /// `message.peer` is an id from `connect`.

@@ -14,6 +14,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 
 use crate::device::{Arrival, Device, DeviceMemory};
+use crate::group::DeviceCall;
 use crate::stager::Rows;
 
 /// Device memory that the network knows.
@@ -69,9 +70,15 @@ impl Direct {
         self.arrival
     }
 
-    /// Whether a piece goes so whose shortest message has so many bytes.
-    pub(crate) fn carries(&self, collective: Collective, message: usize) -> bool {
-        far::carries(collective) && message >= self.least
+    /// Whether a piece of `count` columns goes so between the ranks of `host`.
+    pub(crate) fn carries<T: Transports>(
+        &self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+        count: usize,
+    ) -> bool {
+        let message = || far::least_message(call.collective, call.dtype.size(), count, host.size());
+        host.shape().even_local_size() == Some(1) && far::carries(call.collective) && message() >= self.least
     }
 }
 

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
-use smddp_core::far;
 use smddp_core::gate::{Gate, SLOTS};
 use smddp_core::request::Request;
 use smddp_core::transport::Transports;
@@ -301,10 +300,7 @@ impl Stager {
         let request = call.request(count, input, output);
 
         self.to_host.wait(&self.slots[slot].free)?;
-        let least = far::least_message(call.collective, call.dtype.size(), count, host.size());
-        let is_alone = host.shape().even_local_size() == Some(1);
-        let direct = self.direct.as_ref().filter(|_| is_alone);
-        let handle = if direct.is_some_and(|direct| direct.carries(call.collective, least)) {
+        let handle = if self.direct.as_ref().is_some_and(|direct| direct.carries(host, call, count)) {
             let piece = DirectPiece { request, rows, width, on_device, place: (host.rank(), host.size()) };
             self.through_device(host, &piece, gate, (inputs, outputs))?
         } else {

@@ -3,15 +3,11 @@
 use smddp::{Collective, DType, Result, library_dirs};
 
 use crate::failures::{abort_while_one_waits, sum};
-use crate::hierarchical::CARRIED;
+use crate::hierarchical::{CARRIED, HALF, SLOW, run_all};
 use crate::job::{Group, Job, children};
 use crate::reference::Case;
 use smddp_standin::{Children, paths, registered_bytes};
 
-const SLOW: [(&str, &str); 2] = [("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
-
-/// Slots of 64 KiB: half of one holds 8192 elements of 4 bytes.
-const HALF: usize = 8192;
 const EAGER: usize = 1024;
 
 fn with(test: &str, nodes: &[usize], gpudirect: &str) -> Children {
@@ -39,7 +35,7 @@ fn usual() -> [(&'static str, &'static str); 4] {
     ]
 }
 
-/// Every collective, in sizes around the shortest message and around a slot, twice with all calls still under way.
+/// Every collective, in sizes around the shortest message and around a slot, all under way at once.
 fn every_collective(test: &str, nodes: &[usize], gpudirect: &str, ways: &str) {
     every_collective_of(with(test, nodes, gpudirect), nodes, gpudirect, ways);
 }
@@ -61,11 +57,7 @@ fn every_collective_of(ranks: Children, nodes: &[usize], gpudirect: &str, ways: 
                 }
             }
         }
-        let running: Vec<_> = calls.iter().map(|case| case.start(&job, &group)).collect();
-        job.synchronize();
-        for (case, memory) in calls.iter().zip(running) {
-            case.check(&job, &memory);
-        }
+        run_all(&job, &group, &calls);
         assert_eq!(job.control.calls("flush") > 0, gpudirect == "flush");
         rank.barrier("over");
         group.end();
@@ -109,10 +101,7 @@ fn pinned_slots_are_registered_where_nics_want_it() {
         let group = try_group(&job, &[]).unwrap();
         let slots = 3 * (64 << 10);
         assert_eq!(registered_bytes() - before - by_host, slots);
-        let case = sum(&job, 4 * HALF);
-        let memory = case.start(&job, &group);
-        job.synchronize();
-        case.check(&job, &memory);
+        run_all(&job, &group, &[sum(&job, 4 * HALF)]);
         rank.barrier("over");
         group.end();
         host.shutdown();
@@ -141,10 +130,7 @@ fn only_what_is_summed_passes_the_host() {
         let copies = || job.control.calls("cuMemcpyDtoHAsync_v2");
         for collective in CARRIED {
             for (count, is_direct) in [(HALF / 2, true), (EAGER / 4, false)] {
-                let case = Case::of(collective, DType::F32, count, 0, &job);
-                let memory = case.start(&job, &group);
-                job.synchronize();
-                case.check(&job, &memory);
+                run_all(&job, &group, &[Case::of(collective, DType::F32, count, 0, &job)]);
                 let again = Case::of(collective, DType::F32, count, 0, &job);
                 let before = copies();
                 let memory = again.start(&job, &group);
@@ -171,10 +157,7 @@ fn only_what_is_summed_passes_the_host() {
 fn goes_through_the_host(job: &Job, more: &[(&str, &str)]) {
     let group = try_group(job, &[&[("SMDDP_GPUDIRECT", "on")], more].concat()).unwrap();
     assert!(!group.device.describe().contains("GPUDirect"), "{}", group.device.describe());
-    let case = sum(job, 4 * HALF);
-    let memory = case.start(job, &group);
-    job.synchronize();
-    case.check(job, &memory);
+    run_all(job, &group, &[sum(job, 4 * HALF)]);
     group.end();
 }
 
@@ -232,7 +215,7 @@ fn ranks_whose_settings_differ_are_told() {
     });
 }
 
-/// A stream that waits for a message into device memory is released, and the memory is the network's no more.
+/// A stream that waits for a message into device memory is released.
 #[test]
 fn an_abort_releases_the_stream() {
     let nodes = &[1, 1];

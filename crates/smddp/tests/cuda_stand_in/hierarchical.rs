@@ -10,9 +10,9 @@ pub const CARRIED: [Collective; 4] =
 
 /// Slots of 64 KiB: half of one holds 8192 elements of 4 bytes.
 const SLOTS: [(&str, &str); 2] = [("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "3")];
-const HALF: usize = 8192;
+pub const HALF: usize = 8192;
 
-const SLOW: [(&str, &str); 2] = [("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
+pub const SLOW: [(&str, &str); 2] = [("SMDDP_STANDIN_DELAY_US", "200"), ("SMDDP_STANDIN_POISON", "start")];
 
 /// From nothing to more chunks than there are slots, whole ones and not.
 fn sizes(nodes: usize) -> [usize; 7] {
@@ -30,7 +30,8 @@ fn calls(job: &Job, nodes: usize) -> Vec<Case> {
     calls
 }
 
-fn run_all(job: &Job, group: &Group, calls: &[Case]) {
+/// All under way at once, then all checked.
+pub fn run_all(job: &Job, group: &Group, calls: &[Case]) {
     let running: Vec<_> = calls.iter().map(|case| case.start(job, group)).collect();
     job.synchronize();
     for (case, memory) in calls.iter().zip(running) {

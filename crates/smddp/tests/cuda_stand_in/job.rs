@@ -165,6 +165,15 @@ impl Job {
         true
     }
 
+    /// Whether a stream waits for something within the limit.
+    pub fn comes_to_wait(&self) -> bool {
+        let until = Instant::now() + Duration::from_secs(20);
+        while self.control.parked() == 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.control.parked() > 0
+    }
+
     /// Device memory with these bytes in it once the stream comes there.
     pub fn memory(&self, bytes: &[u8]) -> Memory {
         let address = allocate(&self.driver, bytes.len().max(1));
