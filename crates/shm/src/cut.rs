@@ -38,9 +38,17 @@ pub(crate) struct Group {
     pub(crate) writes: bool,
     /// Peers whose slots this rank reads.
     pub(crate) reads: Mask,
+    /// Ranks that give something to others.
+    pub(crate) givers: Mask,
 }
 
 impl Group {
+    /// Whether its data lies in the slots' areas.
+    #[inline]
+    pub(crate) fn takes_areas(&self) -> bool {
+        !self.inline && !self.whole
+    }
+
     /// Offset and length of cut `cut` of a move of `len` bytes.
     #[inline]
     pub(crate) fn piece(&self, len: usize, cut: usize) -> (usize, usize) {
@@ -137,6 +145,11 @@ impl Cutter {
     /// What this rank has to do with `m`.
     fn note_part(&self, group: &mut Group, m: &Move) {
         let size = self.bytes.len();
+        match m.from {
+            Who::One(from) if m.to != m.from => group.givers.set(from as usize),
+            Who::One(_) => {}
+            Who::All => (0..size).filter(|&rank| travels(m, rank)).for_each(|rank| group.givers.set(rank)),
+        }
         group.writes |= size > 1 && travels(m, self.me);
         if !includes(m.to, self.me) {
             return;

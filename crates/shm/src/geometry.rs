@@ -70,7 +70,7 @@ pub(crate) struct Header {
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Where things are. A function of geometry and local size alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

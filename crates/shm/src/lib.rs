@@ -2,7 +2,7 @@
 //! of one node through a shared memory segment.
 //!
 //! How it fits together: `handover` gives every local rank the same `segment` (laid out by `geometry`, made of the structures
-//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many) over the slot `ring`, or by `direct` where the
+//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many, `exchange` does one) over the slot `ring`, or by `direct` where the
 //! data lies in memory that the ranks share (`shared`);
 //! `probe` times rings of several sizes;
 //! `messages` sends point to point over `pair` cells; `doorbell` puts ranks to sleep and wakes them; `abort` and
@@ -32,6 +32,8 @@ mod cut;
 mod direct;
 #[cfg(not(loom))]
 mod error;
+#[cfg(not(loom))]
+mod exchange;
 #[cfg(not(loom))]
 mod geometry;
 #[cfg(not(loom))]

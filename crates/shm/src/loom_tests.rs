@@ -98,22 +98,37 @@ struct Rank {
     ringing: bool,
     /// Whether it sleeps several times after one announcement.
     stays_armed: bool,
+    /// Every so many exchanges one takes no areas; 0: none.
+    small: u64,
 }
 
 impl Rank {
     fn new(me: usize, heap: &Arc<Heap>, writers: Writers, exchanges: u64, ringing: bool) -> Rank {
         let size = heap.controls.len();
         let ring = Ring::new(me, size, SLOTS);
-        Rank { me, size, heap: Arc::clone(heap), ring, writers, exchanges, ringing, stays_armed: false }
+        Rank {
+            me,
+            size,
+            heap: Arc::clone(heap),
+            ring,
+            writers,
+            exchanges,
+            ringing,
+            stays_armed: false,
+            small: 0,
+        }
     }
 
     fn writers(&self, exchange: u64) -> &'static [usize] {
         self.writers[exchange as usize % self.writers.len()]
     }
 
-    /// Where `rank` puts its data in `exchange`.
-    fn area(&self, rank: usize, exchange: u64) -> &Cell<[u8; 2]> {
-        &self.heap.areas[self.ring.area(rank, exchange)][self.ring.index(exchange)]
+    fn takes_areas(&self, exchange: u64) -> bool {
+        self.small == 0 || exchange % self.small != 1
+    }
+
+    fn area(&self, (rank, index): (usize, usize)) -> &Cell<[u8; 2]> {
+        &self.heap.areas[rank][index]
     }
 
     fn is_done(&self) -> bool {
@@ -133,16 +148,19 @@ impl Rank {
         }
         let exchange = self.ring.published();
         if !self.writers(exchange).contains(&self.me) {
-            self.ring.skip();
+            self.ring.skip(self.takes_areas(exchange));
             return Ok(true);
         }
         if let Some(peer) = self.ring.in_the_way(&*self.heap) {
             return Err(peer);
         }
         let bytes = content(self.me, exchange);
-        // SAFETY: what the model is to show (E5); it panics on a race.
-        self.area(self.me, exchange).with_mut(|area| unsafe { *area = bytes });
-        self.ring.publish(&*self.heap, |head| head.inline[..2].copy_from_slice(&bytes));
+        let areas = self.takes_areas(exchange);
+        if areas {
+            // SAFETY: what the model is to show (E5); it panics on a race.
+            self.area(self.ring.area_to_fill(self.me, 0)).with_mut(|area| unsafe { *area = bytes });
+        }
+        self.ring.publish(&*self.heap, areas, |head| head.inline[..2].copy_from_slice(&bytes));
         self.notify();
         Ok(true)
     }
@@ -159,11 +177,13 @@ impl Rank {
             let slot = self.heap.slot(peer, self.ring.index(exchange));
             let got = slot.read(|head| [head.inline[0], head.inline[1]]);
             assert_eq!(got, content(peer, exchange), "stale or torn data");
-            // SAFETY: as in `publish`.
-            let got = self.area(peer, exchange).with(|area| unsafe { *area });
-            assert_eq!(got, content(peer, exchange), "another rank's data, or old");
+            if self.takes_areas(exchange) {
+                // SAFETY: as in `publish`.
+                let got = self.area(self.ring.area_to_read(peer)).with(|area| unsafe { *area });
+                assert_eq!(got, content(peer, exchange), "another rank's data, or old");
+            }
         }
-        self.ring.consume(&*self.heap);
+        self.ring.consume(&*self.heap, self.takes_areas(exchange));
         self.notify();
         Ok(true)
     }
@@ -221,10 +241,15 @@ impl Rank {
 }
 
 fn both_spin(writers: Writers, exchanges: u64) {
+    both_spin_with(writers, exchanges, 0);
+}
+
+fn both_spin_with(writers: Writers, exchanges: u64, small: u64) {
     let heap = Heap::new(2, SLOTS, 0);
-    let other = Rank::new(1, &heap, writers, exchanges, false);
+    let rank = |me| Rank { small, ..Rank::new(me, &heap, writers, exchanges, false) };
+    let other = rank(1);
     let thread = thread::spawn(move || other.spin());
-    Rank::new(0, &heap, writers, exchanges, false).spin();
+    rank(0).spin();
     thread.join().unwrap();
 }
 
@@ -241,6 +266,41 @@ fn slots_are_recycled_when_only_one_rank_writes() {
 #[test]
 fn slots_change_their_areas_whoever_skips() {
     explore(2, None, || both_spin(&[&[0, 1], &[0], &[1]], 5));
+}
+
+#[test]
+fn areas_go_around_whatever_takes_none() {
+    explore(2, None, || both_spin_with(&[&[0, 1], &[0]], 4, 2));
+    explore(2, None, || both_spin_with(&[&[0]], 6, 3));
+}
+
+/// Two ranks that both take themselves for the root: whether each sees that the other gave something, too.
+fn two_roots() {
+    let heap = Heap::new(2, SLOTS, 0);
+    let root = |me: usize| {
+        let heap = Arc::clone(&heap);
+        move || {
+            let mut ring = Ring::new(me, 2, SLOTS);
+            ring.publish(&*heap, true, |head| head.inline[0] = me as u8);
+            ring.consume(&*heap, true);
+            notify(&*heap, me, 2);
+            ring.has_given(&*heap, 1 - me, 0)
+        }
+    };
+    let other = thread::spawn(root(1));
+    let saw = root(0)();
+    assert!(other.join().unwrap() || saw, "neither root noticed");
+}
+
+#[test]
+fn of_two_roots_one_sees_the_other() {
+    explore(3, None, two_roots);
+}
+
+#[test]
+#[should_panic(expected = "neither root noticed")]
+fn two_roots_that_do_not_fence_are_found() {
+    explore(3, Some(Mistake::NoNotifyFence), two_roots);
 }
 
 #[test]

@@ -10,11 +10,12 @@ use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun};
 use smddp_core::{Error, Result};
 
 use crate::doorbell::{self, Sleeper};
+use crate::exchange::Step;
 use crate::handover::Membership;
 use crate::layout::Memory;
 use crate::messages::Messages;
 use crate::peers::Peers;
-use crate::phases::{Phases, Step, mismatch};
+use crate::phases::Phases;
 use crate::ring::Ring;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
@@ -37,8 +38,6 @@ pub struct ShmNode {
     stuck_on: Option<usize>,
     peers: Peers,
     bell: Arc<dyn Bell>,
-    /// The last call, by its number, if it was one in which this rank may have read nothing of the others.
-    unread: Option<(u64, PackedCall)>,
     /// Why nothing works any more.
     failed: Option<Error>,
 }
@@ -64,7 +63,6 @@ impl ShmNode {
             sleeper: Sleeper::default(),
             stuck_on: None,
             peers,
-            unread: None,
             failed: None,
         }
     }
@@ -154,7 +152,7 @@ impl ShmNode {
     }
 
     /// Runs a phase that was taken up, as far as `patience` goes. Whether it is over.
-    fn exchange_now(&mut self, run: &PhaseRun, mut patience: u32) -> Result<bool> {
+    fn exchange_now(&mut self, run: &PhaseRun, number: u64, mut patience: u32) -> Result<bool> {
         if !self.phases.publish_at_once(run, &self.segment, &mut self.ring) {
             return Ok(false);
         }
@@ -179,6 +177,9 @@ impl ShmNode {
             }
         };
         self.notify();
+        if over {
+            self.phases.end_at_once(number, &run.call, &self.segment, &mut self.ring)?;
+        }
         Ok(over)
     }
 
@@ -194,21 +195,11 @@ impl ShmNode {
         true
     }
 
-    /// Lets peers know which phase this rank is in, and looks whether the last one was theirs too. `reads` slots of others,
-    /// whose calls it compares?
-    fn note(&mut self, number: u64, call: &PackedCall, reads: bool) -> Result<()> {
-        if self.ranks.len() == 1 {
-            return Ok(());
+    /// Lets peers know which phase this rank is in.
+    fn note(&self, number: u64, call: &PackedCall) {
+        if self.ranks.len() > 1 {
+            log::record(&*self.segment, self.me, number, call);
         }
-        log::record(&*self.segment, self.me, number, call);
-        // A root reads no slot, so two roots would not notice each other: the next call looks back.
-        if let Some((before, ours)) = self.unread.take() {
-            self.compare_log(before, ours)?;
-        }
-        if !reads && call.is_rooted() {
-            self.unread = Some((number, *call));
-        }
-        Ok(())
     }
 
     fn publish(&mut self) -> Step {
@@ -246,20 +237,9 @@ impl ShmNode {
     /// Before sleeping: whether a peer submitted another call in place of the phase this rank waits in. Slots tell most
     /// disagreements; this finds those in which nobody publishes what another waits for.
     fn compare_logs(&self) -> Result<()> {
-        match self.phases.oldest() {
-            Some((number, ours)) => self.compare_log(number, ours),
-            None => Ok(()),
-        }
-    }
-
-    fn compare_log(&self, number: u64, ours: PackedCall) -> Result<()> {
-        for peer in (0..self.ranks.len()).filter(|&peer| peer != self.me) {
-            match log::look(&*self.segment, peer, number) {
-                Some(theirs) if theirs != ours => return Err(mismatch(&ours, self.ranks[peer], &theirs)),
-                _ => {}
-            }
-        }
-        Ok(())
+        let Some((number, ours)) = self.phases.oldest() else { return Ok(()) };
+        let mut peers = (0..self.ranks.len()).filter(|&peer| peer != self.me);
+        peers.try_for_each(|peer| self.phases.compare_log(number, &ours, peer, &self.segment))
     }
 }
 
@@ -269,7 +249,8 @@ impl NodeLocal for ShmNode {
         self.stuck_on = None;
         let call = run.call;
         let number = self.phases.submit(run)?;
-        self.note(number, &call, false)
+        self.note(number, &call);
+        Ok(())
     }
 
     fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
@@ -280,8 +261,8 @@ impl NodeLocal for ShmNode {
             return Ok(false);
         };
         self.stuck_on = None;
-        self.note(number, &run.call, self.phases.reads())?;
-        match self.exchange_now(run, patience) {
+        self.note(number, &run.call);
+        match self.exchange_now(run, number, patience) {
             Ok(true) => Ok(true),
             Ok(false) => {
                 self.phases.keep(run.clone());

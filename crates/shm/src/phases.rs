@@ -8,30 +8,20 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use smddp_core::call::PackedCall;
-use smddp_core::error::Site;
-use smddp_core::plan::{Buf, Move, Op, Plan, Span, Who, source_of};
-use smddp_core::reduce::combine;
+use smddp_core::plan::{Buf, Op, Plan, Span, Who, source_of};
 use smddp_core::shared::Place;
 use smddp_core::transport::{Arith, Ctx, PhaseRun};
 use smddp_core::{Error, Region, Result};
 
-use crate::cut::{Cutter, Group, aligned, includes, travels};
+use crate::cut::{Cutter, Group, includes};
 use crate::direct::{self, Direct, Entered};
-use crate::layout::{Memory, SlotHead};
-use crate::mask::Mask;
+use crate::exchange::{
+    Consuming, Publishing, Sharing, Step, Work, call_back_lines, fill_slot, mismatch, moves_of, publish_words,
+};
+use crate::log;
 use crate::ring::Ring;
 use crate::segment::Segment;
 use crate::single_copy::{self, SingleCopy};
-
-/// What came of an attempt to make progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// There is nothing to do here.
-    Idle,
-    /// This local rank has to move first.
-    Blocked(usize),
-    Moved,
-}
 
 struct Run {
     run: PhaseRun,
@@ -79,37 +69,6 @@ fn place_among_known(run: &PhaseRun) -> usize {
     ((Arc::as_ptr(&run.plan) as usize >> 4) + run.step as usize) % KNOWN
 }
 
-/// The moves of a phase that was checked when it was submitted.
-fn moves_of(run: &PhaseRun) -> &[Move] {
-    match run.plan.steps.get(run.step as usize).map(|s| &s.op) {
-        Some(Op::Phase(moves)) => moves,
-        _ => &[],
-    }
-}
-
-/// The next exchange to publish.
-#[derive(Default)]
-struct Publishing {
-    /// Index into the queue.
-    run: usize,
-    group: Group,
-    cut: usize,
-}
-
-/// The exchange being consumed, and how far.
-struct Consuming {
-    group: Group,
-    cut: usize,
-    /// The next move, and how many bytes of its piece are done.
-    next: usize,
-    done: usize,
-    /// Where the next piece lies in rank `w`'s slot: `base + beyond[w]`.
-    base: isize,
-    beyond: Vec<isize>,
-    /// Peers whose heads were seen and compared in this exchange.
-    arrived: Mask,
-}
-
 pub(crate) struct Phases {
     me: usize,
     /// Group rank of each local rank.
@@ -137,15 +96,7 @@ impl Phases {
             cutter: Cutter::new(me, size, slot_bytes),
             queue: VecDeque::with_capacity(64),
             publishing: Publishing::default(),
-            consuming: Consuming {
-                group: Group::default(),
-                cut: 0,
-                next: 0,
-                done: 0,
-                base: 0,
-                beyond: vec![0; size],
-                arrived: Mask::default(),
-            },
+            consuming: Consuming::new(size),
             sources: Vec::with_capacity(size),
             submitted: 0,
             known: [const { None }; KNOWN],
@@ -241,11 +192,6 @@ impl Phases {
         Ok(Some(self.count()))
     }
 
-    /// Whether this rank reads others' slots in the phase that was taken up.
-    pub(crate) fn reads(&self) -> bool {
-        !self.consuming.group.reads.is_empty()
-    }
-
     /// Bytes that a rank publishes of the phase that was taken up, at most.
     pub(crate) fn published_bytes(&self) -> usize {
         self.publishing.group.most
@@ -255,7 +201,7 @@ impl Phases {
     pub(crate) fn publish_at_once(&mut self, run: &PhaseRun, segment: &Segment, ring: &mut Ring) -> bool {
         // Nothing is queued, so this rank is not ahead of itself (E3).
         if !self.publishing.group.writes {
-            ring.skip();
+            ring.skip(self.publishing.group.takes_areas());
         } else if ring.in_the_way(segment).is_none() {
             fill_slot(self.me, run, &self.publishing, segment, ring);
         } else {
@@ -276,10 +222,62 @@ impl Phases {
         let mut work = Work::new(self.me, &self.ranks, run, segment, ring, sources, all);
         let step = work.consume(&mut self.consuming)?;
         if step.is_none() {
-            ring.consume(segment);
+            ring.consume(segment, self.consuming.group.takes_areas());
             self.publishing.run = 0;
         }
         Ok(step)
+    }
+
+    /// Behind the one exchange of a phase that was taken up, and a fence that follows its publishing.
+    pub(crate) fn end_at_once(
+        &self,
+        number: u64,
+        call: &PackedCall,
+        segment: &Segment,
+        ring: &mut Ring,
+    ) -> Result<()> {
+        self.check_silence(number, call, ring.consumed() - 1, segment, ring)?;
+        call_back_lines(self.me, &self.consuming.group, segment, ring);
+        Ok(())
+    }
+
+    /// Whether `exchange`, the one at hand, is part of the same call on every rank, as far as a rank cannot know that reads no
+    /// slot: two roots would not notice each other.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`]: a peer that should give nothing gave something, as part of another call.
+    fn check_silence(
+        &self,
+        number: u64,
+        call: &PackedCall,
+        exchange: u64,
+        segment: &Segment,
+        ring: &Ring,
+    ) -> Result<()> {
+        let group = &self.consuming.group;
+        if !group.reads.is_empty() || !call.is_rooted() {
+            return Ok(());
+        }
+        for peer in 0..self.ranks.len() {
+            if peer != self.me && !group.givers.has(peer) && ring.has_given(segment, peer, exchange) {
+                self.compare_log(number, call, peer, segment)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `peer`'s phase `number` belongs to `call`, if it is still (or already) known.
+    pub(crate) fn compare_log(
+        &self,
+        number: u64,
+        call: &PackedCall,
+        peer: usize,
+        segment: &Segment,
+    ) -> Result<()> {
+        match log::look(segment, peer, number) {
+            Some(theirs) if theirs != *call => Err(mismatch(call, self.ranks[peer], &theirs)),
+            _ => Ok(()),
+        }
     }
 
     /// Queues a phase that was taken up, as far as it is.
@@ -319,7 +317,7 @@ impl Phases {
         }
         let moves = moves_of(run);
         if !at.group.writes {
-            ring.skip();
+            ring.skip(at.group.takes_areas());
         } else if let Some(peer) = ring.in_the_way(segment) {
             return Step::Blocked(peer);
         } else {
@@ -359,8 +357,8 @@ impl Phases {
         if ring.consumed() == ring.published() {
             return Ok(Step::Idle);
         }
-        let (sources, budget) = (&mut self.sources, self.budget);
-        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, sources, budget);
+        let budget = if *way == Way::SingleCopy { single_copy::AT_ONCE } else { self.budget };
+        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget);
         let step = match *way {
             Way::Slots => work.consume(&mut self.consuming)?,
             Way::Shared(own) => {
@@ -372,12 +370,14 @@ impl Phases {
         if let Some(step) = step {
             return Ok(step);
         }
+        let number = self.submitted - self.queue.len() as u64;
+        self.check_silence(number, &run.call, ring.consumed(), segment, ring)?;
         let again = *way == Way::SingleCopy && self.consuming.cut > 0 && self.single_copy.has_failed();
-        ring.consume(segment);
+        ring.consume(segment, self.consuming.group.takes_areas());
         if again {
             self.start_again();
         } else {
-            self.step_on(done);
+            self.step_on(segment, ring, done);
         }
         Ok(Step::Moved)
     }
@@ -392,7 +392,7 @@ impl Phases {
     }
 
     /// To the next exchange; the phase may be over.
-    fn step_on(&mut self, done: &mut Vec<Ctx>) {
+    fn step_on(&mut self, segment: &Segment, ring: &mut Ring, done: &mut Vec<Ctx>) {
         let Some(Run { run, way, .. }) = self.queue.front() else { return };
         let (group, cut) = (self.consuming.group, self.consuming.cut + 1);
         if cut < group.cuts {
@@ -402,6 +402,7 @@ impl Phases {
             self.consuming.start(next, 0);
         } else {
             done.push(run.ctx);
+            call_back_lines(self.me, &group, segment, ring);
             let held = *way == Way::SingleCopy;
             self.direct.forget();
             self.single_copy.forget();
@@ -428,282 +429,6 @@ impl Phases {
         }
         self.consuming.group.reads.iter().filter(|&peer| !ring.has_published(segment, peer)).collect()
     }
-}
-
-impl Consuming {
-    fn start(&mut self, group: Group, cut: usize) {
-        self.group = group;
-        self.cut = cut;
-        self.next = group.start;
-        self.done = 0;
-        self.base = 0;
-        self.beyond.fill(0);
-        self.arrived = Mask::default();
-    }
-
-    /// Offset in `rank`'s slot of the next piece.
-    fn offset(&self, rank: usize) -> usize {
-        (self.base + self.beyond[rank]) as usize
-    }
-
-    /// Steps over `m`, whose piece of this cut has `len` bytes.
-    fn step_over(&mut self, m: &Move, len: usize) {
-        let len = aligned(len) as isize;
-        match (m.from, m.to) {
-            (Who::All, Who::All) => self.base += len,
-            (Who::All, Who::One(to)) => {
-                self.base += len;
-                self.beyond[to as usize] -= len;
-            }
-            (Who::One(from), to) => {
-                if to != Who::One(from) {
-                    self.beyond[from as usize] += len;
-                }
-            }
-        }
-        self.next += 1;
-        self.done = 0;
-    }
-}
-
-/// Publishes what this rank gives in the exchange `at`; its slot is free.
-fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
-    let slot = slot_of(segment, ring, me, ring.published(), at.group.inline);
-    let mut offset = 0;
-    for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
-        let (start, len) = at.group.piece(m.src.len, at.cut);
-        slot.slice(offset, len).copy_from(run.buffers.at(m.src, run.shift).slice(start, len));
-        offset += aligned(len);
-    }
-    ring.publish(segment, |head: &mut SlotHead| head.call = run.call);
-}
-
-/// Publishes an exchange that consists of `words`; its slot is free.
-fn publish_words(run: &PhaseRun, words: &[u8], segment: &Segment, ring: &mut Ring) {
-    ring.publish(segment, |head: &mut SlotHead| {
-        head.call = run.call;
-        head.inline[..words.len()].copy_from_slice(words);
-    });
-}
-
-fn slot_of(segment: &Segment, ring: &Ring, rank: usize, exchange: u64, inline: bool) -> Region {
-    let index = ring.index(exchange);
-    if inline { segment.inline(rank, index) } else { segment.data(ring.area(rank, exchange), index) }
-}
-
-/// One poll's work on one exchange.
-struct Work<'a> {
-    me: usize,
-    ranks: &'a [u32],
-    run: &'a PhaseRun,
-    segment: &'a Segment,
-    ring: &'a mut Ring,
-    sources: &'a mut Vec<Region>,
-    /// Of a call on shared memory: every rank's data, by local rank.
-    peers: &'a [Region],
-    /// Of a phase that takes its peers' data out of their private memory.
-    single_copy: Option<&'a mut SingleCopy>,
-    budget: usize,
-    moved: bool,
-}
-
-/// How far a piece was taken.
-enum Taken {
-    All,
-    /// Until the budget ended.
-    Some,
-    /// It cannot be had: the phase starts again, through slots.
-    Failed,
-}
-
-/// What a call on shared memory works with besides.
-struct Sharing<'a> {
-    own: Place,
-    entered: &'a Entered,
-    direct: &'a mut Direct,
-}
-
-impl<'a> Work<'a> {
-    fn new(
-        me: usize,
-        ranks: &'a [u32],
-        run: &'a PhaseRun,
-        segment: &'a Segment,
-        ring: &'a mut Ring,
-        sources: &'a mut Vec<Region>,
-        budget: usize,
-    ) -> Work<'a> {
-        Work { me, ranks, run, segment, ring, sources, peers: &[], single_copy: None, budget, moved: false }
-    }
-
-    /// As [`consume`](Self::consume), of a call on shared memory.
-    fn share(&mut self, at: &mut Consuming, sharing: Sharing<'a>) -> Result<Option<Step>> {
-        let Sharing { own, entered, direct } = sharing;
-        if let Some(peer) = self.missing(Who::All, at)? {
-            return Ok(Some(Step::Blocked(peer)));
-        }
-        if at.cut > 0 {
-            return Ok(None);
-        }
-        let moves = moves_of(self.run);
-        while direct.known() < self.ranks.len() {
-            let rank = direct.known();
-            let theirs = if rank == self.me { own } else { self.words_of(rank) };
-            if !direct.learn(entered, theirs, own, extent(moves, self.run.shift, rank)) {
-                let at = |place: Place| format!("{} number {}", self.run.call, place.number);
-                return Err(disagree(at(own), self.ranks[rank], at(theirs)));
-            }
-        }
-        if let [m] = moves
-            && m.src == m.dst
-        {
-            let over = direct.work(self.run.arith, m, self.run.shift, self.me, self.budget);
-            return Ok(if over { None } else { Some(Step::Moved) });
-        }
-        self.peers = direct.data();
-        self.consume(at)
-    }
-
-    /// As [`consume`](Self::consume), of a phase that takes its peers' data out of their private memory.
-    fn copy_once(&mut self, at: &mut Consuming, copy: &'a mut SingleCopy) -> Result<Option<Step>> {
-        if let Some(peer) = self.missing(Who::All, at)? {
-            return Ok(Some(Step::Blocked(peer)));
-        }
-        let peers = (0..self.ranks.len()).filter(|&rank| rank != self.me);
-        if at.cut > 0 {
-            let failed = |rank: usize| self.words_of::<u8>(rank) != 0;
-            copy.hear(peers.into_iter().any(failed));
-            return Ok(None);
-        }
-        while copy.known() < self.ranks.len() {
-            copy.learn(self.words_of(copy.known()));
-        }
-        if copy.has_failed() {
-            return Ok(None);
-        }
-        self.single_copy = Some(copy);
-        self.consume(at)
-    }
-
-    /// What `rank` says in its slot's head.
-    fn words_of<T: bytemuck::AnyBitPattern>(&self, rank: usize) -> T {
-        let index = self.ring.index(self.ring.consumed());
-        self.segment
-            .slot(rank, index)
-            .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<T>()]))
-    }
-
-    /// `None` when the exchange is complete.
-    fn consume(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
-        let moves = moves_of(self.run);
-        while at.next < at.group.end {
-            let m = &moves[at.next];
-            let (start, len) = at.group.piece(m.src.len, at.cut);
-            if includes(m.to, self.me) {
-                if let Some(peer) = self.missing(m.from, at)? {
-                    return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
-                }
-                match self.take(m, start, len, at) {
-                    Taken::All => {}
-                    Taken::Some => return Ok(Some(Step::Moved)),
-                    Taken::Failed => return Ok(None),
-                }
-            }
-            at.step_over(m, len);
-        }
-        Ok(None)
-    }
-
-    /// A rank among `from` that has not published this exchange. Compares calls with those that have.
-    fn missing(&mut self, from: Who, at: &mut Consuming) -> Result<Option<usize>> {
-        let peers = match from {
-            Who::One(one) => one as usize..one as usize + 1,
-            Who::All => 0..self.ranks.len(),
-        };
-        for peer in peers {
-            if peer == self.me || at.arrived.has(peer) {
-                continue;
-            }
-            if !self.ring.is_ready(self.segment, peer) {
-                return Ok(Some(peer));
-            }
-            let index = self.ring.index(self.ring.consumed());
-            let theirs = self.segment.slot(peer, index).read(|head| head.call);
-            if theirs != self.run.call {
-                return Err(mismatch(&self.run.call, self.ranks[peer], &theirs));
-            }
-            at.arrived.set(peer);
-        }
-        Ok(None)
-    }
-
-    /// Copies or combines the rest of a piece, as far as the budget goes.
-    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> Taken {
-        let reads = match m.from {
-            Who::One(_) => 1,
-            Who::All => self.ranks.len(),
-        };
-        while at.done < len {
-            if self.budget == 0 {
-                return Taken::Some;
-            }
-            let left = len - at.done;
-            let n = if left.saturating_mul(reads) <= self.budget {
-                left
-            } else {
-                left.min((self.budget / reads).max(4096) & !63)
-            };
-            let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
-            match m.from {
-                Who::One(from) => match &mut self.single_copy {
-                    Some(copy) if from as usize != self.me => {
-                        if !copy.read(from as usize, m.src, self.run.shift, at.done, dst) {
-                            return Taken::Failed;
-                        }
-                    }
-                    _ => dst.copy_from(self.source(from as usize, m, start, n, at)),
-                },
-                Who::All => {
-                    self.sources.clear();
-                    for rank in 0..self.ranks.len() {
-                        let source = self.source(rank, m, start, n, at);
-                        self.sources.push(source);
-                    }
-                    combine(self.run.arith, m.finish, dst, self.sources);
-                }
-            }
-            at.done += n;
-            self.budget = self.budget.saturating_sub(n * reads);
-            self.moved = true;
-        }
-        Taken::All
-    }
-
-    /// The next `n` bytes of `rank`'s piece: in its slot, or where they are if this rank sees them there.
-    fn source(&self, rank: usize, m: &Move, start: usize, n: usize, at: &Consuming) -> Region {
-        if rank == self.me {
-            return self.run.buffers.at(m.src, self.run.shift).slice(start + at.done, n);
-        }
-        if let Some(data) = self.peers.get(rank) {
-            return data.slice(m.src.off + self.run.shift + at.done, n);
-        }
-        let exchange = self.ring.consumed();
-        slot_of(self.segment, self.ring, rank, exchange, at.group.inline).slice(at.offset(rank) + at.done, n)
-    }
-}
-
-/// Bytes of `rank`'s data, from its beginning, that others may touch.
-fn extent(moves: &[Move], shift: usize, rank: usize) -> usize {
-    let theirs = moves.iter().filter(|m| includes(m.from, rank) || m.src == m.dst);
-    theirs.map(|m| shift + m.src.off + m.src.len).max().unwrap_or(0)
-}
-
-pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {
-    disagree(ours.to_string(), peer, theirs.to_string())
-}
-
-fn disagree(ours: String, peer: u32, theirs: String) -> Error {
-    Error::Mismatch { site: Site::unknown(), ours, peer: peer as usize, theirs }
 }
 
 /// Whether a phase can run as it is: so that nothing later panics on a broken plan.

@@ -1,9 +1,10 @@
 //! The exchange protocol: every rank's ring of slots, its exchanges numbered 0, 1, 2, … alike on all ranks.
 //!
 //! A rank takes part in exchange `e` by publishing (or skipping, when it has nothing to give) and later consuming it.
-//! Its slot for `e` is `e mod K`: a head, and the data area that belongs to it. Two ranks swap areas with every turn of
-//! their rings, so that each writes into what it read last: those lines lie in its own cache, while what it wrote there
-//! itself has gone to its reader's (docs/adr/0018).
+//! Its slot for `e` is head `e mod K`, and a data area where the data does not fit into heads: those exchanges take a ring of
+//! areas in turn, whatever lies between them, so that a rank knows which one it fills next. Two ranks swap areas with
+//! every turn of that ring, so that each writes into what it read last: those lines lie in its own cache, while what it
+//! wrote there itself has gone to its reader's (docs/adr/0018).
 //!
 //! Invariants
 //! - **E1** A slot's word is `(e + 1) << 8 | lag` for the last exchange `e` its owner published there; `lag` is how many
@@ -14,8 +15,9 @@
 //!   consumes in order; it is at most K exchanges ahead of its own consumption.
 //! - **E4** Nobody waits for ever: of the ranks with the lowest consumption, each can publish or consume as soon
 //!   as the work has been submitted everywhere.
-//! - **E5** In every exchange each rank has a data area of its own. When it publishes `e`, nobody has a use for what an area
-//!   of slot `e mod K` held before: every peer has consumed `e - K` (E2), and so has the rank itself (E3).
+//! - **E5** All ranks know alike which exchanges take areas. The `a`-th of them takes the areas `a mod K`, one for each rank. When
+//!   a rank publishes it, as `e`, nobody has a use for what they held before: that was the `a - K`-th's, so `e - K` or an
+//!   older one, which every peer has consumed (E2), and so has the rank itself (E3).
 
 use crate::layout::{Memory, SlotHead};
 use crate::sync::{Ordering, recycle_order};
@@ -30,6 +32,9 @@ pub(crate) struct Ring {
     /// Exchanges published or skipped, and consumed, by this rank.
     published: u64,
     consumed: u64,
+    /// How many of them took areas (E5).
+    filled: u64,
+    emptied: u64,
     /// What is known of each peer's consumption; it may be more by now.
     peers: Vec<u64>,
     /// A lower bound of all of them.
@@ -39,7 +44,16 @@ pub(crate) struct Ring {
 impl Ring {
     pub(crate) fn new(me: usize, size: usize, slots: usize) -> Ring {
         debug_assert!((2..=MAX_SLOTS).contains(&slots));
-        Ring { me, slots: slots as u64, published: 0, consumed: 0, peers: vec![0; size], floor: 0 }
+        Ring {
+            me,
+            slots: slots as u64,
+            published: 0,
+            consumed: 0,
+            filled: 0,
+            emptied: 0,
+            peers: vec![0; size],
+            floor: 0,
+        }
     }
 
     #[inline]
@@ -47,10 +61,23 @@ impl Ring {
         (exchange % self.slots) as usize
     }
 
-    /// The rank at whose slot the data lies that `rank` gives in `exchange` (E5).
+    /// Where `rank` puts its data in the exchange that takes areas and comes `ahead` of the next such one: a rank's area, by the
+    /// index of its slot (E5).
     #[inline]
-    pub(crate) fn area(&self, rank: usize, exchange: u64) -> usize {
-        if self.peers.len() == 2 { rank ^ (exchange / self.slots % 2) as usize } else { rank }
+    pub(crate) fn area_to_fill(&self, rank: usize, ahead: u64) -> (usize, usize) {
+        self.area(rank, self.filled + ahead)
+    }
+
+    /// Where `rank` has its data in the exchange to consume next, which takes areas.
+    #[inline]
+    pub(crate) fn area_to_read(&self, rank: usize) -> (usize, usize) {
+        self.area(rank, self.emptied)
+    }
+
+    #[inline]
+    fn area(&self, rank: usize, number: u64) -> (usize, usize) {
+        let swapped = self.peers.len() == 2 && number / self.slots % 2 == 1;
+        (if swapped { rank ^ 1 } else { rank }, self.index(number))
     }
 
     /// The exchange to publish next.
@@ -78,6 +105,11 @@ impl Ring {
         if self.floor >= needed { None } else { self.look_for(needed, memory) }
     }
 
+    /// Whether every peer has consumed all exchanges but the last `few` that this rank published.
+    pub(crate) fn is_consumed_but_for(&mut self, few: u64, memory: &impl Memory) -> bool {
+        self.look_for(self.published.saturating_sub(few), memory).is_none()
+    }
+
     fn look_for(&mut self, needed: u64, memory: &impl Memory) -> Option<usize> {
         let mut floor = u64::MAX;
         for peer in 0..self.peers.len() {
@@ -103,20 +135,23 @@ impl Ring {
         (0..self.peers.len()).filter(|peer| *peer != self.me).filter(late)
     }
 
-    /// Publishes the next exchange; nobody may be [in the way](Ring::in_the_way). Data goes into the slot before.
+    /// Publishes the next exchange; nobody may be [in the way](Ring::in_the_way). Data goes into the slot before. Does the
+    /// exchange take areas?
     #[inline]
-    pub(crate) fn publish(&mut self, memory: &impl Memory, fill: impl FnOnce(&mut SlotHead)) {
+    pub(crate) fn publish(&mut self, memory: &impl Memory, areas: bool, fill: impl FnOnce(&mut SlotHead)) {
         debug_assert!(!self.is_full());
         let word = (self.published + 1) << LAG_BITS | (self.published - self.consumed);
         memory.slot(self.me, self.index(self.published)).publish(word, fill);
         self.published += 1;
+        self.filled += u64::from(areas);
     }
 
-    /// Steps over the next exchange: this rank gives nothing to anybody in it.
+    /// Steps over the next exchange: this rank gives nothing to anybody in it, whether it takes areas or not.
     #[inline]
-    pub(crate) fn skip(&mut self) {
+    pub(crate) fn skip(&mut self, areas: bool) {
         debug_assert!(!self.is_full());
         self.published += 1;
+        self.filled += u64::from(areas);
     }
 
     /// Whether `peer` has published the exchange to consume next.
@@ -136,11 +171,19 @@ impl Ring {
         memory.slot(peer, self.index(self.consumed)).word() >> LAG_BITS == self.consumed + 1
     }
 
+    /// Whether `peer` has published `exchange`, lately or not. Behind a fence that follows this rank's own publishing: of two
+    /// that publish and then look at each other, one at least sees the other.
+    #[inline]
+    pub(crate) fn has_given(&self, memory: &impl Memory, peer: usize, exchange: u64) -> bool {
+        memory.slot(peer, self.index(exchange)).word() >> LAG_BITS > exchange
+    }
+
     /// Hands back the slots of the exchange to consume next: nothing of it is looked at any more.
     #[inline]
-    pub(crate) fn consume(&mut self, memory: &impl Memory) {
+    pub(crate) fn consume(&mut self, memory: &impl Memory, areas: bool) {
         debug_assert!(self.consumed < self.published);
         self.consumed += 1;
+        self.emptied += u64::from(areas);
         memory.control(self.me).consumed.store(self.consumed, recycle_order());
     }
 }

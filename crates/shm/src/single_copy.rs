@@ -26,6 +26,9 @@ pub(crate) const EXCHANGES: usize = 2;
 /// (docs/performance-log.md): a system call, and pages to be looked up, come before the first byte.
 const LEAST: usize = 512 << 10;
 
+/// Bytes one poll may copy so: a system call each. Smaller ones cost up to a quarter (docs/performance-log.md).
+pub(crate) const AT_ONCE: usize = 1 << 20;
+
 /// What a rank says in the first exchange: where its buffers lie. All zero: it offers nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use common::*;
 use proptest::prelude::*;
+use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
@@ -357,6 +358,36 @@ fn different_calls_are_a_mismatch_that_names_both() {
                 other => panic!("{other}"),
             }
         }
+    }
+}
+
+#[test]
+fn of_two_roots_one_at_least_finds_the_other_in_the_same_call() {
+    // Each gives and reads nothing, so neither waits; through the slots' heads and through their areas.
+    for (len, at_once) in [(4, true), (400, true), (4, false), (400, false), (20_000, false)] {
+        let found = on_ranks(2, SMALL, |rank, mut node| {
+            let plan = one_phase(vec![span_move(
+                Who::One(rank as u32),
+                Who::All,
+                Span::input(0, len),
+                Span::input(0, len),
+            )]);
+            let call = Call { root: rank as u32, ..Call::new(Collective::Broadcast, DType::U8, len as u64) };
+            let mut memory = Memory { input: vec![0; len], output: vec![], scratch: vec![] };
+            let work = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call.pack(), 1);
+            let result = if at_once {
+                // Nobody is waited for.
+                node.run_now(&work, 0).map(|over| assert!(over))
+            } else {
+                node.submit(work).and_then(|()| drive(&mut node, 1, 10)).map(drop)
+            };
+            if let Err(error) = &result {
+                node.abort(error);
+            }
+            result
+        });
+        let mismatch = |r: &Result<(), Error>| matches!(r, Err(Error::Mismatch { .. }));
+        assert!(found.iter().any(mismatch), "{len} bytes, at once {at_once}: {found:?}");
     }
 }
 

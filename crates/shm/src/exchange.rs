@@ -1,0 +1,369 @@
+//! One exchange: what this rank puts into its slot, and what it takes from the others'.
+
+use smddp_core::call::PackedCall;
+use smddp_core::error::Site;
+use smddp_core::plan::{Move, Op, Who};
+use smddp_core::reduce::combine;
+use smddp_core::shared::Place;
+use smddp_core::transport::PhaseRun;
+use smddp_core::{Error, Region, Result};
+
+use crate::cut::{Group, aligned, includes, travels};
+use crate::direct::{Direct, Entered};
+use crate::layout::{Memory, SlotHead};
+use crate::mask::Mask;
+use crate::ring::Ring;
+use crate::segment::Segment;
+use crate::single_copy::SingleCopy;
+
+/// What came of an attempt to make progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// There is nothing to do here.
+    Idle,
+    /// This local rank has to move first.
+    Blocked(usize),
+    Moved,
+}
+
+/// The moves of a phase that was checked when it was submitted.
+pub(crate) fn moves_of(run: &PhaseRun) -> &[Move] {
+    match run.plan.steps.get(run.step as usize).map(|s| &s.op) {
+        Some(Op::Phase(moves)) => moves,
+        _ => &[],
+    }
+}
+
+/// The next exchange to publish.
+#[derive(Default)]
+pub(crate) struct Publishing {
+    /// Index into the queue.
+    pub(crate) run: usize,
+    pub(crate) group: Group,
+    pub(crate) cut: usize,
+}
+
+/// The exchange being consumed, and how far.
+pub(crate) struct Consuming {
+    pub(crate) group: Group,
+    pub(crate) cut: usize,
+    /// The next move, and how many bytes of its piece are done.
+    next: usize,
+    done: usize,
+    /// Where the next piece lies in rank `w`'s slot: `base + beyond[w]`.
+    base: isize,
+    beyond: Vec<isize>,
+    /// Peers whose heads were seen and compared in this exchange.
+    arrived: Mask,
+}
+
+impl Consuming {
+    pub(crate) fn new(size: usize) -> Consuming {
+        Consuming {
+            group: Group::default(),
+            cut: 0,
+            next: 0,
+            done: 0,
+            base: 0,
+            beyond: vec![0; size],
+            arrived: Mask::default(),
+        }
+    }
+
+    pub(crate) fn start(&mut self, group: Group, cut: usize) {
+        self.group = group;
+        self.cut = cut;
+        self.next = group.start;
+        self.done = 0;
+        self.base = 0;
+        self.beyond.fill(0);
+        self.arrived = Mask::default();
+    }
+
+    /// Offset in `rank`'s slot of the next piece.
+    fn offset(&self, rank: usize) -> usize {
+        (self.base + self.beyond[rank]) as usize
+    }
+
+    /// Steps over `m`, whose piece of this cut has `len` bytes.
+    fn step_over(&mut self, m: &Move, len: usize) {
+        let len = aligned(len) as isize;
+        match (m.from, m.to) {
+            (Who::All, Who::All) => self.base += len,
+            (Who::All, Who::One(to)) => {
+                self.base += len;
+                self.beyond[to as usize] -= len;
+            }
+            (Who::One(from), to) => {
+                if to != Who::One(from) {
+                    self.beyond[from as usize] += len;
+                }
+            }
+        }
+        self.next += 1;
+        self.done = 0;
+    }
+}
+
+/// Publishes what this rank gives in the exchange `at`; its slot is free.
+pub(crate) fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
+    let areas = at.group.takes_areas();
+    let slot = if areas {
+        area(segment, ring.area_to_fill(me, 0))
+    } else {
+        segment.inline(me, ring.index(ring.published()))
+    };
+    let mut offset = 0;
+    for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
+        let (start, len) = at.group.piece(m.src.len, at.cut);
+        slot.slice(offset, len).copy_from(run.buffers.at(m.src, run.shift).slice(start, len));
+        offset += aligned(len);
+    }
+    ring.publish(segment, areas, |head: &mut SlotHead| head.call = run.call);
+}
+
+/// Publishes an exchange that consists of `words`; its slot is free.
+pub(crate) fn publish_words(run: &PhaseRun, words: &[u8], segment: &Segment, ring: &mut Ring) {
+    ring.publish(segment, false, |head: &mut SlotHead| {
+        head.call = run.call;
+        head.inline[..words.len()].copy_from_slice(words);
+    });
+}
+
+/// Behind the last exchange of `group`, in which rank `me` gave without reading: the lines of all its areas have gone to its
+/// readers' caches. Those that the next such group fills are called back now, when nobody waits for that; not where readers
+/// are behind, who would wait for these lines' way meanwhile.
+pub(crate) fn call_back_lines(me: usize, group: &Group, segment: &Segment, ring: &mut Ring) {
+    if !group.writes || !group.reads.is_empty() || !group.takes_areas() {
+        return;
+    }
+    let (cuts, geometry) = (group.cuts as u64, segment.layout().geometry);
+    if cuts <= geometry.slots as u64 / 2 && ring.is_consumed_but_for(cuts, segment) {
+        let len = group.most.div_ceil(group.cuts).min(geometry.slot);
+        (0..cuts)
+            .for_each(|ahead| area(segment, ring.area_to_fill(me, ahead)).slice(0, len).fetch_for_writing());
+    }
+}
+
+fn area(segment: &Segment, (rank, index): (usize, usize)) -> Region {
+    segment.data(rank, index)
+}
+
+/// One poll's work on one exchange.
+pub(crate) struct Work<'a> {
+    me: usize,
+    ranks: &'a [u32],
+    run: &'a PhaseRun,
+    segment: &'a Segment,
+    ring: &'a mut Ring,
+    sources: &'a mut Vec<Region>,
+    /// Of a call on shared memory: every rank's data, by local rank.
+    peers: &'a [Region],
+    /// Of a phase that takes its peers' data out of their private memory.
+    single_copy: Option<&'a mut SingleCopy>,
+    budget: usize,
+    moved: bool,
+}
+
+/// How far a piece was taken.
+enum Taken {
+    All,
+    /// Until the budget ended.
+    Some,
+    /// It cannot be had: the phase starts again, through slots.
+    Failed,
+}
+
+/// What a call on shared memory works with besides.
+pub(crate) struct Sharing<'a> {
+    pub(crate) own: Place,
+    pub(crate) entered: &'a Entered,
+    pub(crate) direct: &'a mut Direct,
+}
+
+impl<'a> Work<'a> {
+    pub(crate) fn new(
+        me: usize,
+        ranks: &'a [u32],
+        run: &'a PhaseRun,
+        segment: &'a Segment,
+        ring: &'a mut Ring,
+        sources: &'a mut Vec<Region>,
+        budget: usize,
+    ) -> Work<'a> {
+        Work { me, ranks, run, segment, ring, sources, peers: &[], single_copy: None, budget, moved: false }
+    }
+
+    /// As [`consume`](Self::consume), of a call on shared memory.
+    pub(crate) fn share(&mut self, at: &mut Consuming, sharing: Sharing<'a>) -> Result<Option<Step>> {
+        let Sharing { own, entered, direct } = sharing;
+        if let Some(peer) = self.missing(Who::All, at)? {
+            return Ok(Some(Step::Blocked(peer)));
+        }
+        if at.cut > 0 {
+            return Ok(None);
+        }
+        let moves = moves_of(self.run);
+        while direct.known() < self.ranks.len() {
+            let rank = direct.known();
+            let theirs = if rank == self.me { own } else { self.words_of(rank) };
+            if !direct.learn(entered, theirs, own, extent(moves, self.run.shift, rank)) {
+                let at = |place: Place| format!("{} number {}", self.run.call, place.number);
+                return Err(disagree(at(own), self.ranks[rank], at(theirs)));
+            }
+        }
+        if let [m] = moves
+            && m.src == m.dst
+        {
+            let over = direct.work(self.run.arith, m, self.run.shift, self.me, self.budget);
+            return Ok(if over { None } else { Some(Step::Moved) });
+        }
+        self.peers = direct.data();
+        self.consume(at)
+    }
+
+    /// As [`consume`](Self::consume), of a phase that takes its peers' data out of their private memory.
+    pub(crate) fn copy_once(&mut self, at: &mut Consuming, copy: &'a mut SingleCopy) -> Result<Option<Step>> {
+        if let Some(peer) = self.missing(Who::All, at)? {
+            return Ok(Some(Step::Blocked(peer)));
+        }
+        let peers = (0..self.ranks.len()).filter(|&rank| rank != self.me);
+        if at.cut > 0 {
+            let failed = |rank: usize| self.words_of::<u8>(rank) != 0;
+            copy.hear(peers.into_iter().any(failed));
+            return Ok(None);
+        }
+        while copy.known() < self.ranks.len() {
+            copy.learn(self.words_of(copy.known()));
+        }
+        if copy.has_failed() {
+            return Ok(None);
+        }
+        self.single_copy = Some(copy);
+        self.consume(at)
+    }
+
+    /// What `rank` says in its slot's head.
+    fn words_of<T: bytemuck::AnyBitPattern>(&self, rank: usize) -> T {
+        let index = self.ring.index(self.ring.consumed());
+        self.segment
+            .slot(rank, index)
+            .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<T>()]))
+    }
+
+    /// `None` when the exchange is complete.
+    pub(crate) fn consume(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
+        let moves = moves_of(self.run);
+        while at.next < at.group.end {
+            let m = &moves[at.next];
+            let (start, len) = at.group.piece(m.src.len, at.cut);
+            if includes(m.to, self.me) {
+                if let Some(peer) = self.missing(m.from, at)? {
+                    return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
+                }
+                match self.take(m, start, len, at) {
+                    Taken::All => {}
+                    Taken::Some => return Ok(Some(Step::Moved)),
+                    Taken::Failed => return Ok(None),
+                }
+            }
+            at.step_over(m, len);
+        }
+        Ok(None)
+    }
+
+    /// A rank among `from` that has not published this exchange. Compares calls with those that have.
+    fn missing(&mut self, from: Who, at: &mut Consuming) -> Result<Option<usize>> {
+        let peers = match from {
+            Who::One(one) => one as usize..one as usize + 1,
+            Who::All => 0..self.ranks.len(),
+        };
+        for peer in peers {
+            if peer == self.me || at.arrived.has(peer) {
+                continue;
+            }
+            if !self.ring.is_ready(self.segment, peer) {
+                return Ok(Some(peer));
+            }
+            let index = self.ring.index(self.ring.consumed());
+            let theirs = self.segment.slot(peer, index).read(|head| head.call);
+            if theirs != self.run.call {
+                return Err(mismatch(&self.run.call, self.ranks[peer], &theirs));
+            }
+            at.arrived.set(peer);
+        }
+        Ok(None)
+    }
+
+    /// Copies or combines the rest of a piece, as far as the budget goes.
+    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> Taken {
+        let reads = match m.from {
+            Who::One(_) => 1,
+            Who::All => self.ranks.len(),
+        };
+        while at.done < len {
+            if self.budget == 0 {
+                return Taken::Some;
+            }
+            let left = len - at.done;
+            let n = if left.saturating_mul(reads) <= self.budget {
+                left
+            } else {
+                left.min((self.budget / reads).max(4096) & !63)
+            };
+            let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
+            match m.from {
+                Who::One(from) => match &mut self.single_copy {
+                    Some(copy) if from as usize != self.me => {
+                        if !copy.read(from as usize, m.src, self.run.shift, at.done, dst) {
+                            return Taken::Failed;
+                        }
+                    }
+                    _ => dst.copy_from(self.source(from as usize, m, start, n, at)),
+                },
+                Who::All => {
+                    self.sources.clear();
+                    for rank in 0..self.ranks.len() {
+                        let source = self.source(rank, m, start, n, at);
+                        self.sources.push(source);
+                    }
+                    combine(self.run.arith, m.finish, dst, self.sources);
+                }
+            }
+            at.done += n;
+            self.budget = self.budget.saturating_sub(n * reads);
+            self.moved = true;
+        }
+        Taken::All
+    }
+
+    /// The next `n` bytes of `rank`'s piece: in its slot, or where they are if this rank sees them there.
+    fn source(&self, rank: usize, m: &Move, start: usize, n: usize, at: &Consuming) -> Region {
+        if rank == self.me {
+            return self.run.buffers.at(m.src, self.run.shift).slice(start + at.done, n);
+        }
+        if let Some(data) = self.peers.get(rank) {
+            return data.slice(m.src.off + self.run.shift + at.done, n);
+        }
+        let slot = if at.group.takes_areas() {
+            area(self.segment, self.ring.area_to_read(rank))
+        } else {
+            self.segment.inline(rank, self.ring.index(self.ring.consumed()))
+        };
+        slot.slice(at.offset(rank) + at.done, n)
+    }
+}
+
+/// Bytes of `rank`'s data, from its beginning, that others may touch.
+fn extent(moves: &[Move], shift: usize, rank: usize) -> usize {
+    let theirs = moves.iter().filter(|m| includes(m.from, rank) || m.src == m.dst);
+    theirs.map(|m| shift + m.src.off + m.src.len).max().unwrap_or(0)
+}
+
+pub(crate) fn mismatch(ours: &PackedCall, peer: u32, theirs: &PackedCall) -> Error {
+    disagree(ours.to_string(), peer, theirs.to_string())
+}
+
+fn disagree(ours: String, peer: u32, theirs: String) -> Error {
+    Error::Mismatch { site: Site::unknown(), ours, peer: peer as usize, theirs }
+}
