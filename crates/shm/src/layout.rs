@@ -3,7 +3,8 @@
 //!
 //! - **L1** A [`Line`]'s body is written by its owner alone, after the protocol showed that every reader has handed the
 //!   line back; it becomes visible with the word that `publish` release-stores, and is read only after that word was
-//!   acquire-loaded. Bytes in the data area that belongs to a line follow the same rule.
+//!   acquire-loaded. Bytes in the data area that an exchange takes (`ring`) or that a cell has follow
+//!   the same rule by way of the line that is published with them.
 //! - **L2** Everything is valid when all bytes are zero, as fresh memory is.
 //! - **L3** Everything in shared memory is plain integers, so that no byte a peer writes is an invalid value; what it
 //!   means is checked where it is used.

@@ -109,7 +109,7 @@ impl Segment {
         unsafe { Region::new(self.base.as_ptr().add(offset), len) }
     }
 
-    /// The data area of slot `index` of `rank`.
+    /// Data area `index` of `rank`; whose it is in an exchange, `ring` says.
     #[inline]
     pub(crate) fn data(&self, rank: usize, index: usize) -> Region {
         assert!(rank < self.layout.local_size && index < self.layout.geometry.slots);
