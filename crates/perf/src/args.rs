@@ -214,6 +214,9 @@ pub struct CompareArgs {
     /// Add a column: how many times as long the first label takes as the second
     #[arg(long, value_name = "SLOWER/FASTER", value_parser = parse_ratio)]
     pub ratio: Vec<(String, String)>,
+    /// Add a column: how many times as long the best of all other labels takes as this one
+    #[arg(long, value_name = "LABEL")]
+    pub against: Option<String>,
     /// Draw instead of printing
     #[arg(long, value_name = "FILE.svg")]
     pub svg: Option<PathBuf>,

@@ -151,14 +151,16 @@ impl Table {
             for (slower, faster) in &ratios {
                 let _ = write!(out, " {slower} / {faster} |");
             }
-            let _ = writeln!(out, "\n|{}", " --: |".repeat(labels.len() + 1 + ratios.len()));
+            let against = options.against.as_ref().filter(|a| labels.contains(a));
+            if let Some(label) = against {
+                let _ = write!(out, " best other / {label} |");
+            }
+            let columns = labels.len() + 1 + ratios.len() + usize::from(against.is_some());
+            let _ = writeln!(out, "\n|{}", " --: |".repeat(columns));
             for (bytes, row) in sizes {
-                let _ = writeln!(
-                    out,
-                    "| {} |{}",
-                    size_label(*bytes),
-                    cells(row, &labels, &ratios, options.busbw)
-                );
+                let cells = cells(row, &labels, &ratios, options.busbw);
+                let last = against.map_or_else(String::new, |a| best_other(row, a));
+                let _ = writeln!(out, "| {} |{cells}{last}", size_label(*bytes));
             }
         }
         if !self.wrong.is_empty() {
@@ -227,6 +229,15 @@ fn cells(
     out
 }
 
+/// How many times as long the best of the others takes as `label`.
+fn best_other(row: &BTreeMap<String, Best>, label: &String) -> String {
+    let others = row.iter().filter(|(l, _)| *l != label).map(|(_, b)| b.micros);
+    match (row.get(label), others.reduce(f64::min)) {
+        (Some(one), Some(best)) => format!(" {}x |", short(best / one.micros)),
+        _ => " - |".to_owned(),
+    }
+}
+
 /// Three digits are all a measurement holds.
 fn short(v: f64) -> String {
     if v < 10.0 {
@@ -267,6 +278,17 @@ gloo,allreduce,float32,2,16,100,300.00,200.00,0.0000,0.0000,WRONG
         assert!(text.contains("| 4 B | **0.50** | 200 | 400x |"), "{text}");
         assert!(text.contains("| 16 B | - | **200** | - |"), "{text}");
         assert!(text.contains("WRONG results: gloo allreduce float32 16"), "{text}");
+    }
+
+    #[test]
+    fn one_label_is_set_against_the_best_of_the_others() {
+        let options = options(" --against smddp");
+        let csv = format!("{CSV}mpi,allreduce,float32,2,4,100,9.00,1.00,0.0010,0.0010,ok\n");
+        let lines = parse(Path::new("x.csv"), &csv).unwrap();
+        let text = Table::new(&lines, &options).markdown(&options);
+        assert!(text.contains("| size | smddp | gloo | mpi | best other / smddp |"), "{text}");
+        assert!(text.contains("| 4 B | **0.50** | 200 | 1.00 | 2.00x |"), "{text}");
+        assert!(text.contains("| 16 B | - | **200** | - | - |"), "{text}");
     }
 
     #[test]
