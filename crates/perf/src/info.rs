@@ -122,13 +122,15 @@ pub fn cpu_line() -> String {
 }
 
 fn slots(settings: &Settings) -> String {
-    let (geometry, origin) = smddp::slots::known(settings);
+    let (choice, origin) = smddp::slots::known(settings);
+    let geometry = choice.geometry;
     let why = match origin {
         Origin::Settings => "as set",
         Origin::Probe => "found best on this machine",
         Origin::Usual => "usual; a job of several ranks measures once which are best",
     };
-    format!("{} of {} KiB ({why})", geometry.slots, geometry.slot >> 10)
+    let single_copy = if choice.single_copy { "" } else { ", faster than single copies" };
+    format!("{} of {} KiB ({why}{single_copy})", geometry.slots, geometry.slot >> 10)
 }
 
 fn model() -> String {

@@ -2,6 +2,7 @@
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
+use smddp_core::plan::select::Tuning;
 use smddp_core::plan::{Move, Op, Who};
 use smddp_core::reduce::combine;
 use smddp_core::shared::Place;
@@ -12,7 +13,7 @@ use crate::cut::{Group, aligned, includes, travels};
 use crate::direct::{Direct, Entered};
 use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
-use crate::ring::Ring;
+use crate::ring::{Area, Ring};
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
 
@@ -109,7 +110,7 @@ impl Consuming {
 pub(crate) fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
     let areas = at.group.takes_areas();
     let slot = if areas {
-        area(segment, ring.area_to_fill(me, 0))
+        area(segment, ring.area_to_fill(me, 0), &at.group)
     } else {
         segment.inline(me, ring.index(ring.published()))
     };
@@ -140,13 +141,27 @@ pub(crate) fn call_back_lines(me: usize, group: &Group, segment: &Segment, ring:
     let (cuts, geometry) = (group.cuts as u64, segment.layout().geometry);
     if cuts <= geometry.slots as u64 / 2 && ring.is_consumed_but_for(cuts, segment) {
         let len = group.most.div_ceil(group.cuts).min(geometry.slot);
-        (0..cuts)
-            .for_each(|ahead| area(segment, ring.area_to_fill(me, ahead)).slice(0, len).fetch_for_writing());
+        (0..cuts).for_each(|ahead| {
+            area(segment, ring.area_to_fill(me, ahead), group).slice(0, len).fetch_for_writing()
+        });
     }
 }
 
-fn area(segment: &Segment, (rank, index): (usize, usize)) -> Region {
-    segment.data(rank, index)
+/// What an exchange that needs no more takes of an area: the area's parts go around in turn, use after use.
+///
+/// Large slots are chosen where memory that was written, and read by a peer, is faster to write again once it has left
+/// both second caches (docs/adr/0021). Small exchanges would keep to their areas' beginnings, and those never leave.
+const PART: usize = Tuning::SLOT;
+
+/// Where in an area the data of an exchange of `group` lies.
+#[inline]
+fn area(segment: &Segment, at: Area, group: &Group) -> Region {
+    let data = segment.data(at.rank, at.index);
+    let parts = data.len() / PART;
+    if parts < 2 || group.most > PART {
+        return data;
+    }
+    data.slice(at.uses as usize % parts * PART, PART)
 }
 
 /// One poll's work on one exchange.
@@ -346,7 +361,7 @@ impl<'a> Work<'a> {
             return data.slice(m.src.off + self.run.shift + at.done, n);
         }
         let slot = if at.group.takes_areas() {
-            area(self.segment, self.ring.area_to_read(rank))
+            area(self.segment, self.ring.area_to_read(rank), &at.group)
         } else {
             self.segment.inline(rank, self.ring.index(self.ring.consumed()))
         };

@@ -65,12 +65,14 @@ pub(crate) struct Header {
     pub(crate) slot: u64,
     pub(crate) slots: u64,
     pub(crate) total: u64,
+    /// 1 where the group's ranks may read one another's private memory, else 0.
+    pub(crate) single_copy: u64,
     /// Identity of the pid namespace in which the table of pids is to be read.
     pub(crate) pid_space: u64,
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// Where things are. A function of geometry and local size alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +151,7 @@ impl Layout {
         self.control(from) + self.messages + (to * self.cells + index) * self.cell_stride
     }
 
-    pub(crate) fn header(&self, group: u64, pid_space: u64) -> Header {
+    pub(crate) fn header(&self, group: u64, single_copy: bool, pid_space: u64) -> Header {
         Header {
             magic: MAGIC,
             version: VERSION,
@@ -158,6 +160,7 @@ impl Layout {
             slot: self.geometry.slot as u64,
             slots: self.geometry.slots as u64,
             total: self.total() as u64,
+            single_copy: u64::from(single_copy),
             pid_space,
         }
     }

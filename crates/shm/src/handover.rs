@@ -47,7 +47,8 @@ pub struct Membership {
     pub ranks: Vec<u32>,
     /// The node's name, for errors.
     pub node: String,
-    /// Whether this rank reads its peers' private memory where that is faster; all do or none.
+    /// Whether this rank reads its peers' private memory for large blocks. Local rank 0's word decides whether the group
+    /// tries; then all ranks do in a call, or none.
     pub single_copy: bool,
     /// When to give up.
     pub deadline: Instant,
@@ -137,13 +138,14 @@ impl Listener {
             tracing::debug!(?geometry, ?fitted, "slots were fitted to what a rank may share");
         }
         let space = pid_space();
-        let (segment, file) = match Segment::create(Layout::new(fitted, size), who.group, space) {
-            Ok(made) => made,
-            Err(error) => {
-                turn_away(&self.socket, size - 1, who, &error);
-                return Err(error);
-            }
-        };
+        let (segment, file) =
+            match Segment::create(Layout::new(fitted, size), who.group, who.single_copy, space) {
+                Ok(made) => made,
+                Err(error) => {
+                    turn_away(&self.socket, size - 1, who, &error);
+                    return Err(error);
+                }
+            };
         segment.pid(0).store(std::process::id(), Ordering::Relaxed);
         let mut serving = Serving {
             who,
@@ -158,7 +160,7 @@ impl Listener {
                 // Everybody is alive and waits: pids are what they seem.
                 let peers = Peers::watch(&serving.segment, 0, space);
                 serving.tell_all(&[GO]);
-                Ok(ShmNode::new(serving.segment, who, peers))
+                Ok(ShmNode::new(serving.segment, who, peers, who.single_copy))
             }
             Err(error) => {
                 serving.tell_all(&failure(&error));
@@ -351,7 +353,7 @@ impl ShmNode {
             return Err(ShmError::Refused("local rank 0 answered out of turn".to_owned()));
         };
         let peers = Peers::watch(&segment, who.local_rank, space);
-        Ok(ShmNode::new(segment, who, peers))
+        Ok(ShmNode::new(segment, who, peers, header.single_copy == 1))
     }
 }
 

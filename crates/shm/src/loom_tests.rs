@@ -12,7 +12,7 @@ use smddp_core::transport::MsgKey;
 use crate::doorbell::{Sleeper, notify};
 use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logged, Memory, SlotHead};
 use crate::pair::Place;
-use crate::ring::Ring;
+use crate::ring::{Area, Ring};
 use crate::sync::{AtomicU32, AtomicU64, Cell, Futex, MISTAKE, Mistake};
 use crate::{abort, log};
 
@@ -127,8 +127,8 @@ impl Rank {
         self.small == 0 || exchange % self.small != 1
     }
 
-    fn area(&self, (rank, index): (usize, usize)) -> &Cell<[u8; 2]> {
-        &self.heap.areas[rank][index]
+    fn area(&self, at: Area) -> &Cell<[u8; 2]> {
+        &self.heap.areas[at.rank][at.index]
     }
 
     fn is_done(&self) -> bool {

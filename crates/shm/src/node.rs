@@ -43,7 +43,8 @@ pub struct ShmNode {
 }
 
 impl ShmNode {
-    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers) -> ShmNode {
+    /// `single_copy`: what local rank 0 decided for the group.
+    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers, single_copy: bool) -> ShmNode {
         let geometry = segment.layout().geometry;
         let size = who.ranks.len();
         let segment = Arc::new(segment);
@@ -55,7 +56,7 @@ impl ShmNode {
                 who.local_rank,
                 who.ranks.clone(),
                 geometry.slot,
-                SingleCopy::new(peers.pids().to_vec(), who.single_copy),
+                SingleCopy::new(peers.pids().to_vec(), single_copy, who.single_copy),
             ),
             messages: Messages::new(who.local_rank, &segment),
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),

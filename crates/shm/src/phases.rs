@@ -166,7 +166,7 @@ impl Phases {
         }
         check(run, self.me, self.ranks.len())?;
         let moves = moves_of(run);
-        let (first, way) = if single_copy::takes(run, moves, self.ranks.len()) {
+        let (first, way) = if self.single_copy.takes(run, moves) {
             (self.cutter.whole(moves, single_copy::EXCHANGES), Way::SingleCopy)
         } else {
             (self.cutter.group(moves, 0), Way::Slots)

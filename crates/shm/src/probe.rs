@@ -1,14 +1,16 @@
-//! How fast rings of slots are on this machine: two threads exchange through real segments, as two ranks do.
+//! How fast rings of slots are on this machine, and the kernel's copies between processes: two threads exchange through real
+//! segments, as two ranks do.
 //!
-//! Which size is best depends on where the caches lie: slots that fit in the writer's L2 are read out of it as dirty
-//! lines, which on some CPUs takes several times as long as reading what has been pushed out to a shared L3.
+//! Which size is best depends on where the caches lie: on some CPUs memory that was written, and read by a peer, is several
+//! times as fast to write again once it has left both second caches for a shared L3. An all_reduce of two ranks does not
+//! show that, since they swap what they write; a broadcast does.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
-use smddp_core::call::{Call, Collective, PackedCall};
+use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
@@ -21,7 +23,12 @@ use crate::node::ShmNode;
 
 /// An all-reduce of so many bytes, in rounds of so many, as ranks run it.
 const DATA: usize = 4 << 20;
-const ROUND: usize = 1 << 20;
+const ROUND: usize = 512 << 10;
+/// Broadcasts of so many bytes.
+const PIECE: usize = 64 << 10;
+const PIECES: usize = 8;
+/// What each of two ranks gives to each in an all-to-all: what single copies are used for.
+const BLOCK: usize = 512 << 10;
 const RANKS: usize = 2;
 /// Rounds of all candidates that must be over for the result to count.
 const LEAST_ROUNDS: usize = 3;
@@ -29,13 +36,24 @@ const MOST_ROUNDS: usize = 12;
 /// Threads of one process hand memory over in far less.
 const HANDOVER: Duration = Duration::from_secs(5);
 
-/// Fastest all-reduce with each of `candidates`, in seconds, taking turns for as long as `limit` allows: between this thread and
-/// another that runs on `peer_cores`. `None` where the time was too short to tell.
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// An all-reduce of much data, and broadcasts of one rank, which count alike: the geometric mean of both times.
+    Slots,
+    /// An all-to-all of large blocks that were just written.
+    Blocks,
+}
+
+/// Fastest times of `load` in seconds with each of `candidates`: slots, and whether large blocks are read from the peers' private
+/// memory. They take turns for as long as `limit` allows, between this thread and another that runs on `peer_cores`. `None`
+/// where the time was too short to tell.
 ///
 /// # Errors
 /// When the segments cannot be made, or those cores not be used.
 pub fn time(
-    candidates: &[Geometry],
+    load: Load,
+    candidates: &[(Geometry, bool)],
     peer_cores: &[usize],
     limit: Duration,
 ) -> Result<Option<Vec<f64>>, Error> {
@@ -44,11 +62,11 @@ pub fn time(
     let meeting = Meeting::default();
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| {
-            let result = move_to(peer_cores).and_then(|()| exchange(theirs, 1, &meeting, deadline));
+            let result = move_to(peer_cores).and_then(|()| exchange(load, theirs, 1, &meeting, deadline));
             meeting.leave();
             result
         });
-        let times = exchange(ours, 0, &meeting, deadline);
+        let times = exchange(load, ours, 0, &meeting, deadline);
         meeting.leave();
         match peer.join() {
             Ok(Err(error)) => Err(error),
@@ -66,23 +84,23 @@ fn move_to(cores: &[usize]) -> Result<(), Error> {
 }
 
 /// Both ranks' ends of a segment for each candidate.
-fn open(candidates: &[Geometry]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
-    let member = |local_rank| Membership {
+fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
+    let member = |local_rank, single_copy| Membership {
         group: 0,
         secret: [0; 32],
         local_rank,
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
-        single_copy: true,
+        single_copy,
         deadline: Instant::now() + HANDOVER,
     };
     let mut ends = (Vec::new(), Vec::new());
-    for &geometry in candidates {
+    for &(geometry, single_copy) in candidates {
         let listener = Listener::bind()?;
         let name = listener.name().to_owned();
         let (ours, theirs) = std::thread::scope(|scope| {
-            let peer = scope.spawn(|| ShmNode::connect(&name, &member(1)));
-            let ours = listener.serve(&member(0), geometry);
+            let peer = scope.spawn(|| ShmNode::connect(&name, &member(1, single_copy)));
+            let ours = listener.serve(&member(0, single_copy), geometry);
             let ended = ShmError::Parameters("the probe's second rank ended early".to_owned());
             (ours, peer.join().unwrap_or(Err(ended)))
         });
@@ -118,81 +136,173 @@ impl Meeting {
 }
 
 fn exchange(
+    load: Load,
     mut ends: Vec<ShmNode>,
     me: usize,
     meeting: &Meeting,
     deadline: Instant,
 ) -> Result<Option<Vec<f64>>, Error> {
-    let mut data = vec![0f32; DATA / size_of::<f32>()];
-    // SAFETY: `data` stays in place; a run that did not end before `all_reduce` returned is not polled again.
-    let region = unsafe { Region::of(&mut data) };
-    let plan = plan();
-    let mut fastest = vec![f64::INFINITY; ends.len()];
+    let mut rank = Rank::new(me, meeting, deadline);
+    let mut fastest = vec![[f64::INFINITY; 2]; ends.len()];
+    let scores = |fastest: Vec<[f64; 2]>| fastest.iter().map(|[a, b]| (a * b).sqrt()).collect();
     for round in 0..=MOST_ROUNDS {
         for (index, node) in ends.iter_mut().enumerate() {
-            let come = meeting.hold(me, round * fastest.len() + index + 1, deadline);
-            let start = Instant::now();
-            if !come || !all_reduce(node, &plan, region, deadline)? {
-                return Ok((round > LEAST_ROUNDS).then_some(fastest));
-            }
+            let times = match load {
+                Load::Slots => rank.all_reduce_and_broadcast(node)?,
+                Load::Blocks => rank.all_to_all(node)?.map(|time| [time; 2]),
+            };
+            let Some(times) = times else {
+                return Ok((round > LEAST_ROUNDS).then(|| scores(fastest)));
+            };
             // The first round warms up.
             if round > 0 {
-                fastest[index] = fastest[index].min(start.elapsed().as_secs_f64());
+                (0..2).for_each(|i| fastest[index][i] = fastest[index][i].min(times[i]));
             }
         }
     }
-    Ok(Some(fastest))
+    Ok(Some(scores(fastest)))
+}
+
+/// What a rank works with.
+struct Rank<'a> {
+    me: usize,
+    meeting: &'a Meeting,
+    met: usize,
+    deadline: Instant,
+    data: Vec<f32>,
+    blocks: [Vec<f32>; 2],
+}
+
+impl<'a> Rank<'a> {
+    fn new(me: usize, meeting: &'a Meeting, deadline: Instant) -> Rank<'a> {
+        let floats = |bytes: usize| vec![0f32; bytes / size_of::<f32>()];
+        let blocks = [(); 2].map(|()| floats(RANKS * BLOCK));
+        Rank { me, meeting, met: 0, deadline, data: floats(DATA), blocks }
+    }
+
+    /// `None` where the deadline came first, as for all that follow.
+    fn all_reduce_and_broadcast(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 2]>, Error> {
+        // SAFETY: `data` stays in place; a run that did not end before `run` returned is not polled again.
+        let whole = unsafe { Region::of(&mut self.data) };
+        let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
+        let rounds = DATA / ROUND;
+        // Two rounds are under way at a time.
+        let ahead = (1..rounds).flat_map(|round| [(0, round * ROUND), (1, (round - 1) * ROUND)]);
+        let steps: Vec<_> = [(0, 0)].into_iter().chain(ahead).chain([(1, (rounds - 1) * ROUND)]).collect();
+        let Some(all_reduce) = self.run_warm(node, Collective::AllReduce, buffers, &steps)? else {
+            return Ok(None);
+        };
+        let steps: Vec<_> = (0..PIECES).map(|piece| (0, piece * PIECE)).collect();
+        let broadcast = self.run_warm(node, Collective::Broadcast, buffers, &steps)?;
+        Ok(broadcast.map(|broadcast| [all_reduce, broadcast]))
+    }
+
+    fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<f64>, Error> {
+        self.blocks[0].fill(self.met as f32);
+        // SAFETY: as above.
+        let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
+        let buffers = Buffers { input, output, scratch: Region::EMPTY };
+        self.run(node, Collective::AllToAll, buffers, &[(0, 0)])
+    }
+
+    /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.
+    fn run_warm(
+        &mut self,
+        node: &mut ShmNode,
+        collective: Collective,
+        buffers: Buffers,
+        steps: &[(u32, usize)],
+    ) -> Result<Option<f64>, Error> {
+        match self.run(node, collective, buffers, steps)? {
+            Some(_) => self.run(node, collective, buffers, steps),
+            None => Ok(None),
+        }
+    }
+
+    /// Meets the other rank, then runs these steps of a plan, each shifted by so much: seconds.
+    fn run(
+        &mut self,
+        node: &mut ShmNode,
+        collective: Collective,
+        buffers: Buffers,
+        steps: &[(u32, usize)],
+    ) -> Result<Option<f64>, Error> {
+        let plan = Arc::new(plan(collective));
+        self.met += 1;
+        if !self.meeting.hold(self.me, self.met, self.deadline) {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        let call = Call::new(collective, DType::F32, (DATA / size_of::<f32>()) as u64).pack();
+        for &(step, shift) in steps {
+            node.submit(PhaseRun {
+                plan: Arc::clone(&plan),
+                step,
+                shift,
+                buffers,
+                arith: Arith { dtype: DType::F32, op: ReduceOp::Sum, world: RANKS as u32 },
+                call,
+                ctx: Ctx(0),
+            })?;
+        }
+        let mut done = Vec::with_capacity(steps.len());
+        while done.len() < steps.len() {
+            if !node.poll(&mut done)? {
+                if Instant::now() > self.deadline {
+                    return Ok(None);
+                }
+                std::hint::spin_loop();
+            }
+        }
+        Ok(Some(start.elapsed().as_secs_f64()))
+    }
+}
+
+fn plan(collective: Collective) -> Plan {
+    match collective {
+        Collective::AllReduce => all_reduce_plan(),
+        Collective::Broadcast => broadcast_plan(),
+        _ => all_to_all_plan(),
+    }
+}
+
+fn plan_of(phases: impl IntoIterator<Item = Vec<Move>>) -> Plan {
+    let mut plan = Plan::default();
+    for (at, moves) in phases.into_iter().enumerate() {
+        let after: Vec<u32> = (0..at as u32).collect();
+        plan.push(Op::Phase(moves), &after);
+    }
+    plan
+}
+
+fn of_ranks(a_move: impl Fn(usize) -> Move) -> Vec<Move> {
+    (0..RANKS).map(a_move).collect()
 }
 
 /// One round: each rank combines its half, then takes the other's.
-fn plan() -> Arc<Plan> {
+fn all_reduce_plan() -> Plan {
     let half = |rank: usize| Span::output(rank * ROUND / RANKS, ROUND / RANKS);
-    let moves = |of: fn(usize) -> (Who, Who)| -> Vec<Move> {
-        (0..RANKS)
-            .map(|rank| {
-                let (from, to) = of(rank);
-                Move { from, to, src: half(rank), dst: half(rank), finish: true }
-            })
-            .collect()
-    };
-    let mut plan = Plan::default();
-    plan.push(Op::Phase(moves(|rank| (Who::All, Who::One(rank as u32)))), &[]);
-    plan.push(Op::Phase(moves(|rank| (Who::One(rank as u32), Who::All))), &[0]);
-    Arc::new(plan)
+    let a_move = |rank, from, to| Move { from, to, src: half(rank), dst: half(rank), finish: true };
+    plan_of([
+        of_ranks(|rank| a_move(rank, Who::All, Who::One(rank as u32))),
+        of_ranks(|rank| a_move(rank, Who::One(rank as u32), Who::All)),
+    ])
 }
 
-/// Two rounds are under way at a time. False where the deadline came first.
-fn all_reduce(node: &mut ShmNode, plan: &Arc<Plan>, data: Region, deadline: Instant) -> Result<bool, Error> {
-    let rounds = DATA / ROUND;
-    let mut submit = |step: u32, round: usize| {
-        node.submit(PhaseRun {
-            plan: Arc::clone(plan),
-            step,
-            shift: round * ROUND,
-            buffers: Buffers { input: data, output: data, scratch: Region::EMPTY },
-            arith: Arith { dtype: DType::F32, op: ReduceOp::Sum, world: RANKS as u32 },
-            call: call(),
-            ctx: Ctx(0),
-        })
-    };
-    submit(0, 0)?;
-    for round in 1..rounds {
-        submit(0, round)?;
-        submit(1, round - 1)?;
-    }
-    submit(1, rounds - 1)?;
-    let mut done = Vec::with_capacity(2 * rounds);
-    while done.len() < 2 * rounds {
-        if !node.poll(&mut done)? {
-            if Instant::now() > deadline {
-                return Ok(false);
-            }
-            std::hint::spin_loop();
-        }
-    }
-    Ok(true)
+fn broadcast_plan() -> Plan {
+    let piece = Span::output(0, PIECE);
+    plan_of([vec![Move { from: Who::One(0), to: Who::All, src: piece, dst: piece, finish: true }]])
 }
 
-fn call() -> PackedCall {
-    Call::new(Collective::AllReduce, DType::F32, (DATA / size_of::<f32>()) as u64).pack()
+fn all_to_all_plan() -> Plan {
+    let block = |of: usize| of * BLOCK;
+    let pairs = (0..RANKS).flat_map(|from| (0..RANKS).map(move |to| (from, to)));
+    let moves = pairs.map(|(from, to)| Move {
+        from: Who::One(from as u32),
+        to: Who::One(to as u32),
+        src: Span::input(block(to), BLOCK),
+        dst: Span::output(block(from), BLOCK),
+        finish: true,
+    });
+    plan_of([moves.collect()])
 }

@@ -26,6 +26,15 @@ pub(crate) const MAX_SLOTS: usize = 64;
 
 const LAG_BITS: u32 = 8;
 
+/// Where a rank's data of one exchange lies: an area, named by a rank and the index of a slot, and how often that was
+/// filled before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Area {
+    pub(crate) rank: usize,
+    pub(crate) index: usize,
+    pub(crate) uses: u64,
+}
+
 pub(crate) struct Ring {
     me: usize,
     slots: u64,
@@ -61,23 +70,26 @@ impl Ring {
         (exchange % self.slots) as usize
     }
 
-    /// Where `rank` puts its data in the exchange that takes areas and comes `ahead` of the next such one: a rank's area, by the
-    /// index of its slot (E5).
+    /// Where `rank` puts its data in the exchange that takes areas and comes `ahead` of the next such one (E5).
     #[inline]
-    pub(crate) fn area_to_fill(&self, rank: usize, ahead: u64) -> (usize, usize) {
+    pub(crate) fn area_to_fill(&self, rank: usize, ahead: u64) -> Area {
         self.area(rank, self.filled + ahead)
     }
 
     /// Where `rank` has its data in the exchange to consume next, which takes areas.
     #[inline]
-    pub(crate) fn area_to_read(&self, rank: usize) -> (usize, usize) {
+    pub(crate) fn area_to_read(&self, rank: usize) -> Area {
         self.area(rank, self.emptied)
     }
 
     #[inline]
-    fn area(&self, rank: usize, number: u64) -> (usize, usize) {
-        let swapped = self.peers.len() == 2 && number / self.slots % 2 == 1;
-        (if swapped { rank ^ 1 } else { rank }, self.index(number))
+    fn area(&self, rank: usize, number: u64) -> Area {
+        let (turn, index) = (number / self.slots, self.index(number));
+        if self.peers.len() == 2 {
+            Area { rank: rank ^ (turn as usize & 1), index, uses: turn / 2 }
+        } else {
+            Area { rank, index, uses: turn }
+        }
     }
 
     /// The exchange to publish next.

@@ -36,13 +36,18 @@ unsafe impl Sync for Segment {}
 
 impl Segment {
     /// A new segment, and the file to hand to the others. Allocates local rank 0's share.
-    pub(crate) fn create(layout: Layout, group: u64, pid_space: u64) -> Result<(Segment, OwnedFd), ShmError> {
+    pub(crate) fn create(
+        layout: Layout,
+        group: u64,
+        single_copy: bool,
+        pid_space: u64,
+    ) -> Result<(Segment, OwnedFd), ShmError> {
         let total = layout.total();
         let file = memfd::create("smddp-group", total)?;
         let segment = Segment::map(&file, layout)?;
         segment.allocate(&file, 0)?;
         // SAFETY: the header is the first thing in the mapping, nobody else has it yet.
-        unsafe { segment.base.cast::<Header>().write(layout.header(group, pid_space)) };
+        unsafe { segment.base.cast::<Header>().write(layout.header(group, single_copy, pid_space)) };
         Ok((segment, file))
     }
 
@@ -208,9 +213,9 @@ mod tests {
 
     #[test]
     fn what_one_mapping_writes_the_other_reads() {
-        let (ours, file) = Segment::create(layout(), 7, 1).unwrap();
+        let (ours, file) = Segment::create(layout(), 7, true, 1).unwrap();
         let (theirs, header) = Segment::open(&file, 7, 3, 2).unwrap();
-        assert_eq!(header, layout().header(7, 1));
+        assert_eq!(header, layout().header(7, true, 1));
         let mut bytes = *b"some words";
         // SAFETY: `bytes` outlives the copy.
         let from = unsafe { Region::of(&mut bytes) };
@@ -223,14 +228,14 @@ mod tests {
 
     #[test]
     fn a_segment_of_another_group_size_or_version_is_refused() {
-        let (_ours, file) = Segment::create(layout(), 7, 1).unwrap();
+        let (_ours, file) = Segment::create(layout(), 7, true, 1).unwrap();
         let refused = |group, size| match Segment::open(&file, group, size, 1) {
             Err(ShmError::Refused(text)) => text,
             other => panic!("not refused: {:?}", other.err()),
         };
         assert!(refused(8, 3).contains("group 7"));
         assert!(refused(7, 2).contains("3 ranks"));
-        let header = layout().header(7, 1);
+        let header = layout().header(7, true, 1);
         let size = header.total;
         let all = size_of::<Header>();
         assert!(check(&header, all, size, 7, 3).is_ok());

@@ -6,7 +6,7 @@
 //! through slots.
 //!
 //! Invariants
-//! - **C1** Every rank decides alike, from the call and its moves ([`takes`]), whether a phase begins so; and from the second
+//! - **C1** Every rank decides alike, from the group's segment, the call and its moves ([`SingleCopy::takes`]), whether a phase begins so; and from the second
 //!   exchange's heads, which all see, whether it goes on through slots.
 //! - **C2** Nobody reads a peer's data before that peer has published the first exchange, and a rank's phase is over when all
 //!   have published the second: as D1 and D2 of `direct`.
@@ -64,18 +64,10 @@ impl Offer {
     }
 }
 
-/// Whether a phase begins so (C1): the group is on this node alone, every rank of it takes from all others while they take
-/// from it, and there are large blocks.
-pub(crate) fn takes(run: &PhaseRun, moves: &[Move], size: usize) -> bool {
-    run.call.unpack().is_some_and(|call| call.collective == Collective::AllToAll)
-        && size > 1
-        && run.arith.world as usize == size
-        && moves.iter().all(|m| matches!(m.from, Who::One(_)))
-        && moves.iter().any(|m| m.src.len >= LEAST)
-}
-
 /// This rank's way to its peers' private memory.
 pub(crate) struct SingleCopy {
+    /// Whether phases of the group begin so at all (C1).
+    tried: bool,
     /// The peers' processes, by local rank; `None` where this rank knows no name for one.
     pids: Vec<Option<i32>>,
     /// It is not wanted here, or did not work once: it is not tried again.
@@ -89,8 +81,22 @@ pub(crate) struct SingleCopy {
 }
 
 impl SingleCopy {
-    pub(crate) fn new(pids: Vec<Option<i32>>, wanted: bool) -> SingleCopy {
-        SingleCopy { offers: Vec::with_capacity(pids.len()), pids, refused: !wanted, failed: false, bytes: 0 }
+    /// Does the group try, and does this rank want it?
+    pub(crate) fn new(pids: Vec<Option<i32>>, tried: bool, wanted: bool) -> SingleCopy {
+        let offers = Vec::with_capacity(pids.len());
+        SingleCopy { tried, offers, pids, refused: !wanted, failed: false, bytes: 0 }
+    }
+
+    /// Whether a phase begins so (C1): the group tries and is on this node alone, every rank of it takes from all others while
+    /// they take from it, and there are large blocks.
+    pub(crate) fn takes(&self, run: &PhaseRun, moves: &[Move]) -> bool {
+        let size = self.pids.len();
+        self.tried
+            && run.call.unpack().is_some_and(|call| call.collective == Collective::AllToAll)
+            && size > 1
+            && run.arith.world as usize == size
+            && moves.iter().all(|m| matches!(m.from, Who::One(_)))
+            && moves.iter().any(|m| m.src.len >= LEAST)
     }
 
     /// The phase at hand is over.

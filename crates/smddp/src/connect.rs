@@ -23,6 +23,7 @@ use smddp_shm::{Geometry, Listener, Membership, ShmNode};
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
 use crate::node::{NodeId, cores};
 use crate::runtime::{self, HostTransports};
+use crate::slots::Choice;
 use crate::{Communicator, library_dirs, slots};
 
 /// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best. The first
@@ -175,17 +176,18 @@ impl Party<'_> {
     fn reach(&self, listener: Option<Listener>, contacts: &[Contact]) -> Result<Seat<ShmNode>> {
         let rank = self.options.rank;
         let node = self.shape.ranks_on(self.shape.node_of(rank));
+        let choice = self.shared_memory(listener.is_some());
         let who = Membership {
             group: self.hellos[0].id,
             secret: self.hellos[0].secret,
             local_rank: self.shape.local_of(rank),
             ranks: node.to_vec(),
             node: self.hellos[rank].node_name.clone(),
-            single_copy: self.options.settings.text("SMDDP_SHM_SINGLE_COPY") == "auto",
+            single_copy: choice.single_copy && self.options.settings.text("SMDDP_SHM_SINGLE_COPY") == "auto",
             deadline: self.deadline,
         };
         let local = match listener {
-            Some(listener) => listener.serve(&who, self.geometry()),
+            Some(listener) => listener.serve(&who, choice.geometry),
             None => ShmNode::connect(self.socket(node[0] as usize, contacts)?, &who),
         };
         Ok(Seat {
@@ -198,19 +200,23 @@ impl Party<'_> {
         })
     }
 
-    /// The first groups of a process get full rings; many more would take too much memory.
-    fn geometry(&self) -> Geometry {
-        let full = match self.shape.ranks_on(self.shape.node_of(self.options.rank)) {
-            [first, second, ..] => {
+    /// What the node's first rank chooses for the group; the others take what they are told. The first groups of a process get
+    /// full rings; many more would take too much memory.
+    fn shared_memory(&self, is_first: bool) -> Choice {
+        let choice = match self.shape.ranks_on(self.shape.node_of(self.options.rank)) {
+            [first, second, ..] if is_first => {
                 let cores = |rank: u32| &*self.hellos[rank as usize].cores;
                 slots::choose(&self.options.settings, cores(*first), cores(*second))
             }
-            _ => Geometry::USUAL,
+            _ => Choice::USUAL,
         };
+        let full = choice.geometry;
         if self.engine.groups() < full_rings(full) {
-            return full;
+            return choice;
         }
-        Geometry { slot: full.slot.min(SMALL_SLOT), slots: full.slots.min(Geometry::USUAL.slots) }
+        let small =
+            Geometry { slot: full.slot.min(SMALL_SLOT), slots: full.slots.min(Geometry::USUAL.slots) };
+        Choice { geometry: small, ..choice }
     }
 
     fn socket<'a>(&self, first: usize, contacts: &'a [Contact]) -> Result<&'a str> {

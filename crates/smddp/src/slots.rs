@@ -1,5 +1,5 @@
-//! Which shared-memory slots a node's ranks use: those the settings give, else what a probe at the first start on this
-//! machine found best, else the usual ones.
+//! Which shared-memory slots a node's ranks use, and whether large blocks are read straight from the peers' memory: what the
+//! settings give, else what a probe at the first start on this machine found best, else the usual.
 //!
 //! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
@@ -12,24 +12,38 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use smddp_core::settings::Settings;
-use smddp_shm::{Geometry, probe};
+use smddp_shm::Geometry;
+use smddp_shm::probe::{self, Load};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The usual slots come first.
-const CANDIDATES: [Geometry; 6] = [
+const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
-    Geometry { slot: 64 << 10, slots: 4 },
     Geometry { slot: 256 << 10, slots: 4 },
     Geometry { slot: 512 << 10, slots: 4 },
-    Geometry { slot: 512 << 10, slots: 8 },
     Geometry { slot: 1 << 20, slots: 4 },
 ];
+/// What groups use of a node's shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    pub geometry: Geometry,
+    /// Large blocks of all_to_all are read from the peers' private memory, where `SMDDP_SHM_SINGLE_COPY` allows it.
+    pub single_copy: bool,
+}
+
+impl Choice {
+    /// Where nothing better is known.
+    pub const USUAL: Choice = Choice { geometry: Geometry::USUAL, single_copy: true };
+}
+
 /// Others must take at most so much of the usual slots' time: a machine that others use as well differs by a tenth from one
 /// moment to the next.
 const WORTH: f64 = 0.85;
 /// Taking the segments down comes on top.
-const LIMIT: Duration = Duration::from_millis(75);
+const LIMIT: Duration = Duration::from_millis(60);
+/// For single copies, besides.
+const BLOCKS_LIMIT: Duration = Duration::from_millis(20);
 
 /// Where a choice comes from, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,24 +54,27 @@ pub enum Origin {
 }
 
 /// What a new group would use, as far as it is known without a probe.
-pub fn known(settings: &Settings) -> (Geometry, Origin) {
-    if let Some(given) = given(settings) {
-        return (given, Origin::Settings);
+pub fn known(settings: &Settings) -> (Choice, Origin) {
+    if let Some(geometry) = given(settings) {
+        return (Choice { geometry, ..Choice::USUAL }, Origin::Settings);
     }
     match cache_file().and_then(|path| remembered(&path, &machine())) {
         Some(found) => (found, Origin::Probe),
-        None => (Geometry::USUAL, Origin::Usual),
+        None => (Choice::USUAL, Origin::Usual),
     }
 }
 
 /// What a new group uses. Probes at most once in a process, where nothing is known, for at most 0.1 s, between this rank's cores
 /// and those of another rank of its node.
-pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Geometry {
-    static FOUND: OnceLock<Geometry> = OnceLock::new();
-    given(settings).unwrap_or_else(|| *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)))
+pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
+    static FOUND: OnceLock<Choice> = OnceLock::new();
+    match given(settings) {
+        Some(geometry) => Choice { geometry, ..Choice::USUAL },
+        None => *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)),
+    }
 }
 
-fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Geometry {
+fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
     // Two ranks on one core would measure how they take turns.
     let apart = own_cores.len() > 1 || own_cores != peer_cores;
     match (known(settings), cache_file()) {
@@ -107,30 +124,39 @@ fn machine() -> String {
     format!("{VERSION} {processors} x {}", words.join("/").replace('=', "-"))
 }
 
-fn remembered(path: &Path, machine: &str) -> Option<Geometry> {
+fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        CANDIDATES.into_iter().find(|&candidate| found == words(candidate))
+        let choices = CANDIDATES
+            .into_iter()
+            .flat_map(|geometry| [true, false].map(|single_copy| Choice { geometry, single_copy }));
+        choices.into_iter().find(|&choice| found == words(choice))
     })
 }
 
-fn words(geometry: Geometry) -> String {
-    format!("{} {}", geometry.slot, geometry.slots)
+fn words(choice: Choice) -> String {
+    let Choice { geometry: Geometry { slot, slots }, single_copy } = choice;
+    format!("{slot} {slots} {}", u8::from(single_copy))
 }
 
 /// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
-fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> Result<Geometry, String> {
+fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> Result<Choice, String> {
     let said = |what: &'static str| move |e: io::Error| format!("{what} {}: {e}", path.display());
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder).map_err(said("cannot make the folder of"))?;
     let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(said("cannot write"))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| "another process is measuring".to_owned())?;
-    let times = probe::time(&CANDIDATES, peer_cores, limit).map_err(|e| e.to_string())?;
-    let times = times.ok_or_else(|| format!("no result within {limit:?}"))?;
-    let found = best(&times);
-    tracing::info!(?times, "shared-memory slots: {} of {} bytes", found.slots, found.slot);
+    let time = |load, candidates: &[(Geometry, bool)], limit| {
+        let times = probe::time(load, candidates, peer_cores, limit).map_err(|e| e.to_string())?;
+        times.ok_or_else(|| format!("no result within {limit:?}"))
+    };
+    let slots = time(Load::Slots, &CANDIDATES.map(|geometry| (geometry, false)), limit)?;
+    let copies = time(Load::Blocks, &[false, true].map(|copy| (Geometry::USUAL, copy)), BLOCKS_LIMIT);
+    let single_copy = copies.as_ref().map_or(Choice::USUAL.single_copy, |times| pays(times));
+    let found = Choice { geometry: best(&slots), single_copy };
+    tracing::info!(?slots, ?copies, ?found, "shared memory was measured");
     // One write, so that a reader sees the whole line or none.
     io::Write::write_all(&mut &file, format!("{machine} = {}\n", words(found)).as_bytes())
         .map_err(said("cannot write"))?;
@@ -147,6 +173,11 @@ fn best(times: &[f64]) -> Geometry {
     }
 }
 
+/// Whether single copies stay: unless slots are clearly faster. `times` are those of slots and of single copies.
+fn pays(times: &[f64]) -> bool {
+    times[0] > WORTH * times[1]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,8 +191,14 @@ mod tests {
 
     #[test]
     fn the_usual_slots_stay_unless_others_are_clearly_faster() {
-        assert_eq!(best(&[1.0, 0.9, 0.9, 0.86, 2.0, 1.0]), Geometry::USUAL);
-        assert_eq!(best(&[1.0, 0.9, 0.8, 0.7, 2.0, 1.0]), CANDIDATES[3]);
+        assert_eq!(best(&[1.0, 0.9, 0.86, 2.0]), Geometry::USUAL);
+        assert_eq!(best(&[1.0, 0.8, 0.7, 2.0]), CANDIDATES[2]);
+    }
+
+    #[test]
+    fn single_copies_stay_unless_slots_are_clearly_faster() {
+        assert!(pays(&[1.1, 1.0]) && pays(&[0.9, 1.0]));
+        assert!(!pays(&[0.8, 1.0]));
     }
 
     #[test]
@@ -180,10 +217,11 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 65536 4\n1 2 x this = 12 4\nnonsense\n1 4 x this = 524288 4\n0 2 x this = 262144 4\n";
+        let lines = "1 2 x this = 262144 4 0\n1 2 x this = 262144 4\n1 2 x this = 12 4 1\nnonsense\n1 4 x this = 524288 4 1\n0 2 x this = 262144 4 1\n";
         fs::write(&path, lines).unwrap();
-        assert_eq!(remembered(&path, "1 2 x this"), Some(CANDIDATES[1]));
-        assert_eq!(remembered(&path, "1 4 x this"), Some(CANDIDATES[3]));
+        let choice = |at: usize, single_copy| Some(Choice { geometry: CANDIDATES[at], single_copy });
+        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false));
+        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true));
         assert_eq!(remembered(&path, "1 8 x this"), None);
         fs::remove_dir_all(folder).unwrap();
     }
@@ -217,7 +255,9 @@ mod tests {
     #[test]
     fn settings_come_first() {
         let with = |name: &str, value: &str| {
-            known(&Settings::from_vars([(name.to_owned(), value.to_owned())]).unwrap())
+            let settings = Settings::from_vars([(name.to_owned(), value.to_owned())]).unwrap();
+            let (choice, origin) = known(&settings);
+            (choice.geometry, origin)
         };
         assert_eq!(with("SMDDP_SHM_SLOT", "64K"), (Geometry { slot: 64 << 10, slots: 4 }, Origin::Settings));
         assert_eq!(with("SMDDP_SHM_SLOTS", "7"), (Geometry { slot: 128 << 10, slots: 7 }, Origin::Settings));
