@@ -110,9 +110,9 @@ pub const TABLE: &[Row] = &[
     ),
     row(
         "SMDDP_SHM_SINGLE_COPY",
-        Kind::Choice(&["auto", "off"]),
+        Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "blocks of 512 KiB and more of all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv)",
+        "blocks of 512 KiB and more of all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv): unless the probe found slots faster, always, never",
     ),
     row(
         "SMDDP_ALGORITHM",

@@ -183,7 +183,10 @@ impl Party<'_> {
             local_rank: self.shape.local_of(rank),
             ranks: node.to_vec(),
             node: self.hellos[rank].node_name.clone(),
-            single_copy: choice.single_copy && self.options.settings.text("SMDDP_SHM_SINGLE_COPY") == "auto",
+            single_copy: match self.options.settings.text("SMDDP_SHM_SINGLE_COPY") {
+                "auto" => choice.single_copy,
+                other => other == "on",
+            },
             deadline: self.deadline,
         };
         let local = match listener {
