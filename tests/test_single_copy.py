@@ -53,7 +53,7 @@ def hidden(who: int) -> dict[str, object]:
 
 
 def test_all_ranks_go_on_where_one_may_not_be_read() -> None:
-    reports = conftest.run(hidden, 3, limit=90, who=1).check().reports
+    reports = conftest.run(hidden, 3, env={"SMDDP_SHM_SINGLE_COPY": "on"}, limit=90, who=1).check().reports
     assert [report["right"] for report in reports] == [[True] * 4] * 3
     # Its own memory a process may always read.
     assert [report["refused"] for report in reports] == [True, False, True]

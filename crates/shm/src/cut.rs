@@ -163,7 +163,7 @@ impl Cutter {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use smddp_core::plan::Span;
@@ -180,7 +180,7 @@ mod tests {
         })
     }
 
-    fn phase() -> impl Strategy<Value = (usize, Vec<Move>)> {
+    pub(crate) fn phase() -> impl Strategy<Value = (usize, Vec<Move>)> {
         (1u32..6).prop_flat_map(|size| (Just(size as usize), prop::collection::vec(a_move(size), 0..120)))
     }
 

@@ -81,13 +81,19 @@ impl Consuming {
         self.arrived = Mask::default();
     }
 
+    /// At move `next` of a phase that is one exchange; what comes before is done.
+    pub(crate) fn start_at(&mut self, next: usize, group: Group, moves: &[Move]) {
+        self.start(group, 0);
+        moves[..next].iter().for_each(|m| self.step_over(m, m.src.len));
+    }
+
     /// Offset in `rank`'s slot of the next piece.
-    fn offset(&self, rank: usize) -> usize {
+    pub(crate) fn offset(&self, rank: usize) -> usize {
         (self.base + self.beyond[rank]) as usize
     }
 
     /// Steps over `m`, whose piece of this cut has `len` bytes.
-    fn step_over(&mut self, m: &Move, len: usize) {
+    pub(crate) fn step_over(&mut self, m: &Move, len: usize) {
         let len = aligned(len) as isize;
         match (m.from, m.to) {
             (Who::All, Who::All) => self.base += len,
@@ -109,11 +115,7 @@ impl Consuming {
 /// Publishes what this rank gives in the exchange `at`; its slot is free.
 pub(crate) fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
     let areas = at.group.takes_areas();
-    let slot = if areas {
-        area(segment, ring.area_to_fill(me, 0), &at.group)
-    } else {
-        segment.inline(me, ring.index(ring.published()))
-    };
+    let slot = slot_to_fill(me, areas, at.group.most, segment, ring);
     let mut offset = 0;
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
@@ -142,9 +144,50 @@ pub(crate) fn call_back_lines(me: usize, group: &Group, segment: &Segment, ring:
     if cuts <= geometry.slots as u64 / 2 && ring.is_consumed_but_for(cuts, segment) {
         let len = group.most.div_ceil(group.cuts).min(geometry.slot);
         (0..cuts).for_each(|ahead| {
-            area(segment, ring.area_to_fill(me, ahead), group).slice(0, len).fetch_for_writing()
+            area(segment, ring.area_to_fill(me, ahead), group.most).slice(0, len).fetch_for_writing()
         });
     }
+}
+
+/// Where `me` puts its pieces of the exchange to publish next: into an area, or into its slot's head;
+/// no rank has more than `most` bytes.
+#[inline]
+pub(crate) fn slot_to_fill(me: usize, areas: bool, most: usize, segment: &Segment, ring: &Ring) -> Region {
+    if areas {
+        area(segment, ring.area_to_fill(me, 0), most)
+    } else {
+        segment.inline(me, ring.index(ring.published()))
+    }
+}
+
+/// Where `rank` has its pieces of the exchange to consume next.
+#[inline]
+pub(crate) fn slot_to_read(rank: usize, areas: bool, most: usize, segment: &Segment, ring: &Ring) -> Region {
+    if areas {
+        area(segment, ring.area_to_read(rank), most)
+    } else {
+        segment.inline(rank, ring.index(ring.consumed()))
+    }
+}
+
+/// Whether `peer` has published the exchange to consume next.
+///
+/// # Errors
+/// [`Error::Mismatch`]: as part of another call.
+#[inline]
+pub(crate) fn has_come(
+    peer: usize,
+    run: &PhaseRun,
+    ranks: &[u32],
+    segment: &Segment,
+    ring: &mut Ring,
+) -> Result<bool> {
+    let Some(head) = ring.ready(segment, peer) else { return Ok(false) };
+    let words = |call: &PackedCall| -> [u64; 2] { bytemuck::cast(*call) };
+    if head.read(|head| words(&head.call) == words(&run.call)) {
+        return Ok(true);
+    }
+    Err(mismatch(&run.call, ranks[peer], &head.read(|head| head.call)))
 }
 
 /// What an exchange that needs no more takes of an area: the area's parts go around in turn, use after use.
@@ -153,12 +196,12 @@ pub(crate) fn call_back_lines(me: usize, group: &Group, segment: &Segment, ring:
 /// both second caches (docs/adr/0021). Small exchanges would keep to their areas' beginnings, and those never leave.
 const PART: usize = Tuning::SLOT;
 
-/// Where in an area the data of an exchange of `group` lies.
+/// Where in an area the data of an exchange lies of which no rank has more than `most` bytes.
 #[inline]
-fn area(segment: &Segment, at: Area, group: &Group) -> Region {
+fn area(segment: &Segment, at: Area, most: usize) -> Region {
     let data = segment.data(at.rank, at.index);
     let parts = data.len() / PART;
-    if parts < 2 || group.most > PART {
+    if parts < 2 || most > PART {
         return data;
     }
     data.slice(at.uses as usize % parts * PART, PART)
@@ -297,13 +340,8 @@ impl<'a> Work<'a> {
             if peer == self.me || at.arrived.has(peer) {
                 continue;
             }
-            if !self.ring.is_ready(self.segment, peer) {
+            if !has_come(peer, self.run, self.ranks, self.segment, self.ring)? {
                 return Ok(Some(peer));
-            }
-            let index = self.ring.index(self.ring.consumed());
-            let theirs = self.segment.slot(peer, index).read(|head| head.call);
-            if theirs != self.run.call {
-                return Err(mismatch(&self.run.call, self.ranks[peer], &theirs));
             }
             at.arrived.set(peer);
         }
@@ -360,11 +398,7 @@ impl<'a> Work<'a> {
         if let Some(data) = self.peers.get(rank) {
             return data.slice(m.src.off + self.run.shift + at.done, n);
         }
-        let slot = if at.group.takes_areas() {
-            area(self.segment, self.ring.area_to_read(rank), &at.group)
-        } else {
-            self.segment.inline(rank, self.ring.index(self.ring.consumed()))
-        };
+        let slot = slot_to_read(rank, at.group.takes_areas(), at.group.most, self.segment, self.ring);
         slot.slice(at.offset(rank) + at.done, n)
     }
 }

@@ -2,7 +2,8 @@
 //! of one node through a shared memory segment.
 //!
 //! How it fits together: `handover` gives every local rank the same `segment` (laid out by `geometry`, made of the structures
-//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many, `exchange` does one) over the slot `ring`, or by `direct` where the
+//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many, `exchange` does one, `script` one that
+//! is a whole phase, as often as it comes) over the slot `ring`, or by `direct` where the
 //! data lies in memory that the ranks share (`shared`);
 //! `probe` times rings of several sizes;
 //! `messages` sends point to point over `pair` cells; `doorbell` puts ranks to sleep and wakes them; `abort` and
@@ -50,6 +51,8 @@ mod peers;
 mod phases;
 #[cfg(not(loom))]
 pub mod probe;
+#[cfg(not(loom))]
+mod script;
 #[cfg(not(loom))]
 mod segment;
 #[cfg(not(loom))]

@@ -171,7 +171,7 @@ impl Rank {
             return Ok(false);
         }
         for &peer in self.writers(exchange).iter().filter(|&&w| w != self.me) {
-            if !self.ring.is_ready(&*self.heap, peer) {
+            if !self.ring.ready(&*self.heap, peer).is_some() {
                 return Err(peer);
             }
             let slot = self.heap.slot(peer, self.ring.index(exchange));

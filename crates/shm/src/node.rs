@@ -15,8 +15,9 @@ use crate::handover::Membership;
 use crate::layout::Memory;
 use crate::messages::Messages;
 use crate::peers::Peers;
-use crate::phases::Phases;
+use crate::phases::{Phases, TakenUp};
 use crate::ring::Ring;
+use crate::script::SoFar;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
 use crate::{Geometry, abort, log};
@@ -152,48 +153,36 @@ impl ShmNode {
         Ok((consumed == Step::Moved || published == Step::Moved, [consumed, published]))
     }
 
-    /// Runs a phase that was taken up, as far as `patience` goes. Whether it is over.
-    fn exchange_now(&mut self, run: &PhaseRun, number: u64, mut patience: u32) -> Result<bool> {
-        if !self.phases.publish_at_once(run, &self.segment, &mut self.ring) {
-            return Ok(false);
+    /// Runs a phase that was taken up, as far as `patience` goes. How far that is; `None`: it is over.
+    fn exchange_now(&mut self, run: &PhaseRun, up: TakenUp, mut patience: u32) -> Result<Option<SoFar>> {
+        let ShmNode { me, ranks, segment, ring, phases, .. } = self;
+        let notify = || doorbell::notify(&**segment, *me, ranks.len());
+        let mut playing = phases.play(run, up, segment);
+        if !playing.publish(ring) {
+            return Ok(Some(playing.so_far));
         }
         // Where nobody is waited for, sleepers are looked for once, behind both steps; unless the second takes long.
-        let mut told = self.phases.published_bytes() > BRIEF;
+        let mut told = playing.bytes() > BRIEF;
         if told {
-            self.notify();
+            notify();
         }
-        let over = loop {
-            match self.phases.consume_at_once(run, &self.segment, &mut self.ring)? {
-                None => break true,
-                Some(Step::Idle | Step::Moved) => {}
-                Some(Step::Blocked(peer)) => {
-                    if !told {
-                        self.notify();
-                        told = true;
-                    }
-                    if !self.look_for(peer, &mut patience) {
-                        break false;
-                    }
-                }
+        let given_up = loop {
+            let Some(peer) = playing.take(ring)? else { break None };
+            if !told {
+                notify();
+                told = true;
+            }
+            if !look_for(peer, &mut patience, segment, ring) {
+                break Some(playing.so_far);
             }
         };
-        self.notify();
-        if over {
-            self.phases.end_at_once(number, &run.call, &self.segment, &mut self.ring)?;
+        // Whoever reads has compared calls, and waited for others: there is nothing to find out, nor time to use.
+        let alone = !playing.reads_peers();
+        notify();
+        if given_up.is_none() && alone {
+            phases.end_at_once(up, &run.call, segment, ring)?;
         }
-        Ok(over)
-    }
-
-    /// Whether `peer` publishes the next exchange within `patience` looks.
-    fn look_for(&self, peer: usize, patience: &mut u32) -> bool {
-        while !self.ring.has_published(&*self.segment, peer) {
-            if *patience == 0 || abort::is_raised(&*self.segment) {
-                return false;
-            }
-            *patience -= 1;
-            std::hint::spin_loop();
-        }
-        true
+        Ok(given_up)
     }
 
     /// Lets peers know which phase this rank is in.
@@ -244,6 +233,18 @@ impl ShmNode {
     }
 }
 
+/// Whether `peer` publishes the next exchange within `patience` looks.
+fn look_for(peer: usize, patience: &mut u32, segment: &Segment, ring: &Ring) -> bool {
+    while !ring.has_published(segment, peer) {
+        if *patience == 0 || abort::is_raised(segment) {
+            return false;
+        }
+        *patience -= 1;
+        std::hint::spin_loop();
+    }
+    true
+}
+
 impl NodeLocal for ShmNode {
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
         self.check()?;
@@ -256,17 +257,17 @@ impl NodeLocal for ShmNode {
 
     fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
         self.check()?;
-        let number = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
-        let Some(number) = number else {
+        let up = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
+        let Some(up) = up else {
             self.submit(run.clone())?;
             return Ok(false);
         };
         self.stuck_on = None;
-        self.note(number, &run.call);
-        match self.exchange_now(run, number, patience) {
-            Ok(true) => Ok(true),
-            Ok(false) => {
-                self.phases.keep(run.clone());
+        self.note(up.number, &run.call);
+        match self.exchange_now(run, up, patience) {
+            Ok(None) => Ok(true),
+            Ok(Some(so_far)) => {
+                self.phases.keep(run.clone(), up, so_far);
                 Ok(false)
             }
             Err(error) => Err(self.fail(error)),

@@ -20,6 +20,7 @@ use crate::exchange::{
 };
 use crate::log;
 use crate::ring::Ring;
+use crate::script::{Playing, Script, SoFar};
 use crate::segment::Segment;
 use crate::single_copy::{self, SingleCopy};
 
@@ -30,8 +31,9 @@ struct Run {
 }
 
 /// How a phase's data reaches its ranks.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Default, PartialEq)]
 enum Way {
+    #[default]
     Slots,
     /// From memory that the ranks share, where it lies here (`direct`).
     Shared(Place),
@@ -40,18 +42,21 @@ enum Way {
 }
 
 /// A phase that was found sound, and how it begins: the same call is often made again.
+#[derive(Default)]
 struct Known {
-    plan: Arc<Plan>,
+    plan: Option<Arc<Plan>>,
     step: u32,
     shift: usize,
     lens: [usize; 3],
     first: Group,
     way: Way,
+    script: Script,
 }
 
 impl Known {
+    #[inline]
     fn is(&self, run: &PhaseRun) -> bool {
-        Arc::ptr_eq(&self.plan, &run.plan)
+        self.plan.as_ref().is_some_and(|plan| Arc::ptr_eq(plan, &run.plan))
             && (self.step, self.shift, self.lens) == (run.step, run.shift, lens(run))
     }
 }
@@ -69,6 +74,14 @@ fn place_among_known(run: &PhaseRun) -> usize {
     ((Arc::as_ptr(&run.plan) as usize >> 4) + run.step as usize) % KNOWN
 }
 
+/// A phase that is to be over before anything is queued.
+#[derive(Clone, Copy)]
+pub(crate) struct TakenUp {
+    pub(crate) number: u64,
+    /// Its place among those known.
+    place: usize,
+}
+
 pub(crate) struct Phases {
     me: usize,
     /// Group rank of each local rank.
@@ -81,7 +94,7 @@ pub(crate) struct Phases {
     consuming: Consuming,
     sources: Vec<Region>,
     submitted: u64,
-    known: [Option<Known>; KNOWN],
+    known: [Known; KNOWN],
     entered: Entered,
     direct: Direct,
     single_copy: SingleCopy,
@@ -99,7 +112,7 @@ impl Phases {
             consuming: Consuming::new(size),
             sources: Vec::with_capacity(size),
             submitted: 0,
-            known: [const { None }; KNOWN],
+            known: std::array::from_fn(|_| Known::default()),
             entered: Entered::default(),
             direct: Direct::default(),
             single_copy,
@@ -139,7 +152,10 @@ impl Phases {
                 check(&run, self.me, self.ranks.len())?;
                 (self.cutter.whole(moves_of(&run), direct::EXCHANGES), Way::Shared(place))
             }
-            None => self.beginning(&run)?,
+            None => {
+                let known = &self.known[self.beginning(&run)?];
+                (known.first, known.way)
+            }
         };
         if self.queue.is_empty() {
             self.consuming.start(first, 0);
@@ -158,90 +174,81 @@ impl Phases {
         self.submitted - 1
     }
 
-    /// The first group of a phase that lies in no shared memory, and its way; the phase is checked.
-    fn beginning(&mut self, run: &PhaseRun) -> Result<(Group, Way)> {
-        let known = &mut self.known[place_among_known(run)];
-        if let Some(known) = known.as_ref().filter(|known| known.is(run)) {
-            return Ok((known.first, known.way));
+    /// Where a phase is known that lies in no shared memory; it is checked.
+    #[inline(always)]
+    fn beginning(&mut self, run: &PhaseRun) -> Result<usize> {
+        let place = place_among_known(run);
+        if !self.known[place].is(run) {
+            self.get_to_know(run, place)?;
         }
+        Ok(place)
+    }
+
+    #[cold]
+    fn get_to_know(&mut self, run: &PhaseRun, place: usize) -> Result<()> {
         check(run, self.me, self.ranks.len())?;
+        let known = &mut self.known[place];
         let moves = moves_of(run);
-        let (first, way) = if self.single_copy.takes(run, moves) {
+        (known.first, known.way) = if self.single_copy.takes(run, moves) {
             (self.cutter.whole(moves, single_copy::EXCHANGES), Way::SingleCopy)
         } else {
             (self.cutter.group(moves, 0), Way::Slots)
         };
-        let (plan, step, shift) = (Arc::clone(&run.plan), run.step, run.shift);
-        *known = Some(Known { plan, step, shift, lens: lens(run), first, way });
-        Ok((first, way))
+        known.plan = Some(Arc::clone(&run.plan));
+        (known.step, known.shift, known.lens) = (run.step, run.shift, lens(run));
+        known.script.forget();
+        Ok(())
     }
 
-    /// Takes up a phase that is to be over before anything is queued: its number. `None` where it is not one exchange
-    /// through slots, or not the only work. What follows is [`publish_at_once`](Self::publish_at_once), then
-    /// [`consume_at_once`](Self::consume_at_once), and [`keep`](Self::keep) if it is not over.
-    pub(crate) fn take_up(&mut self, run: &PhaseRun) -> Result<Option<u64>> {
+    /// Takes up a phase that is to be over before anything is queued. `None` where it is not one exchange through slots, or
+    /// not the only work. What follows is to [`play`](Self::play) it, and [`keep`](Self::keep) if it is not over.
+    #[inline]
+    pub(crate) fn take_up(&mut self, run: &PhaseRun) -> Result<Option<TakenUp>> {
         if !self.queue.is_empty() || run.call.is_shared() {
             return Ok(None);
         }
-        let (first, way) = self.beginning(run)?;
-        if way != Way::Slots || first.cuts > 1 || first.end < moves_of(run).len() {
-            return Ok(None);
+        let place = self.beginning(run)?;
+        let Known { first, way, script, .. } = &mut self.known[place];
+        if !script.is_written() {
+            let moves = moves_of(run);
+            if *way != Way::Slots || first.cuts > 1 || first.end < moves.len() {
+                return Ok(None);
+            }
+            // Nothing is queued, so nothing is being consumed.
+            script.write(self.me, self.ranks.len(), moves, first, &mut self.consuming);
         }
-        self.publishing = Publishing { run: 0, group: first, cut: 0 };
-        self.consuming.start(first, 0);
-        Ok(Some(self.count()))
+        Ok(Some(TakenUp { number: self.count(), place }))
     }
 
-    /// Bytes that a rank publishes of the phase that was taken up, at most.
-    pub(crate) fn published_bytes(&self) -> usize {
-        self.publishing.group.most
+    /// To run the one exchange of a phase that was taken up.
+    #[inline]
+    pub(crate) fn play<'a>(
+        &'a mut self,
+        run: &'a PhaseRun,
+        up: TakenUp,
+        segment: &'a Segment,
+    ) -> Playing<'a> {
+        let script = &self.known[up.place].script;
+        let (me, ranks, sources) = (self.me, &*self.ranks, &mut self.sources);
+        Playing { me, ranks, script, run, segment, sources, so_far: SoFar::default() }
     }
 
-    /// Publishes the one exchange of a phase that was taken up; false where its slot is not free.
-    pub(crate) fn publish_at_once(&mut self, run: &PhaseRun, segment: &Segment, ring: &mut Ring) -> bool {
-        // Nothing is queued, so this rank is not ahead of itself (E3).
-        if !self.publishing.group.writes {
-            ring.skip(self.publishing.group.takes_areas());
-        } else if ring.in_the_way(segment).is_none() {
-            fill_slot(self.me, run, &self.publishing, segment, ring);
-        } else {
-            return false;
-        }
-        self.publishing.run = 1;
-        true
-    }
-
-    /// As [`consume`](Self::consume), of a phase that was taken up and published. `None` when it is over.
-    pub(crate) fn consume_at_once(
-        &mut self,
-        run: &PhaseRun,
-        segment: &Segment,
-        ring: &mut Ring,
-    ) -> Result<Option<Step>> {
-        let (sources, all) = (&mut self.sources, usize::MAX);
-        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, sources, all);
-        let step = work.consume(&mut self.consuming)?;
-        if step.is_none() {
-            ring.consume(segment, self.consuming.group.takes_areas());
-            self.publishing.run = 0;
-        }
-        Ok(step)
-    }
-
-    /// Behind the one exchange of a phase that was taken up, and a fence that follows its publishing.
+    /// Behind the one exchange of a phase that was taken up and in which nobody is read, and a fence that follows its
+    /// publishing.
     pub(crate) fn end_at_once(
         &self,
-        number: u64,
+        up: TakenUp,
         call: &PackedCall,
         segment: &Segment,
         ring: &mut Ring,
     ) -> Result<()> {
-        self.check_silence(number, call, ring.consumed() - 1, segment, ring)?;
-        call_back_lines(self.me, &self.consuming.group, segment, ring);
+        let group = &self.known[up.place].first;
+        self.check_silence(up.number, call, group, ring.consumed() - 1, segment, ring)?;
+        call_back_lines(self.me, group, segment, ring);
         Ok(())
     }
 
-    /// Whether `exchange`, the one at hand, is part of the same call on every rank, as far as a rank cannot know that reads no
+    /// Whether `exchange`, the one at hand, of `group`, is part of the same call on every rank, as far as a rank cannot know that reads no
     /// slot: two roots would not notice each other.
     ///
     /// # Errors
@@ -250,11 +257,11 @@ impl Phases {
         &self,
         number: u64,
         call: &PackedCall,
+        group: &Group,
         exchange: u64,
         segment: &Segment,
         ring: &Ring,
     ) -> Result<()> {
-        let group = &self.consuming.group;
         if !group.reads.is_empty() || !call.is_rooted() {
             return Ok(());
         }
@@ -280,9 +287,14 @@ impl Phases {
         }
     }
 
-    /// Queues a phase that was taken up, as far as it is.
-    pub(crate) fn keep(&mut self, run: PhaseRun) {
-        self.queue.push_back(Run { run, first: self.consuming.group, way: Way::Slots });
+    /// Queues a phase that was taken up, to go on without its script (W2).
+    pub(crate) fn keep(&mut self, run: PhaseRun, up: TakenUp, so_far: SoFar) {
+        let Known { first, script, .. } = &self.known[up.place];
+        let (first, moves) = (*first, moves_of(&run));
+        self.consuming.start_at(so_far.next_move(script, moves.len()), first, moves);
+        let (ahead, group) = if so_far.published { (1, Group::default()) } else { (0, first) };
+        self.publishing = Publishing { run: ahead, group, cut: 0 };
+        self.queue.push_back(Run { run, first, way: Way::Slots });
     }
 
     /// Where the data lies, of a call on shared memory. None: this phase moves other data (what came from other nodes,
@@ -371,7 +383,7 @@ impl Phases {
             return Ok(step);
         }
         let number = self.submitted - self.queue.len() as u64;
-        self.check_silence(number, &run.call, ring.consumed(), segment, ring)?;
+        self.check_silence(number, &run.call, &self.consuming.group, ring.consumed(), segment, ring)?;
         let again = *way == Way::SingleCopy && self.consuming.cut > 0 && self.single_copy.has_failed();
         ring.consume(segment, self.consuming.group.takes_areas());
         if again {

@@ -19,7 +19,7 @@
 //!   a rank publishes it, as `e`, nobody has a use for what they held before: that was the `a - K`-th's, so `e - K` or an
 //!   older one, which every peer has consumed (E2), and so has the rank itself (E3).
 
-use crate::layout::{Memory, SlotHead};
+use crate::layout::{Line, Memory, SlotHead};
 use crate::sync::{Ordering, recycle_order};
 
 pub(crate) const MAX_SLOTS: usize = 64;
@@ -166,19 +166,20 @@ impl Ring {
         self.filled += u64::from(areas);
     }
 
-    /// Whether `peer` has published the exchange to consume next.
+    /// The head of `peer`'s slot, if it has published the exchange to consume next.
     #[inline]
-    pub(crate) fn is_ready(&mut self, memory: &impl Memory, peer: usize) -> bool {
-        let word = memory.slot(peer, self.index(self.consumed)).word();
+    pub(crate) fn ready<'a>(&mut self, memory: &'a impl Memory, peer: usize) -> Option<&'a Line<SlotHead>> {
+        let head = memory.slot(peer, self.index(self.consumed));
+        let word = head.word();
         if word >> LAG_BITS != self.consumed + 1 {
-            return false;
+            return None;
         }
         let acknowledged = self.consumed.saturating_sub(word & ((1 << LAG_BITS) - 1));
         self.peers[peer] = self.peers[peer].max(acknowledged);
-        true
+        Some(head)
     }
 
-    /// As [`Ring::is_ready`], learning nothing.
+    /// As [`Ring::ready`], learning nothing.
     pub(crate) fn has_published(&self, memory: &impl Memory, peer: usize) -> bool {
         memory.slot(peer, self.index(self.consumed)).word() >> LAG_BITS == self.consumed + 1
     }

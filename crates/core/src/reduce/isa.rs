@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::element::{BF16, Bool, Element, F16, F32, F64, I8, I16, I32, I64, LANES, U8};
 use super::half;
-use super::kernel::{Job, drive};
+use super::kernel::{Job, drive, drive_few};
 use super::op::{And, Max, Min, Op, Or, Product, Sum, Xor};
 use crate::dtype::{DType, ReduceOp};
 use crate::transport::Arith;
@@ -106,6 +106,15 @@ pub fn run(variant: Variant, arith: Arith, job: Job<'_>, range: Range<usize>) {
     }
 }
 
+/// Elements of which so many at most are reduced one at a time, as every CPU does it.
+pub const FEW: usize = 4;
+
+/// Reduces all elements of `job`, which are few.
+pub fn run_few(arith: Arith, job: Job<'_>, count: usize) {
+    debug_assert!(count <= FEW);
+    by_dtype::<Few>(arith, job, 0..count);
+}
+
 fn by_dtype<I: Isa>(arith: Arith, job: Job<'_>, range: Range<usize>) {
     let op = arith.op;
     match arith.dtype {
@@ -192,6 +201,22 @@ impl Isa for Portable {
     #[inline(always)]
     fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
         src.map(|single| half::f32_to_f16(single).to_ne_bytes())
+    }
+}
+
+/// As [`Portable`], for a few elements.
+struct Few;
+impl Isa for Few {
+    fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+        drive_few::<E, O>(job, range);
+    }
+    #[inline(always)]
+    fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES] {
+        Portable::widen_f16(src)
+    }
+    #[inline(always)]
+    fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
+        Portable::narrow_f16(src)
     }
 }
 

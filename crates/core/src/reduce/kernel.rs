@@ -83,6 +83,22 @@ pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     }
 }
 
+/// As [`drive`], one element at a time and without a block: what costs least where there are few.
+#[inline(always)]
+pub fn drive_few<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+    const { assert!(align_of::<E::Raw>() == 1) };
+    let Some((first, rest)) = job.srcs.split_first() else { return };
+    for i in range {
+        let one = i..i + 1;
+        // SAFETY: `read` checks the bounds (R2); alignment is 1; R1 makes the bytes valid and unwritten meanwhile.
+        let read = |src: &Region| E::widen(unsafe { *Job::read::<E::Raw>(src, &one).cast::<E::Raw>() });
+        let all = rest.iter().fold(read(first), |acc, src| O::apply(acc, read(src)));
+        let result = job.divisor.map_or(all, |divisor| E::divide(all, divisor));
+        // SAFETY: as above; the bytes are ours alone to write, and this element of all sources has been read (K5).
+        unsafe { *job.write::<E::Raw>(&one).cast::<E::Raw>() = E::narrow(result) };
+    }
+}
+
 /// The reduction of all sources' elements `part`.
 #[inline(always)]
 fn gather<E: Element, O: Op<E::Acc>>(acc: &mut [E::Acc], srcs: &[Region], part: &Range<usize>) {

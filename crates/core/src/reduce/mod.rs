@@ -63,9 +63,19 @@ pub fn combine_with(variant: Variant, arith: Arith, finish: bool, dst: Region, s
         ([only], None) => dst.copy_from(*only),
         _ => {
             let job = Job { dst, srcs, divisor };
-            threads::split(count, arith.dtype.size(), |range| isa::run(variant, arith, job, range));
+            if count <= isa::FEW {
+                isa::run_few(arith, job, count);
+            } else {
+                run(variant, arith, job, count);
+            }
         }
     }
+}
+
+/// Not inlined: few elements need nothing of it.
+#[inline(never)]
+fn run(variant: Variant, arith: Arith, job: Job<'_>, count: usize) {
+    threads::split(count, arith.dtype.size(), |range| isa::run(variant, arith, job, range));
 }
 
 /// The number of elements, once lengths have been compared.

@@ -234,9 +234,9 @@ fn pairs() -> impl Iterator<Item = (DType, ReduceOp)> {
         .filter(|(d, o)| o.supports(*d))
 }
 
-/// Around the widths of vectors and of the block.
-const LENGTHS: [usize; 17] =
-    [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 65, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 63];
+/// Around what counts as few, the widths of vectors and of the block.
+const LENGTHS: [usize; 19] =
+    [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 63];
 
 fn describe(dtype: DType, op: ReduceOp, srcs: usize, count: usize, dst: Dst, variant: Variant) -> String {
     format!("{op} of {dtype}, {srcs} sources of {count}, result {dst:?}, {}", variant.name())
