@@ -18,6 +18,9 @@ pub(crate) const ALIGN: usize = 8;
 /// Cuts fall on cache lines of the move.
 const CUT_ALIGN: usize = 64;
 
+/// Parts of areas are no smaller: what is tiny stays in the caches after all.
+const PART_ALIGN: usize = 16 << 10;
+
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
@@ -34,6 +37,8 @@ pub(crate) struct Group {
     pub(crate) inline: bool,
     /// Bytes that a rank puts into its slots, at most.
     pub(crate) most: usize,
+    /// Bytes of an area's part that the exchange takes, if areas have several; 0: areas are not parted (`exchange::area`).
+    pub(crate) part: usize,
     /// This rank gives something to others.
     pub(crate) writes: bool,
     /// Peers whose slots this rank reads.
@@ -138,6 +143,8 @@ impl Cutter {
         if most > self.slot_bytes {
             let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
             group.cuts = most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2));
+        } else if self.bytes.len() > 2 || group.givers.iter().count() == 1 {
+            group.part = most.next_multiple_of(PART_ALIGN);
         }
         group
     }

@@ -115,7 +115,7 @@ impl Consuming {
 /// Publishes what this rank gives in the exchange `at`; its slot is free.
 pub(crate) fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
     let areas = at.group.takes_areas();
-    let slot = slot_to_fill(me, areas, at.group.most, segment, ring);
+    let slot = slot_to_fill(me, areas, at.group.part, segment, ring);
     let mut offset = 0;
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
@@ -144,17 +144,16 @@ pub(crate) fn call_back_lines(me: usize, group: &Group, segment: &Segment, ring:
     if cuts <= geometry.slots as u64 / 2 && ring.is_consumed_but_for(cuts, segment) {
         let len = group.most.div_ceil(group.cuts).min(geometry.slot);
         (0..cuts).for_each(|ahead| {
-            area(segment, ring.area_to_fill(me, ahead), group.most).slice(0, len).fetch_for_writing()
+            area(segment, ring.area_to_fill(me, ahead), group.part).slice(0, len).fetch_for_writing()
         });
     }
 }
 
-/// Where `me` puts its pieces of the exchange to publish next: into an area, or into its slot's head;
-/// no rank has more than `most` bytes.
+/// Where `me` puts its pieces of the exchange to publish next: into an area, or into its slot's head.
 #[inline]
-pub(crate) fn slot_to_fill(me: usize, areas: bool, most: usize, segment: &Segment, ring: &Ring) -> Region {
+pub(crate) fn slot_to_fill(me: usize, areas: bool, part: usize, segment: &Segment, ring: &Ring) -> Region {
     if areas {
-        area(segment, ring.area_to_fill(me, 0), most)
+        area(segment, ring.area_to_fill(me, 0), part)
     } else {
         segment.inline(me, ring.index(ring.published()))
     }
@@ -162,9 +161,9 @@ pub(crate) fn slot_to_fill(me: usize, areas: bool, most: usize, segment: &Segmen
 
 /// Where `rank` has its pieces of the exchange to consume next.
 #[inline]
-pub(crate) fn slot_to_read(rank: usize, areas: bool, most: usize, segment: &Segment, ring: &Ring) -> Region {
+pub(crate) fn slot_to_read(rank: usize, areas: bool, part: usize, segment: &Segment, ring: &Ring) -> Region {
     if areas {
-        area(segment, ring.area_to_read(rank), most)
+        area(segment, ring.area_to_read(rank), part)
     } else {
         segment.inline(rank, ring.index(ring.consumed()))
     }
@@ -190,21 +189,19 @@ pub(crate) fn has_come(
     Err(mismatch(&run.call, ranks[peer], &head.read(|head| head.call)))
 }
 
-/// What an exchange that needs no more takes of an area: the area's parts go around in turn, use after use.
+/// Where in an area the data of an exchange lies: in a part of `part` bytes, another one with each use.
 ///
-/// Large slots are chosen where memory that was written, and read by a peer, is faster to write again once it has left
-/// both second caches (docs/adr/0021). Small exchanges would keep to their areas' beginnings, and those never leave.
-const PART: usize = Tuning::SLOT;
-
-/// Where in an area the data of an exchange lies of which no rank has more than `most` bytes.
+/// Areas larger than usual are chosen where memory that was written, and read by a peer, is faster to write again once it has
+/// left both second caches (docs/adr/0021); small exchanges would keep to their areas' beginnings, and those never leave.
+/// Two ranks that both give write what they read last: that is to stay in the cache, and `part` is 0.
 #[inline]
-fn area(segment: &Segment, at: Area, most: usize) -> Region {
+fn area(segment: &Segment, at: Area, part: usize) -> Region {
     let data = segment.data(at.rank, at.index);
-    let parts = data.len() / PART;
-    if parts < 2 || most > PART {
+    let parts = data.len().checked_div(part).unwrap_or(0);
+    if parts < 2 || data.len() <= Tuning::SLOT {
         return data;
     }
-    data.slice(at.uses as usize % parts * PART, PART)
+    data.slice(at.uses as usize % parts * part, part)
 }
 
 /// One poll's work on one exchange.
@@ -398,7 +395,7 @@ impl<'a> Work<'a> {
         if let Some(data) = self.peers.get(rank) {
             return data.slice(m.src.off + self.run.shift + at.done, n);
         }
-        let slot = slot_to_read(rank, at.group.takes_areas(), at.group.most, self.segment, self.ring);
+        let slot = slot_to_read(rank, at.group.takes_areas(), at.group.part, self.segment, self.ring);
         slot.slice(at.offset(rank) + at.done, n)
     }
 }

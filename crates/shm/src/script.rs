@@ -25,6 +25,8 @@ pub(crate) struct Script {
     written: bool,
     /// Whether the exchange takes areas.
     areas: bool,
+    /// Bytes of an area's part that it takes, as [`Group::part`].
+    part: usize,
     /// Bytes that a rank publishes, at most.
     most: usize,
     /// Empty where this rank publishes nothing.
@@ -95,7 +97,7 @@ impl Script {
         self.takes.clear();
         self.peers.clear();
         self.offsets.clear();
-        (self.areas, self.most) = (group.takes_areas(), group.most);
+        (self.areas, self.part, self.most) = (group.takes_areas(), group.part, group.most);
         let mut seen = Mask::default();
         at.start(*group, 0);
         for (number, m) in moves.iter().enumerate() {
@@ -184,7 +186,7 @@ impl Playing<'_> {
         if self.script.gives.is_empty() {
             ring.skip(areas);
         } else if ring.in_the_way(self.segment).is_none() {
-            let slot = slot_to_fill(self.me, areas, self.script.most, self.segment, ring);
+            let slot = slot_to_fill(self.me, areas, self.script.part, self.segment, ring);
             for Give { src, offset } in &self.script.gives {
                 slot.slice(*offset, src.len).copy_from(self.run.buffers.at(*src, self.run.shift));
             }
@@ -238,7 +240,7 @@ impl Playing<'_> {
     /// What `take` reads of `rank`.
     #[inline]
     fn theirs(&self, rank: usize, offset: usize, take: &Take, ring: &Ring) -> Region {
-        slot_to_read(rank, self.script.areas, self.script.most, self.segment, ring)
+        slot_to_read(rank, self.script.areas, self.script.part, self.segment, ring)
             .slice(offset, take.src.len)
     }
 }
