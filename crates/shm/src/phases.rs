@@ -248,8 +248,8 @@ impl Phases {
         Ok(())
     }
 
-    /// Whether `exchange`, the one at hand, of `group`, is part of the same call on every rank, as far as a rank cannot know that reads no
-    /// slot: two roots would not notice each other.
+    /// Whether `exchange`, the one at hand, of `group`, is part of the same call on every rank, as far as a rank cannot know
+    /// that reads no slot: two roots would not notice each other.
     ///
     /// # Errors
     /// [`Error::Mismatch`]: a peer that should give nothing gave something, as part of another call.

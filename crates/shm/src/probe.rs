@@ -163,6 +163,14 @@ fn exchange(
     Ok(Some(scores(fastest)))
 }
 
+/// Steps of a collective's plan, each shifted by so much.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    collective: Collective,
+    buffers: Buffers,
+    steps: &'a [(u32, usize)],
+}
+
 /// What a rank works with.
 struct Rank<'a> {
     me: usize,
@@ -189,11 +197,13 @@ impl<'a> Rank<'a> {
         // Two rounds are under way at a time.
         let ahead = (1..rounds).flat_map(|round| [(0, round * ROUND), (1, (round - 1) * ROUND)]);
         let steps: Vec<_> = [(0, 0)].into_iter().chain(ahead).chain([(1, (rounds - 1) * ROUND)]).collect();
-        let Some(all_reduce) = self.run_warm(node, Collective::AllReduce, buffers, &steps)? else {
+        let work = Work { collective: Collective::AllReduce, buffers, steps: &steps };
+        let Some(all_reduce) = self.run_warm(node, work)? else {
             return Ok(None);
         };
         let steps: Vec<_> = (0..PIECES).map(|piece| (0, piece * PIECE)).collect();
-        let broadcast = self.run_warm(node, Collective::Broadcast, buffers, &steps)?;
+        let broadcast =
+            self.run_warm(node, Work { collective: Collective::Broadcast, buffers, steps: &steps })?;
         Ok(broadcast.map(|broadcast| [all_reduce, broadcast]))
     }
 
@@ -202,31 +212,20 @@ impl<'a> Rank<'a> {
         // SAFETY: as above.
         let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
         let buffers = Buffers { input, output, scratch: Region::EMPTY };
-        self.run(node, Collective::AllToAll, buffers, &[(0, 0)])
+        self.run(node, Work { collective: Collective::AllToAll, buffers, steps: &[(0, 0)] })
     }
 
     /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.
-    fn run_warm(
-        &mut self,
-        node: &mut ShmNode,
-        collective: Collective,
-        buffers: Buffers,
-        steps: &[(u32, usize)],
-    ) -> Result<Option<f64>, Error> {
-        match self.run(node, collective, buffers, steps)? {
-            Some(_) => self.run(node, collective, buffers, steps),
+    fn run_warm(&mut self, node: &mut ShmNode, work: Work<'_>) -> Result<Option<f64>, Error> {
+        match self.run(node, work)? {
+            Some(_) => self.run(node, work),
             None => Ok(None),
         }
     }
 
-    /// Meets the other rank, then runs these steps of a plan, each shifted by so much: seconds.
-    fn run(
-        &mut self,
-        node: &mut ShmNode,
-        collective: Collective,
-        buffers: Buffers,
-        steps: &[(u32, usize)],
-    ) -> Result<Option<f64>, Error> {
+    /// Meets the other rank, then does the work: seconds.
+    fn run(&mut self, node: &mut ShmNode, work: Work<'_>) -> Result<Option<f64>, Error> {
+        let Work { collective, buffers, steps } = work;
         let plan = Arc::new(plan(collective));
         self.met += 1;
         if !self.meeting.hold(self.me, self.met, self.deadline) {

@@ -24,6 +24,7 @@ const CANDIDATES: [Geometry; 4] = [
     Geometry { slot: 512 << 10, slots: 4 },
     Geometry { slot: 1 << 20, slots: 4 },
 ];
+
 /// What groups use of a node's shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
@@ -55,8 +56,8 @@ pub enum Origin {
 
 /// What a new group would use, as far as it is known without a probe.
 pub fn known(settings: &Settings) -> (Choice, Origin) {
-    if let Some(geometry) = given(settings) {
-        return (Choice { geometry, ..Choice::USUAL }, Origin::Settings);
+    if let Some(given) = given(settings) {
+        return (given, Origin::Settings);
     }
     match cache_file().and_then(|path| remembered(&path, &machine())) {
         Some(found) => (found, Origin::Probe),
@@ -68,10 +69,7 @@ pub fn known(settings: &Settings) -> (Choice, Origin) {
 /// and those of another rank of its node.
 pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
     static FOUND: OnceLock<Choice> = OnceLock::new();
-    match given(settings) {
-        Some(geometry) => Choice { geometry, ..Choice::USUAL },
-        None => *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)),
-    }
+    given(settings).unwrap_or_else(|| *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)))
 }
 
 fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
@@ -87,11 +85,12 @@ fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choic
     }
 }
 
-fn given(settings: &Settings) -> Option<Geometry> {
+fn given(settings: &Settings) -> Option<Choice> {
     let (slot, slots) = (settings.number_set("SMDDP_SHM_SLOT"), settings.number_set("SMDDP_SHM_SLOTS"));
     slot.or(slots)?;
     let usual = Geometry::USUAL;
-    Some(Geometry { slot: slot.unwrap_or(usual.slot), slots: slots.unwrap_or(usual.slots) })
+    let geometry = Geometry { slot: slot.unwrap_or(usual.slot), slots: slots.unwrap_or(usual.slots) };
+    Some(Choice { geometry, ..Choice::USUAL })
 }
 
 fn cache_file() -> Option<PathBuf> {
@@ -128,10 +127,10 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let choices = CANDIDATES
+        let mut choices = CANDIDATES
             .into_iter()
             .flat_map(|geometry| [true, false].map(|single_copy| Choice { geometry, single_copy }));
-        choices.into_iter().find(|&choice| found == words(choice))
+        choices.find(|&choice| found == words(choice))
     })
 }
 
