@@ -19,7 +19,7 @@ pub(crate) const ALIGN: usize = 8;
 const CUT_ALIGN: usize = 64;
 
 /// Parts of areas are no smaller: what is tiny stays in the caches after all.
-const PART_ALIGN: usize = 16 << 10;
+const PART_ALIGN: usize = 4 << 10;
 
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
