@@ -26,7 +26,9 @@ fn small_f32(bencher: Bencher<'_, '_>, variant: Variant) {
     // SAFETY: `memory` outlives the regions and is not touched while they are in use.
     let regions = memory.each_mut().map(|m| unsafe { Region::of(m) });
     let arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
-    bencher.bench_local(|| combine_with(variant, arith, true, regions[2], divan::black_box(&regions[..2])));
+    bencher.bench_local(|| {
+        combine_with(variant, arith, true, regions[2], divan::black_box(&regions[..2]), false)
+    });
 }
 
 /// One reduction of `SRCS` sources apart from the result.
@@ -47,7 +49,7 @@ fn reduce<const SRCS: usize>(bencher: Bencher<'_, '_>, dtype: DType, op: ReduceO
     let regions: Vec<Region> = memory.iter_mut().map(|m| unsafe { Region::of(m) }).collect();
     let arith = Arith { dtype, op, world: SRCS as u32 };
     bencher.counter(BytesCount::new((SRCS + 1) * len)).bench_local(|| {
-        combine_with(variant, arith, true, regions[SRCS], divan::black_box(&regions[..SRCS]))
+        combine_with(variant, arith, true, regions[SRCS], divan::black_box(&regions[..SRCS]), false)
     });
 }
 

@@ -115,6 +115,12 @@ pub const TABLE: &[Row] = &[
         "blocks of 512 KiB and more of all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv): unless the probe found slots faster, always, never",
     ),
     row(
+        "SMDDP_SHM_STREAM",
+        Kind::Bytes(0, 1 << 40),
+        "",
+        "results of so many bytes, all ranks of a node together, are stored past the caches (non-temporal stores), but for all_reduce and reduce; 0: never (default: size of the last-level cache, at most 64M)",
+    ),
+    row(
         "SMDDP_ALGORITHM",
         Kind::Text,
         "",

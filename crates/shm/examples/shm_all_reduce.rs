@@ -65,6 +65,7 @@ fn membership(local_rank: usize, size: usize) -> Membership {
         ranks: (0..size as u32).collect(),
         node: "here".to_owned(),
         single_copy: true,
+        streams_from: None,
         deadline: Instant::now() + Duration::from_secs(10),
     }
 }

@@ -2,9 +2,10 @@
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
+use smddp_core::memory::settle;
 use smddp_core::plan::select::Tuning;
 use smddp_core::plan::{Move, Op, Who};
-use smddp_core::reduce::combine;
+use smddp_core::reduce::{combine, combine_streaming};
 use smddp_core::shared::Place;
 use smddp_core::transport::PhaseRun;
 use smddp_core::{Error, Region, Result};
@@ -217,6 +218,8 @@ pub(crate) struct Work<'a> {
     /// Of a phase that takes its peers' data out of their private memory.
     single_copy: Option<&'a mut SingleCopy>,
     budget: usize,
+    /// Where what is taken is stored past the caches: bytes that were, so far.
+    streamed: Option<&'a mut u64>,
     moved: bool,
 }
 
@@ -246,7 +249,25 @@ impl<'a> Work<'a> {
         sources: &'a mut Vec<Region>,
         budget: usize,
     ) -> Work<'a> {
-        Work { me, ranks, run, segment, ring, sources, peers: &[], single_copy: None, budget, moved: false }
+        let (peers, single_copy) = (&[][..], None);
+        Work {
+            me,
+            ranks,
+            run,
+            segment,
+            ring,
+            sources,
+            peers,
+            single_copy,
+            budget,
+            streamed: None,
+            moved: false,
+        }
+    }
+
+    /// Stores what it takes past the caches, and counts it.
+    pub(crate) fn streaming(self, streamed: &'a mut u64) -> Work<'a> {
+        Work { streamed: Some(streamed), ..self }
     }
 
     /// As [`consume`](Self::consume), of a call on shared memory.
@@ -369,6 +390,10 @@ impl<'a> Work<'a> {
                             return Taken::Failed;
                         }
                     }
+                    _ if self.streamed.is_some() => {
+                        dst.stream_from(self.source(from as usize, m, start, n, at));
+                        settle();
+                    }
                     _ => dst.copy_from(self.source(from as usize, m, start, n, at)),
                 },
                 Who::All => {
@@ -377,10 +402,14 @@ impl<'a> Work<'a> {
                         let source = self.source(rank, m, start, n, at);
                         self.sources.push(source);
                     }
+                    let combine = if self.streamed.is_some() { combine_streaming } else { combine };
                     combine(self.run.arith, m.finish, dst, self.sources);
                 }
             }
             at.done += n;
+            if let Some(streamed) = &mut self.streamed {
+                **streamed += n as u64;
+            }
             self.budget = self.budget.saturating_sub(n * reads);
             self.moved = true;
         }

@@ -50,6 +50,9 @@ pub struct Membership {
     /// Whether this rank reads its peers' private memory for large blocks. Local rank 0's word decides whether the group
     /// tries; then all ranks do in a call, or none.
     pub single_copy: bool,
+    /// Results of so many bytes, all ranks of the node together, are stored past the caches; `None`: never. Each rank does
+    /// as it thinks best.
+    pub streams_from: Option<usize>,
     /// When to give up.
     pub deadline: Instant,
 }

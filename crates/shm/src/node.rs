@@ -57,6 +57,7 @@ impl ShmNode {
                 who.local_rank,
                 who.ranks.clone(),
                 geometry.slot,
+                who.streams_from.map_or(usize::MAX, |bytes| bytes.div_ceil(size)),
                 SingleCopy::new(peers.pids().to_vec(), single_copy, who.single_copy),
             ),
             messages: Messages::new(who.local_rank, &segment),
@@ -77,6 +78,11 @@ impl ShmNode {
     /// Bytes that came straight from peers' private memory so far.
     pub fn copied_once(&self) -> u64 {
         self.phases.single_copy().bytes()
+    }
+
+    /// Bytes of results that were stored past the caches so far.
+    pub fn streamed(&self) -> u64 {
+        self.phases.streamed()
     }
 
     /// Bytes of shared memory the group uses on this node.

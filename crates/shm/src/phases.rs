@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use smddp_core::call::PackedCall;
+use smddp_core::call::{Collective, PackedCall};
 use smddp_core::plan::{Buf, Op, Plan, Span, Who, source_of};
 use smddp_core::shared::Place;
 use smddp_core::transport::{Arith, Ctx, PhaseRun};
@@ -61,6 +61,12 @@ impl Known {
     }
 }
 
+/// Whether the ranks that take do not read, in the same call, the memory that they write to.
+fn is_written_only(run: &PhaseRun) -> bool {
+    let call = run.call.unpack();
+    call.is_some_and(|call| !matches!(call.collective, Collective::AllReduce | Collective::Reduce))
+}
+
 fn lens(run: &PhaseRun) -> [usize; 3] {
     [run.buffers.input.len(), run.buffers.output.len(), run.buffers.scratch.len()]
 }
@@ -88,6 +94,10 @@ pub(crate) struct Phases {
     ranks: Vec<u32>,
     /// Bytes one poll may copy.
     budget: usize,
+    /// Results of at least so many bytes are stored past the caches.
+    streams_from: usize,
+    /// Bytes that were.
+    streamed: u64,
     cutter: Cutter,
     queue: VecDeque<Run>,
     publishing: Publishing,
@@ -101,11 +111,19 @@ pub(crate) struct Phases {
 }
 
 impl Phases {
-    pub(crate) fn new(me: usize, ranks: Vec<u32>, slot_bytes: usize, single_copy: SingleCopy) -> Phases {
+    pub(crate) fn new(
+        me: usize,
+        ranks: Vec<u32>,
+        slot_bytes: usize,
+        streams_from: usize,
+        single_copy: SingleCopy,
+    ) -> Phases {
         let size = ranks.len();
         Phases {
             me,
             budget: slot_bytes.max(64 << 10),
+            streams_from,
+            streamed: 0,
             cutter: Cutter::new(me, size, slot_bytes),
             queue: VecDeque::with_capacity(64),
             publishing: Publishing::default(),
@@ -123,6 +141,11 @@ impl Phases {
     /// The memory that the ranks share.
     pub(crate) fn entered(&mut self) -> &mut Entered {
         &mut self.entered
+    }
+
+    /// Bytes of results that were stored past the caches.
+    pub(crate) fn streamed(&self) -> u64 {
+        self.streamed
     }
 
     pub(crate) fn single_copy(&self) -> &SingleCopy {
@@ -371,6 +394,9 @@ impl Phases {
         }
         let budget = if *way == Way::SingleCopy { single_copy::AT_ONCE } else { self.budget };
         let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget);
+        if run.buffers.output.len() >= self.streams_from && is_written_only(run) {
+            work = work.streaming(&mut self.streamed);
+        }
         let step = match *way {
             Way::Slots => work.consume(&mut self.consuming)?,
             Way::Shared(own) => {

@@ -92,6 +92,7 @@ fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>),
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
         single_copy,
+        streams_from: None,
         deadline: Instant::now() + HANDOVER,
     };
     let mut ends = (Vec::new(), Vec::new());

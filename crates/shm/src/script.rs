@@ -364,7 +364,7 @@ mod tests {
             let bytes = |salt| (0..CELLS * case.cell).map(|i| (i * 7 + me * 13 + salt) as u8).collect();
             Rank {
                 memory: [1, 2, 3].map(bytes),
-                phases: Phases::new(me, (0..size as u32).collect(), geometry.slot, copy),
+                phases: Phases::new(me, (0..size as u32).collect(), geometry.slot, usize::MAX, copy),
                 ring: Ring::new(me, size, geometry.slots),
             }
         }

@@ -15,7 +15,7 @@ use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
 use smddp_core::transport::{Arith, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
-use smddp_shm::Geometry;
+use smddp_shm::{Geometry, Membership};
 
 /// From, to, elements, in place, finish of each move.
 type RawPhase = (Vec<(Who, Who, usize, bool, bool)>, DType, ReduceOp);
@@ -40,6 +40,8 @@ struct Case {
     window: usize,
     /// Polls in vain of a phase that is run on the spot, a rank; `None`: it submits all of them.
     now: Vec<Option<u32>>,
+    /// Whether a rank stores what it takes past the caches.
+    streams: Vec<bool>,
 }
 
 /// Elements around the sizes at which something changes: inline, one slot, several.
@@ -72,10 +74,12 @@ fn case() -> impl Strategy<Value = Case> {
             let phases = prop::collection::vec(phase(size), 1..6);
             let spins = prop::collection::vec(prop_oneof![Just(0usize), Just(3), Just(200)], size);
             let patience = prop_oneof![Just(None), Just(Some(0)), Just(Some(5)), Just(Some(100_000))];
-            (Just((size, slots, window)), phases, spins, prop::collection::vec(patience, size))
+            let each = prop::collection::vec((patience, any::<bool>()), size);
+            (Just((size, slots, window)), phases, spins, each)
         })
-        .prop_map(|((size, slots, window), raw, spins, now)| Case {
-            now,
+        .prop_map(|((size, slots, window), raw, spins, each)| Case {
+            now: each.iter().map(|(now, _)| *now).collect(),
+            streams: each.iter().map(|(_, streams)| *streams).collect(),
             ..build(size, slots, window, raw, spins)
         })
 }
@@ -97,7 +101,17 @@ fn build(size: usize, slots: usize, window: usize, raw: Vec<RawPhase>, spins: Ve
         phases.push(Phase { moves: built, arith: arith(dtype, op, size) });
     }
     let geometry = Geometry { slot: 4096, slots };
-    Case { size, geometry, phases, input, output, spins, window, now: vec![None; size] }
+    Case {
+        size,
+        geometry,
+        phases,
+        input,
+        output,
+        spins,
+        window,
+        now: vec![None; size],
+        streams: vec![false; size],
+    }
 }
 
 /// Bytes that are small numbers of every dtype used here often enough, and never not a number by accident of pattern.
@@ -150,7 +164,13 @@ fn bytes_at(memory: &mut Memory, span: Span) -> Vec<u8> {
 
 fn execute(case: &Case) -> Vec<Memory> {
     let plans: Vec<_> = case.phases.iter().map(|p| one_phase(p.moves.clone())).collect();
-    on_ranks(case.size, case.geometry, |rank, mut node| {
+    // As a collective whose results may go past the caches.
+    let call = |count: usize| Call::new(Collective::AllGather, DType::F32, count as u64).pack();
+    let member = |group, rank: usize, size| Membership {
+        streams_from: case.streams[rank].then_some(1),
+        ..membership(group, rank, size)
+    };
+    on_members(case.size, case.geometry, member, |rank, mut node| {
         let mut memory = memory(case, rank);
         let buffers = memory.buffers();
         let (mut next, mut done) = (0, vec![]);
@@ -208,6 +228,37 @@ fn every_kind_of_move_at_every_edge_of_inline_and_slot() {
                 assert_eq!(execute(&case), model(&case), "{from:?} to {to:?}, {len} bytes, {size} ranks");
             }
         }
+    }
+}
+
+#[test]
+fn large_results_go_past_the_caches_unless_they_were_read_before() {
+    const BLOCK: usize = 10_000;
+    let gathered = |size: usize| size * BLOCK;
+    let each = |from: usize| {
+        let to = Span::output(from * BLOCK, BLOCK);
+        span_move(Who::One(from as u32), Who::All, Span::input(0, BLOCK), to)
+    };
+    let summed = span_move(Who::All, Who::All, Span::input(0, BLOCK), Span::output(0, BLOCK));
+    for (collective, moves, taken) in [
+        (Collective::AllGather, (0..2).map(each).collect(), gathered(2)),
+        (Collective::ReduceScatter, vec![summed], BLOCK),
+        (Collective::AllReduce, vec![summed], 0),
+    ] {
+        let plan = one_phase(moves);
+        // Of both ranks together: just met, and just missed.
+        let member = |group, rank: usize, size| Membership {
+            streams_from: Some(2 * gathered(2) + rank),
+            ..membership(group, rank, size)
+        };
+        let streamed = on_members(2, SMALL, member, |_, mut node| {
+            let mut memory = Memory { input: vec![1; BLOCK], output: vec![0; gathered(2)], scratch: vec![] };
+            let call = Call::new(collective, DType::F32, BLOCK as u64 / 4).pack();
+            node.submit(run(&plan, memory.buffers(), arith(DType::F32, ReduceOp::Sum, 2), call, 1)).unwrap();
+            drive(&mut node, 1, 10).unwrap();
+            node.streamed()
+        });
+        assert_eq!(streamed, [taken as u64, 0], "{collective}");
     }
 }
 

@@ -24,7 +24,7 @@ use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
 use crate::node::{NodeId, cores};
 use crate::runtime::{self, HostTransports};
 use crate::slots::Choice;
-use crate::{Communicator, library_dirs, slots};
+use crate::{Communicator, caches, library_dirs, slots};
 
 /// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best. The first
 /// one always does.
@@ -187,6 +187,7 @@ impl Party<'_> {
                 "auto" => choice.single_copy,
                 other => other == "on",
             },
+            streams_from: caches::streams_from(&self.options.settings),
             deadline: self.deadline,
         };
         let local = match listener {

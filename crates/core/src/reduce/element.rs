@@ -14,7 +14,7 @@ pub const LANES: usize = 16;
 /// An element type. All slices given to one call have the same length, at most a block's.
 pub trait Element {
     /// An element in memory.
-    type Raw: Copy;
+    type Raw: Copy + Default;
     /// What it is reduced in.
     type Acc: Copy + Default;
 

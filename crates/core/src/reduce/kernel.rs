@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::element::Element;
 use super::op::Op;
-use crate::memory::Region;
+use crate::memory::{Region, settle};
 
 /// Elements reduced at a time.
 pub const BLOCK: usize = 512;
@@ -44,6 +44,8 @@ pub struct Job<'a> {
     pub srcs: &'a [Region],
     /// What the result is divided by, for averages.
     pub divisor: Option<u32>,
+    /// The result is stored past the caches.
+    pub streams: bool,
 }
 
 impl Job<'_> {
@@ -54,10 +56,15 @@ impl Job<'_> {
         std::ptr::slice_from_raw_parts(part.as_ptr().cast::<R>(), range.len())
     }
 
+    /// Where the elements `range` of the result go.
+    #[inline(always)]
+    fn target<R>(&self, range: &Range<usize>) -> Region {
+        self.dst.slice(range.start * size_of::<R>(), range.len() * size_of::<R>())
+    }
+
     #[inline(always)]
     fn write<R>(&self, range: &Range<usize>) -> *mut [R] {
-        let part = self.dst.slice(range.start * size_of::<R>(), range.len() * size_of::<R>());
-        std::ptr::slice_from_raw_parts_mut(part.as_ptr().cast::<R>(), range.len())
+        std::ptr::slice_from_raw_parts_mut(self.target::<R>(range).as_ptr().cast::<R>(), range.len())
     }
 }
 
@@ -66,6 +73,7 @@ impl Job<'_> {
 pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     const { assert!(align_of::<E::Raw>() == 1) };
     let mut block = Block::new(range.len());
+    let mut results = job.streams.then(|| Block::<E::Raw>::new(range.len()));
     let mut start = range.start;
     while start < range.end {
         let part = start..range.end.min(start + BLOCK);
@@ -76,10 +84,20 @@ pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
                 *acc = E::divide(*acc, divisor);
             }
         }
-        // SAFETY: `write` checked the bounds (R2); alignment is 1; R1 makes the bytes valid and ours alone; the
-        // references made in `gather`, which may be to the same bytes (K5), are gone.
-        E::emit(unsafe { &mut *job.write::<E::Raw>(&part) }, acc);
+        if let Some(results) = &mut results {
+            let results = results.first(part.len());
+            E::emit(results, acc);
+            // SAFETY: `results` stays borrowed until the copy is over.
+            job.target::<E::Raw>(&part).stream_from(unsafe { Region::of(results) });
+        } else {
+            // SAFETY: `write` checked the bounds (R2); alignment is 1; R1 makes the bytes valid and ours alone; the
+            // references made in `gather`, which may be to the same bytes (K5), are gone.
+            E::emit(unsafe { &mut *job.write::<E::Raw>(&part) }, acc);
+        }
         start = part.end;
+    }
+    if job.streams {
+        settle();
     }
 }
 

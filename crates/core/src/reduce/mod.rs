@@ -47,14 +47,29 @@ use kernel::Job;
 /// When `srcs` is empty, or lengths differ or are no multiple of the element size: a plan that was not checked.
 /// Pairs of reduction and dtype are checked where calls enter ([`ReduceOp::supports`]).
 pub fn combine(arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
-    combine_with(isa::current(), arith, finish, dst, srcs);
+    combine_with(isa::current(), arith, finish, dst, srcs, false);
 }
 
-/// [`combine`] with a variant of the caller's choice: for tests and benches.
+/// [`combine`], with its result stored [past the caches](Region::stream_from).
 ///
 /// # Panics
 /// As [`combine`].
-pub fn combine_with(variant: Variant, arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
+pub fn combine_streaming(arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
+    combine_with(isa::current(), arith, finish, dst, srcs, true);
+}
+
+/// [`combine`] or [`combine_streaming`] with a variant of the caller's choice: for tests and benches.
+///
+/// # Panics
+/// As [`combine`].
+pub fn combine_with(
+    variant: Variant,
+    arith: Arith,
+    finish: bool,
+    dst: Region,
+    srcs: &[Region],
+    streams: bool,
+) {
     debug_assert!(arith.op.supports(arith.dtype), "{} of {}", arith.op, arith.dtype);
     let count = check(arith.dtype, dst, srcs);
     let divisor = (finish && arith.op == ReduceOp::Avg).then_some(arith.world.max(1));
@@ -62,7 +77,7 @@ pub fn combine_with(variant: Variant, arith: Arith, finish: bool, dst: Region, s
         _ if count == 0 => {}
         ([only], None) => dst.copy_from(*only),
         _ => {
-            let job = Job { dst, srcs, divisor };
+            let job = Job { dst, srcs, divisor, streams };
             if count <= isa::FEW {
                 isa::run_few(arith, job, count);
             } else {

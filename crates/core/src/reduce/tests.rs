@@ -145,8 +145,22 @@ enum Dst {
     Over(usize),
 }
 
-/// What `combine` gives, from and to odd addresses; checks that nothing but `dst` was written.
+/// What `combine` gives, and `combine_streaming` as well.
 fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
+    let [cached, streamed] = [false, true].map(|streams| stored(variant, arith, finish, srcs, dst, streams));
+    assert!(cached == streamed, "past the caches went something else");
+    cached
+}
+
+/// What one of them gives, from and to odd addresses; checks that nothing but `dst` was written.
+fn stored(
+    variant: Variant,
+    arith: Arith,
+    finish: bool,
+    srcs: &[Vec<u8>],
+    dst: Dst,
+    streams: bool,
+) -> Vec<u8> {
     const MARGIN: usize = 3;
     let framed = |bytes: &[u8]| [&[0xa5; MARGIN], bytes, &[0x5a; MARGIN]].concat();
     let len = srcs[0].len();
@@ -161,7 +175,7 @@ fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: 
         // SAFETY: `memory` outlives the regions, and is not touched while they are in use.
         .map(|m| unsafe { Region::of(m) }.slice(MARGIN, len))
         .collect();
-    combine_with(variant, arith, finish, regions[into], &regions[..srcs.len()]);
+    combine_with(variant, arith, finish, regions[into], &regions[..srcs.len()], streams);
     for (i, m) in memory.iter().enumerate() {
         let inner = &m[MARGIN..MARGIN + len];
         if i != into {
