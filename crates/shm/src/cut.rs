@@ -39,6 +39,8 @@ pub(crate) struct Group {
     pub(crate) most: usize,
     /// Bytes of an area's part that the exchange takes, if areas have several; 0: areas are not parted (`exchange::area`).
     pub(crate) part: usize,
+    /// Ranks write slots again that their peers have read; two ranks that both give swap them.
+    pub(crate) rewrites: bool,
     /// This rank gives something to others.
     pub(crate) writes: bool,
     /// Peers whose slots this rank reads.
@@ -140,10 +142,11 @@ impl Cutter {
         let most = self.bytes.iter().max().map_or(0, |extra| all_bytes + extra).max(0) as usize;
         group.inline = most <= INLINE;
         group.most = most;
+        group.rewrites = self.bytes.len() > 2 || group.givers.iter().count() == 1;
         if most > self.slot_bytes {
             let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
             group.cuts = most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2));
-        } else if self.bytes.len() > 2 || group.givers.iter().count() == 1 {
+        } else if group.rewrites {
             group.part = most.next_multiple_of(PART_ALIGN);
         }
         group

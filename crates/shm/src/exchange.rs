@@ -14,6 +14,7 @@ use crate::cut::{Group, aligned, includes, travels};
 use crate::direct::{Direct, Entered};
 use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
+use crate::pen::Pen;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
@@ -114,13 +115,25 @@ impl Consuming {
 }
 
 /// Publishes what this rank gives in the exchange `at`; its slot is free.
-pub(crate) fn fill_slot(me: usize, run: &PhaseRun, at: &Publishing, segment: &Segment, ring: &mut Ring) {
+pub(crate) fn fill_slot(
+    me: usize,
+    run: &PhaseRun,
+    at: &Publishing,
+    segment: &Segment,
+    ring: &mut Ring,
+    pen: &mut Pen,
+) {
     let areas = at.group.takes_areas();
     let slot = slot_to_fill(me, areas, at.group.part, segment, ring);
     let mut offset = 0;
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
-        slot.slice(offset, len).copy_from(run.buffers.at(m.src, run.shift).slice(start, len));
+        let (place, piece) = (slot.slice(offset, len), run.buffers.at(m.src, run.shift).slice(start, len));
+        if at.group.rewrites {
+            pen.write(place, piece)
+        } else {
+            place.copy_from(piece)
+        }
         offset += aligned(len);
     }
     ring.publish(segment, areas, |head: &mut SlotHead| head.call = run.call);

@@ -19,6 +19,7 @@ use crate::exchange::{
     Consuming, Publishing, Sharing, Step, Work, call_back_lines, fill_slot, mismatch, moves_of, publish_words,
 };
 use crate::log;
+use crate::pen::Pen;
 use crate::ring::Ring;
 use crate::script::{Playing, Script, SoFar};
 use crate::segment::Segment;
@@ -94,6 +95,7 @@ pub(crate) struct Phases {
     ranks: Vec<u32>,
     /// Bytes one poll may copy.
     budget: usize,
+    pen: Pen,
     /// Results of at least so many bytes are stored past the caches.
     streams_from: usize,
     /// Bytes that were.
@@ -122,6 +124,7 @@ impl Phases {
         Phases {
             me,
             budget: slot_bytes.max(64 << 10),
+            pen: Pen::new(streams_from < usize::MAX),
             streams_from,
             streamed: 0,
             cutter: Cutter::new(me, size, slot_bytes),
@@ -252,8 +255,8 @@ impl Phases {
         segment: &'a Segment,
     ) -> Playing<'a> {
         let script = &self.known[up.place].script;
-        let (me, ranks, sources) = (self.me, &*self.ranks, &mut self.sources);
-        Playing { me, ranks, script, run, segment, sources, so_far: SoFar::default() }
+        let (me, ranks, sources, pen) = (self.me, &*self.ranks, &mut self.sources, &mut self.pen);
+        Playing { me, ranks, script, run, segment, sources, pen, so_far: SoFar::default() }
     }
 
     /// Behind the one exchange of a phase that was taken up and in which nobody is read, and a fence that follows its
@@ -357,7 +360,7 @@ impl Phases {
             return Step::Blocked(peer);
         } else {
             match way {
-                Way::Slots => fill_slot(self.me, run, at, segment, ring),
+                Way::Slots => fill_slot(self.me, run, at, segment, ring, &mut self.pen),
                 Way::Shared(place) => publish_words(run, bytemuck::bytes_of(place), segment, ring),
                 Way::SingleCopy if at.cut == 0 => {
                     let offer = self.single_copy.offer(run, moves, self.me);

@@ -16,6 +16,7 @@ use crate::cut::{Group, includes, travels};
 use crate::exchange::{Consuming, has_come, slot_to_fill, slot_to_read};
 use crate::layout::SlotHead;
 use crate::mask::Mask;
+use crate::pen::Pen;
 use crate::ring::Ring;
 use crate::segment::Segment;
 
@@ -27,6 +28,8 @@ pub(crate) struct Script {
     areas: bool,
     /// Bytes of an area's part that it takes, as [`Group::part`].
     part: usize,
+    /// As [`Group::rewrites`].
+    rewrites: bool,
     /// Bytes that a rank publishes, at most.
     most: usize,
     /// Empty where this rank publishes nothing.
@@ -97,7 +100,8 @@ impl Script {
         self.takes.clear();
         self.peers.clear();
         self.offsets.clear();
-        (self.areas, self.part, self.most) = (group.takes_areas(), group.part, group.most);
+        (self.areas, self.part, self.rewrites) = (group.takes_areas(), group.part, group.rewrites);
+        self.most = group.most;
         let mut seen = Mask::default();
         at.start(*group, 0);
         for (number, m) in moves.iter().enumerate() {
@@ -147,6 +151,7 @@ pub(crate) struct Playing<'a> {
     pub(crate) run: &'a PhaseRun,
     pub(crate) segment: &'a Segment,
     pub(crate) sources: &'a mut Vec<Region>,
+    pub(crate) pen: &'a mut Pen,
     pub(crate) so_far: SoFar,
 }
 
@@ -188,7 +193,9 @@ impl Playing<'_> {
         } else if ring.in_the_way(self.segment).is_none() {
             let slot = slot_to_fill(self.me, areas, self.script.part, self.segment, ring);
             for Give { src, offset } in &self.script.gives {
-                slot.slice(*offset, src.len).copy_from(self.run.buffers.at(*src, self.run.shift));
+                let (place, piece) =
+                    (slot.slice(*offset, src.len), self.run.buffers.at(*src, self.run.shift));
+                if self.script.rewrites { self.pen.write(place, piece) } else { place.copy_from(piece) }
             }
             ring.publish(self.segment, areas, |head: &mut SlotHead| head.call = self.run.call);
         } else {
