@@ -17,6 +17,7 @@ use crate::buffer::Buffer;
 use crate::layout::{Frame, Memory};
 use crate::mask::Mask;
 use crate::pair::Place;
+use crate::pen::Pen;
 use crate::segment::Segment;
 
 struct Outgoing {
@@ -61,6 +62,7 @@ struct Lane {
 
 pub(crate) struct Messages {
     me: usize,
+    pen: Pen,
     cells: usize,
     /// Bytes one poll may copy, each way.
     budget: usize,
@@ -73,10 +75,11 @@ pub(crate) struct Messages {
 }
 
 impl Messages {
-    pub(crate) fn new(me: usize, segment: &Segment) -> Messages {
+    pub(crate) fn new(me: usize, segment: &Segment, pen: Pen) -> Messages {
         let layout = segment.layout();
         Messages {
             me,
+            pen,
             cells: layout.cells,
             budget: layout.geometry.slot.max(64 << 10),
             lanes: (0..layout.local_size).map(|_| Lane::default()).collect(),
@@ -176,7 +179,7 @@ impl Messages {
             }
             let data = segment.cell_data(self.me, peer, index);
             let len = (message.region.len() - *sent).min(data.len());
-            data.slice(0, len).copy_from(message.region.slice(*sent, len));
+            self.pen.write(data.slice(0, len), message.region.slice(*sent, len));
             let frame = Frame {
                 key: message.key,
                 call: message.call,

@@ -15,6 +15,7 @@ use crate::handover::Membership;
 use crate::layout::Memory;
 use crate::messages::Messages;
 use crate::peers::Peers;
+use crate::pen::Pen;
 use crate::phases::{Phases, TakenUp};
 use crate::ring::Ring;
 use crate::script::SoFar;
@@ -60,7 +61,7 @@ impl ShmNode {
                 who.streams_from.map_or(usize::MAX, |bytes| bytes.div_ceil(size)),
                 SingleCopy::new(peers.pids().to_vec(), single_copy, who.single_copy),
             ),
-            messages: Messages::new(who.local_rank, &segment),
+            messages: Messages::new(who.local_rank, &segment, Pen::new(who.streams_from.is_some())),
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
             segment,
             sleeper: Sleeper::default(),

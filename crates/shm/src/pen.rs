@@ -16,8 +16,9 @@ const LEAST: usize = 16 << 10;
 const TIMED: u32 = 4;
 /// Of so many pieces one goes the other way, timed.
 const TRIED: u32 = 32;
-/// Past the caches must be so many times as fast.
-const WORTH: f32 = 1.6;
+/// Past the caches must be so many times as fast, for it is slower to read: on that EPYC it is 1.7 times as fast with a shared
+/// cache, and a loss, and 7 times without.
+const WORTH: f32 = 3.0;
 /// A time above the last one counts for so much of it: a rank may have been stopped meanwhile.
 const RISE: f32 = 1.2;
 
@@ -105,7 +106,7 @@ mod tests {
     fn it_takes_to_the_faster_way_and_back() {
         let mut pen = Pen::new(true);
         assert_eq!(streamed(&mut pen, 10 * TRIED, [1.0, 1.0]), 10, "only tries it");
-        assert_eq!(streamed(&mut pen, 10 * TRIED, [1.5, 1.0]), 10, "not worth it");
+        assert_eq!(streamed(&mut pen, 10 * TRIED, [2.9, 1.0]), 10, "not worth it");
         let dear = [15.0, 1.0];
         assert!(streamed(&mut pen, 2 * TRIED, dear) > TRIED, "is soon past the caches");
         assert_eq!(streamed(&mut pen, 10 * TRIED, dear), 10 * (TRIED - 1), "and stays there");
