@@ -5,7 +5,7 @@ use smddp_core::error::Site;
 use smddp_core::memory::settle;
 use smddp_core::plan::select::Tuning;
 use smddp_core::plan::{Move, Op, Who};
-use smddp_core::reduce::{combine, combine_streaming};
+use smddp_core::reduce::{Store, combine_and};
 use smddp_core::shared::Place;
 use smddp_core::transport::PhaseRun;
 use smddp_core::{Error, Region, Result};
@@ -415,8 +415,8 @@ impl<'a> Work<'a> {
                         let source = self.source(rank, m, start, n, at);
                         self.sources.push(source);
                     }
-                    let combine = if self.streamed.is_some() { combine_streaming } else { combine };
-                    combine(self.run.arith, m.finish, dst, self.sources);
+                    let store = if self.streamed.is_some() { Store::PastCaches } else { Store::Cached };
+                    combine_and(store, self.run.arith, m.finish, dst, self.sources);
                 }
             }
             at.done += n;

@@ -1,14 +1,17 @@
-//! The one loop behind every reduction: a block of accumulators on the stack, which stays in the first-level cache,
-//! goes over all sources before its result is written.
+//! The loops behind every reduction. A strip of accumulators, which fits into registers, goes over all sources before its
+//! result is written, so that the ways of all sources and of the result through the caches overlap. What is left of a strip, and
+//! results that go past the caches, are reduced in blocks on the stack, which stay in the first-level cache.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::Store;
 use super::element::Element;
 use super::op::Op;
 use crate::memory::{Region, settle};
 
-/// Elements reduced at a time.
+/// Elements reduced at a time in registers, and on the stack.
+const STRIP: usize = 64;
 pub const BLOCK: usize = 512;
 
 /// A block of accumulators, aligned so that no vector of them crosses a cache line.
@@ -44,8 +47,7 @@ pub struct Job<'a> {
     pub srcs: &'a [Region],
     /// What the result is divided by, for averages.
     pub divisor: Option<u32>,
-    /// The result is stored past the caches.
-    pub streams: bool,
+    pub store: Store,
 }
 
 impl Job<'_> {
@@ -56,15 +58,10 @@ impl Job<'_> {
         std::ptr::slice_from_raw_parts(part.as_ptr().cast::<R>(), range.len())
     }
 
-    /// Where the elements `range` of the result go.
+    /// The elements `range` of `dst`.
     #[inline(always)]
-    fn target<R>(&self, range: &Range<usize>) -> Region {
-        self.dst.slice(range.start * size_of::<R>(), range.len() * size_of::<R>())
-    }
-
-    #[inline(always)]
-    fn write<R>(&self, range: &Range<usize>) -> *mut [R] {
-        std::ptr::slice_from_raw_parts_mut(self.target::<R>(range).as_ptr().cast::<R>(), range.len())
+    fn write<R>(dst: &Region, range: &Range<usize>) -> *mut [R] {
+        Job::read::<R>(dst, range).cast_mut()
     }
 }
 
@@ -72,8 +69,88 @@ impl Job<'_> {
 #[inline(always)]
 pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     const { assert!(align_of::<E::Raw>() == 1) };
+    let streams = matches!(job.store, Store::PastCaches);
+    let strips = if streams { 0 } else { range.len() / STRIP };
+    let rest = range.start + strips * STRIP;
+    if strips > 0 {
+        drive_strips::<E, O>(job, range.start..rest);
+    }
+    if rest < range.end {
+        drive_blocks::<E, O>(job, rest..range.end);
+    }
+    if streams {
+        settle();
+    }
+}
+
+/// As [`drive`], of whole strips. No closures here: they would be compiled for every CPU alike.
+#[inline(always)]
+fn drive_strips<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+    debug_assert!(range.len().is_multiple_of(STRIP));
+    let targets = Targets::<E>::new(&job, &range);
+    let strips = range.len() / STRIP;
+    if let [a, b] = job.srcs {
+        // The usual case is written out, for its sources' bounds to be checked once.
+        let a = Job::read::<E::Raw>(a, &range).cast::<[E::Raw; STRIP]>();
+        let b = Job::read::<E::Raw>(b, &range).cast::<[E::Raw; STRIP]>();
+        for i in 0..strips {
+            let mut acc = [E::Acc::default(); STRIP];
+            // SAFETY: as in `gather`; `i` is one of the range's strips.
+            unsafe { E::pair::<O>(&mut acc, &*a.add(i), &*b.add(i)) };
+            targets.put(i, acc, job.divisor);
+        }
+    } else {
+        for i in 0..strips {
+            let start = range.start + i * STRIP;
+            let mut acc = [E::Acc::default(); STRIP];
+            gather::<E, O>(&mut acc, job.srcs, &(start..start + STRIP));
+            targets.put(i, acc, job.divisor);
+        }
+    }
+}
+
+/// Where a range of strips goes.
+struct Targets<E: Element> {
+    dst: *mut [E::Raw; STRIP],
+    /// A second place, or null.
+    also: *mut [E::Raw; STRIP],
+}
+
+impl<E: Element> Targets<E> {
+    #[inline(always)]
+    fn new(job: &Job<'_>, range: &Range<usize>) -> Self {
+        let also = match &job.store {
+            Store::Twice(also) => Job::write::<E::Raw>(also, range).cast(),
+            Store::Cached | Store::PastCaches => std::ptr::null_mut(),
+        };
+        Targets { dst: Job::write::<E::Raw>(&job.dst, range).cast(), also }
+    }
+
+    /// Stores strip `i`, all sources of which have been read.
+    #[inline(always)]
+    fn put(&self, i: usize, mut acc: [E::Acc; STRIP], divisor: Option<u32>) {
+        if let Some(divisor) = divisor {
+            for acc in &mut acc {
+                *acc = E::divide(*acc, divisor);
+            }
+        }
+        // SAFETY: `write` checked the bounds (R2) of all strips; alignment is 1; R1 makes the bytes valid and ours alone; no
+        // references to sources, which may be the same bytes (K5), are left.
+        unsafe {
+            E::emit(&mut *self.dst.add(i), &acc);
+            if !self.also.is_null() {
+                E::emit(&mut *self.also.add(i), &acc);
+            }
+        }
+    }
+}
+
+/// As [`drive`], a block at a time.
+#[inline(always)]
+fn drive_blocks<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     let mut block = Block::new(range.len());
-    let mut results = job.streams.then(|| Block::<E::Raw>::new(range.len()));
+    let streams = matches!(job.store, Store::PastCaches);
+    let mut results = streams.then(|| Block::<E::Raw>::new(range.len()));
     let mut start = range.start;
     while start < range.end {
         let part = start..range.end.min(start + BLOCK);
@@ -87,17 +164,18 @@ pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         if let Some(results) = &mut results {
             let results = results.first(part.len());
             E::emit(results, acc);
+            let size = size_of::<E::Raw>();
             // SAFETY: `results` stays borrowed until the copy is over.
-            job.target::<E::Raw>(&part).stream_from(unsafe { Region::of(results) });
+            job.dst.slice(part.start * size, part.len() * size).stream_from(unsafe { Region::of(results) });
         } else {
-            // SAFETY: `write` checked the bounds (R2); alignment is 1; R1 makes the bytes valid and ours alone; the
-            // references made in `gather`, which may be to the same bytes (K5), are gone.
-            E::emit(unsafe { &mut *job.write::<E::Raw>(&part) }, acc);
+            // SAFETY: as in `Targets::put`.
+            E::emit(unsafe { &mut *Job::write::<E::Raw>(&job.dst, &part) }, acc);
+            if let Store::Twice(also) = &job.store {
+                // SAFETY: as above.
+                E::emit(unsafe { &mut *Job::write::<E::Raw>(also, &part) }, acc);
+            }
         }
         start = part.end;
-    }
-    if job.streams {
-        settle();
     }
 }
 
@@ -113,7 +191,11 @@ pub fn drive_few<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         let all = rest.iter().fold(read(first), |acc, src| O::apply(acc, read(src)));
         let result = job.divisor.map_or(all, |divisor| E::divide(all, divisor));
         // SAFETY: as above; the bytes are ours alone to write, and this element of all sources has been read (K5).
-        unsafe { *job.write::<E::Raw>(&one).cast::<E::Raw>() = E::narrow(result) };
+        unsafe { *Job::write::<E::Raw>(&job.dst, &one).cast::<E::Raw>() = E::narrow(result) };
+        if let Store::Twice(also) = &job.store {
+            // SAFETY: as above.
+            unsafe { *Job::write::<E::Raw>(also, &one).cast::<E::Raw>() = E::narrow(result) };
+        }
     }
 }
 

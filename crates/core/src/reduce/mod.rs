@@ -37,6 +37,17 @@ pub use threads::use_threads;
 
 use kernel::Job;
 
+/// How a result is stored.
+#[derive(Clone, Copy, Debug)]
+pub enum Store {
+    /// As anything is.
+    Cached,
+    /// Past the caches ([`Region::stream_from`]), where nobody reads it soon.
+    PastCaches,
+    /// In a second place as well, as long as the first and apart from it and from all sources.
+    Twice(Region),
+}
+
 /// Reduces `srcs`, in order, into `dst`, with the variant in force ([`variant`]).
 ///
 /// With `finish` and `Avg`, the sum is divided by `arith.world` before it is rounded (integers truncate toward
@@ -47,37 +58,42 @@ use kernel::Job;
 /// When `srcs` is empty, or lengths differ or are no multiple of the element size: a plan that was not checked.
 /// Pairs of reduction and dtype are checked where calls enter ([`ReduceOp::supports`]).
 pub fn combine(arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
-    combine_with(isa::current(), arith, finish, dst, srcs, false);
+    combine_and(Store::Cached, arith, finish, dst, srcs);
 }
 
-/// [`combine`], with its result stored [past the caches](Region::stream_from).
+/// [`combine`], with its result stored as `store` says.
 ///
 /// # Panics
 /// As [`combine`].
-pub fn combine_streaming(arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
-    combine_with(isa::current(), arith, finish, dst, srcs, true);
+pub fn combine_and(store: Store, arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
+    combine_with(isa::current(), store, arith, finish, dst, srcs);
 }
 
-/// [`combine`] or [`combine_streaming`] with a variant of the caller's choice: for tests and benches.
+/// [`combine_and`] with a variant of the caller's choice: for tests and benches.
 ///
 /// # Panics
 /// As [`combine`].
 pub fn combine_with(
     variant: Variant,
+    store: Store,
     arith: Arith,
     finish: bool,
     dst: Region,
     srcs: &[Region],
-    streams: bool,
 ) {
     debug_assert!(arith.op.supports(arith.dtype), "{} of {}", arith.op, arith.dtype);
     let count = check(arith.dtype, dst, srcs);
     let divisor = (finish && arith.op == ReduceOp::Avg).then_some(arith.world.max(1));
     match (srcs, divisor) {
         _ if count == 0 => {}
-        ([only], None) => dst.copy_from(*only),
+        ([only], None) => {
+            dst.copy_from(*only);
+            if let Store::Twice(also) = store {
+                also.copy_from(*only);
+            }
+        }
         _ => {
-            let job = Job { dst, srcs, divisor, streams };
+            let job = Job { dst, srcs, divisor, store };
             if count <= isa::FEW {
                 isa::run_few(arith, job, count);
             } else {

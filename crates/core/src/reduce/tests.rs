@@ -145,22 +145,22 @@ enum Dst {
     Over(usize),
 }
 
-/// What `combine` gives, and `combine_streaming` as well.
+/// What `combine` gives, however it is stored.
 fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
-    let [cached, streamed] = [false, true].map(|streams| stored(variant, arith, finish, srcs, dst, streams));
-    assert!(cached == streamed, "past the caches went something else");
+    let of = |store| stored(variant, store, arith, finish, srcs, dst);
+    let cached = of(Store::Cached);
+    assert!(cached == of(Store::PastCaches), "past the caches went something else");
+    const MARGIN: usize = 5;
+    let mut also = vec![0xa5; srcs[0].len() + 2 * MARGIN];
+    // SAFETY: `also` outlives the region, and is not touched while that is in use.
+    let twice = Store::Twice(unsafe { Region::of(&mut also) }.slice(MARGIN, srcs[0].len()));
+    assert!(cached == of(twice), "the first of two is something else");
+    assert!(also == [&[0xa5; MARGIN], &cached[..], &[0xa5; MARGIN]].concat(), "the second is something else");
     cached
 }
 
-/// What one of them gives, from and to odd addresses; checks that nothing but `dst` was written.
-fn stored(
-    variant: Variant,
-    arith: Arith,
-    finish: bool,
-    srcs: &[Vec<u8>],
-    dst: Dst,
-    streams: bool,
-) -> Vec<u8> {
+/// What it gives, stored so, from and to odd addresses; checks that nothing but `dst` was written.
+fn stored(variant: Variant, store: Store, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
     const MARGIN: usize = 3;
     let framed = |bytes: &[u8]| [&[0xa5; MARGIN], bytes, &[0x5a; MARGIN]].concat();
     let len = srcs[0].len();
@@ -175,7 +175,7 @@ fn stored(
         // SAFETY: `memory` outlives the regions, and is not touched while they are in use.
         .map(|m| unsafe { Region::of(m) }.slice(MARGIN, len))
         .collect();
-    combine_with(variant, arith, finish, regions[into], &regions[..srcs.len()], streams);
+    combine_with(variant, store, arith, finish, regions[into], &regions[..srcs.len()]);
     for (i, m) in memory.iter().enumerate() {
         let inner = &m[MARGIN..MARGIN + len];
         if i != into {
