@@ -38,7 +38,7 @@ proptest! {
         let names: Vec<_> = select::candidates(collective, shape.node_count()).collect();
         let overrides = Override::parse_all(&format!("{collective}={}", algorithm.get(&names))).unwrap();
         let one_owner = if one_owner { usize::MAX } else { 0 };
-        let tuning = Tuning { chunk, staging, staged, one_owner, overrides, slot: 64 };
+        let tuning = Tuning { chunk, staging, staged, one_owner, overrides };
         let blocks = matches!(collective, Collective::AllGather | Collective::ReduceScatter);
         let counts = counts.filter(|_| blocks).map(|c| Arc::from(&c[..shape.size()]));
         let root = root.index(shape.size());

@@ -12,6 +12,7 @@ use smddp_core::plan::{Move, Who};
 
 use crate::layout::INLINE;
 use crate::mask::Mask;
+use crate::relay::Relay;
 
 /// Alignment of a piece in a slot; the largest element size.
 pub(crate) const ALIGN: usize = 8;
@@ -103,6 +104,18 @@ impl Cutter {
             Group { end: moves.len(), cuts: exchanges, whole: true, writes: true, ..Group::default() };
         (0..self.bytes.len()).filter(|&rank| rank != self.me).for_each(|rank| group.reads.set(rank));
         group
+    }
+
+    /// The one move of a phase that runs as `relay`; `None` where it does not.
+    pub(crate) fn relay(&self, moves: &[Move]) -> Option<(Group, Relay)> {
+        let [Move { from: Who::All, to: Who::All, src, .. }] = moves else { return None };
+        let relay = Relay::of(src.len, self.bytes.len(), self.slot_bytes)?;
+        let rewrites = self.bytes.len() > 2;
+        let part = if rewrites { relay.most().next_multiple_of(PART_ALIGN) } else { 0 };
+        let (cuts, most) = (relay.exchanges(), relay.most());
+        let mut group = Group { end: 1, cuts, most, part, rewrites, writes: true, ..Group::default() };
+        (0..self.bytes.len()).filter(|&rank| rank != self.me).for_each(|rank| group.reads.set(rank));
+        Some((group, relay))
     }
 
     /// The group that starts at move `start`.

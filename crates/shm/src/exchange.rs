@@ -3,18 +3,19 @@
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::memory::settle;
-use smddp_core::plan::select::Tuning;
 use smddp_core::plan::{Move, Op, Who};
 use smddp_core::reduce::{Store, combine_and};
 use smddp_core::shared::Place;
 use smddp_core::transport::PhaseRun;
 use smddp_core::{Error, Region, Result};
 
+use crate::Geometry;
 use crate::cut::{Group, aligned, includes, travels};
 use crate::direct::{Direct, Entered};
 use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
 use crate::pen::Pen;
+use crate::relay::Relay;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
@@ -139,6 +140,27 @@ pub(crate) fn fill_slot(
     ring.publish(segment, areas, |head: &mut SlotHead| head.call = run.call);
 }
 
+/// Publishes the gather `exchange` of a relay; its slot is free.
+pub(crate) fn fill_gather(
+    me: usize,
+    run: &PhaseRun,
+    at: &Publishing,
+    relay: &Relay,
+    segment: &Segment,
+    ring: &mut Ring,
+    pen: &mut Pen,
+) {
+    let Some(m) = moves_of(run).first() else { return };
+    let (slot, data) =
+        (slot_to_fill(me, true, at.group.part, segment, ring), run.buffers.at(m.src, run.shift));
+    for rank in at.group.reads.iter() {
+        let (start, len) = relay.share(at.cut, rank);
+        let (place, piece) = (slot.slice(relay.offset(at.cut, me, rank), len), data.slice(start, len));
+        if at.group.rewrites { pen.write(place, piece) } else { place.copy_from(piece) }
+    }
+    ring.publish(segment, true, |head: &mut SlotHead| head.call = run.call);
+}
+
 /// Publishes an exchange that consists of `words`; its slot is free.
 pub(crate) fn publish_words(run: &PhaseRun, words: &[u8], segment: &Segment, ring: &mut Ring) {
     ring.publish(segment, false, |head: &mut SlotHead| {
@@ -212,7 +234,7 @@ pub(crate) fn has_come(
 fn area(segment: &Segment, at: Area, part: usize) -> Region {
     let data = segment.data(at.rank, at.index);
     let parts = data.len().checked_div(part).unwrap_or(0);
-    if parts < 2 || data.len() <= Tuning::SLOT {
+    if parts < 2 || data.len() <= Geometry::USUAL.slot {
         return data;
     }
     data.slice(at.uses as usize % parts * part, part)
@@ -330,6 +352,66 @@ impl<'a> Work<'a> {
         }
         self.single_copy = Some(copy);
         self.consume(at)
+    }
+
+    /// As [`consume`](Self::consume), of a relay. A gather ends with its spread published.
+    pub(crate) fn relay(&mut self, at: &mut Consuming, relay: &Relay) -> Result<Option<Step>> {
+        let Some(m) = moves_of(self.run).first() else { return Ok(None) };
+        if Relay::is_gather(at.cut) { self.sum_up(m, at, relay) } else { self.collect(m, at, relay) }
+    }
+
+    /// Combines this rank's share.
+    fn sum_up(&mut self, m: &Move, at: &mut Consuming, relay: &Relay) -> Result<Option<Step>> {
+        if let Some(peer) = self.missing(Who::All, at)?.or_else(|| self.ring.in_the_way(self.segment)) {
+            return Ok(Some(Step::Blocked(peer)));
+        }
+        let slot = slot_to_fill(self.me, true, at.group.part, self.segment, self.ring);
+        let [src, dst] = [m.src, m.dst].map(|span| self.run.buffers.at(span, self.run.shift));
+        let (start, len) = relay.share(at.cut, self.me);
+        while at.done < len {
+            if self.budget == 0 {
+                return Ok(Some(Step::Moved));
+            }
+            let n = (len - at.done).min((self.budget / self.ranks.len()).max(4096) & !63);
+            self.sources.clear();
+            for rank in 0..self.ranks.len() {
+                let source = if rank == self.me {
+                    src.slice(start + at.done, n)
+                } else {
+                    let slot = slot_to_read(rank, true, at.group.part, self.segment, self.ring);
+                    slot.slice(relay.offset(at.cut, rank, self.me) + at.done, n)
+                };
+                self.sources.push(source);
+            }
+            let store = Store::Twice(slot.slice(at.done, n));
+            combine_and(store, self.run.arith, m.finish, dst.slice(start + at.done, n), self.sources);
+            at.done += n;
+            self.budget = self.budget.saturating_sub(n * self.ranks.len());
+        }
+        self.ring.publish(self.segment, true, |head: &mut SlotHead| head.call = self.run.call);
+        Ok(None)
+    }
+
+    /// Copies what the others' shares came to.
+    fn collect(&mut self, m: &Move, at: &mut Consuming, relay: &Relay) -> Result<Option<Step>> {
+        let dst = self.run.buffers.at(m.dst, self.run.shift);
+        while at.next < self.ranks.len() {
+            if at.next != self.me {
+                if let Some(peer) = self.missing(Who::One(at.next as u32), at)? {
+                    return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
+                }
+                if self.budget == 0 {
+                    return Ok(Some(Step::Moved));
+                }
+                let (start, len) = relay.share(at.cut, at.next);
+                let slot = slot_to_read(at.next, true, at.group.part, self.segment, self.ring);
+                dst.slice(start, len).copy_from(slot.slice(0, len));
+                self.budget = self.budget.saturating_sub(len);
+                self.moved = true;
+            }
+            at.next += 1;
+        }
+        Ok(None)
     }
 
     /// What `rank` says in its slot's head.

@@ -1,7 +1,6 @@
 //! Sizes and offsets of everything in a group's segment.
 
 use bytemuck::{Pod, Zeroable};
-use smddp_core::plan::select::Tuning;
 
 use crate::layout::{AbortCell, Alerts, Control};
 use crate::mask::MAX_LOCAL;
@@ -32,7 +31,7 @@ pub struct Geometry {
 
 impl Geometry {
     /// Where nothing better is known: two ranks' slots, each of which both use in turn, lie in the second cache of either.
-    pub const USUAL: Geometry = Geometry { slot: Tuning::SLOT, slots: 4 };
+    pub const USUAL: Geometry = Geometry { slot: 128 << 10, slots: 4 };
 
     /// Bytes of shared memory that a rank needs for it in each group, about.
     pub fn bytes(self) -> usize {

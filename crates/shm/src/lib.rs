@@ -53,6 +53,8 @@ mod phases;
 #[cfg(not(loom))]
 pub mod probe;
 #[cfg(not(loom))]
+mod relay;
+#[cfg(not(loom))]
 mod script;
 #[cfg(not(loom))]
 mod segment;

@@ -16,10 +16,12 @@ use smddp_core::{Error, Region, Result};
 use crate::cut::{Cutter, Group, includes};
 use crate::direct::{self, Direct, Entered};
 use crate::exchange::{
-    Consuming, Publishing, Sharing, Step, Work, call_back_lines, fill_slot, mismatch, moves_of, publish_words,
+    Consuming, Publishing, Sharing, Step, Work, call_back_lines, fill_gather, fill_slot, mismatch, moves_of,
+    publish_words,
 };
 use crate::log;
 use crate::pen::Pen;
+use crate::relay::Relay;
 use crate::ring::Ring;
 use crate::script::{Playing, Script, SoFar};
 use crate::segment::Segment;
@@ -40,6 +42,8 @@ enum Way {
     Shared(Place),
     /// From the ranks' private memory (`single_copy`).
     SingleCopy,
+    /// Through slots, summed up share by share (`relay`).
+    Relay(Relay),
 }
 
 /// A phase that was found sound, and how it begins: the same call is often made again.
@@ -215,7 +219,9 @@ impl Phases {
         check(run, self.me, self.ranks.len())?;
         let known = &mut self.known[place];
         let moves = moves_of(run);
-        (known.first, known.way) = if self.single_copy.takes(run, moves) {
+        (known.first, known.way) = if let Some((group, relay)) = self.cutter.relay(moves) {
+            (group, Way::Relay(relay))
+        } else if self.single_copy.takes(run, moves) {
             (self.cutter.whole(moves, single_copy::EXCHANGES), Way::SingleCopy)
         } else {
             (self.cutter.group(moves, 0), Way::Slots)
@@ -348,22 +354,24 @@ impl Phases {
         // a single copy waits until that is over: it may go on through slots (C1).
         let waits = match way {
             Way::Slots => false,
+            // A spread is published where its gather is consumed.
+            Way::Relay(_) => !Relay::is_gather(at.cut),
             _ => at.cut == at.group.cuts || at.cut > 0 && (at.run > 0 || self.consuming.cut == 0),
         };
         if waits || ring.is_full() {
             return Step::Idle;
         }
-        let moves = moves_of(run);
         if !at.group.writes {
             ring.skip(at.group.takes_areas());
         } else if let Some(peer) = ring.in_the_way(segment) {
             return Step::Blocked(peer);
         } else {
             match way {
+                Way::Relay(relay) => fill_gather(self.me, run, at, relay, segment, ring, &mut self.pen),
                 Way::Slots => fill_slot(self.me, run, at, segment, ring, &mut self.pen),
                 Way::Shared(place) => publish_words(run, bytemuck::bytes_of(place), segment, ring),
                 Way::SingleCopy if at.cut == 0 => {
-                    let offer = self.single_copy.offer(run, moves, self.me);
+                    let offer = self.single_copy.offer(run, moves_of(run), self.me);
                     publish_words(run, bytemuck::bytes_of(&offer), segment, ring);
                 }
                 Way::SingleCopy => {
@@ -371,17 +379,25 @@ impl Phases {
                 }
             }
         }
-        at.cut += 1;
-        if at.cut == at.group.cuts && *way != Way::SingleCopy {
-            at.cut = 0;
-            if at.group.end < moves.len() {
-                at.group = self.cutter.group(moves, at.group.end);
-            } else {
-                at.run += 1;
-                at.group = self.queue.get(at.run).map_or(Group::default(), |next| next.first);
-            }
-        }
+        self.step_past_published();
         Step::Moved
+    }
+
+    /// To the exchange that is published next.
+    fn step_past_published(&mut self) {
+        let at = &mut self.publishing;
+        let Some(Run { run, way, .. }) = self.queue.get(at.run) else { return };
+        at.cut += 1;
+        if at.cut < at.group.cuts || *way == Way::SingleCopy {
+            return;
+        }
+        at.cut = 0;
+        if at.group.end < moves_of(run).len() {
+            at.group = self.cutter.group(moves_of(run), at.group.end);
+        } else {
+            at.run += 1;
+            at.group = self.queue.get(at.run).map_or(Group::default(), |next| next.first);
+        }
     }
 
     /// Consumes what it can of the oldest published exchange, within the budget of one poll.
@@ -400,20 +416,25 @@ impl Phases {
         if run.buffers.output.len() >= self.streams_from && is_written_only(run) {
             work = work.streaming(&mut self.streamed);
         }
-        let step = match *way {
+        let step = match way {
             Way::Slots => work.consume(&mut self.consuming)?,
-            Way::Shared(own) => {
+            &Way::Shared(own) => {
                 let sharing = Sharing { own, entered: &self.entered, direct: &mut self.direct };
                 work.share(&mut self.consuming, sharing)?
             }
             Way::SingleCopy => work.copy_once(&mut self.consuming, &mut self.single_copy)?,
+            Way::Relay(relay) => work.relay(&mut self.consuming, relay)?,
         };
         if let Some(step) = step {
             return Ok(step);
         }
         let number = self.submitted - self.queue.len() as u64;
         self.check_silence(number, &run.call, &self.consuming.group, ring.consumed(), segment, ring)?;
+        let has_published = matches!(way, Way::Relay(_)) && Relay::is_gather(self.consuming.cut);
         let again = *way == Way::SingleCopy && self.consuming.cut > 0 && self.single_copy.has_failed();
+        if has_published {
+            self.step_past_published();
+        }
         ring.consume(segment, self.consuming.group.takes_areas());
         if again {
             self.start_again();
@@ -468,7 +489,10 @@ impl Phases {
         if ring.consumed() == ring.published() {
             return ring.all_in_the_way(segment).collect();
         }
-        self.consuming.group.reads.iter().filter(|&peer| !ring.has_published(segment, peer)).collect()
+        let late = self.consuming.group.reads.iter().filter(|&peer| !ring.has_published(segment, peer));
+        let late: Vec<_> = late.collect();
+        // A relay's gather may wait for its spread's slot.
+        if late.is_empty() { ring.all_in_the_way(segment).collect() } else { late }
     }
 }
 

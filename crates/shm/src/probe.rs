@@ -21,9 +21,8 @@ use crate::geometry::Geometry;
 use crate::handover::{Listener, Membership};
 use crate::node::ShmNode;
 
-/// An all-reduce of so many bytes, in rounds of so many, as ranks run it.
+/// An all-reduce of so many bytes.
 const DATA: usize = 4 << 20;
-const ROUND: usize = 512 << 10;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 64 << 10;
 const PIECES: usize = 8;
@@ -164,12 +163,12 @@ fn exchange(
     Ok(Some(scores(fastest)))
 }
 
-/// Steps of a collective's plan, each shifted by so much.
+/// A collective's phase, as often as there are places in its data to shift it to.
 #[derive(Clone, Copy)]
 struct Work<'a> {
     collective: Collective,
     buffers: Buffers,
-    steps: &'a [(u32, usize)],
+    shifts: &'a [usize],
 }
 
 /// What a rank works with.
@@ -194,17 +193,13 @@ impl<'a> Rank<'a> {
         // SAFETY: `data` stays in place; a run that did not end before `run` returned is not polled again.
         let whole = unsafe { Region::of(&mut self.data) };
         let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
-        let rounds = DATA / ROUND;
-        // Two rounds are under way at a time.
-        let ahead = (1..rounds).flat_map(|round| [(0, round * ROUND), (1, (round - 1) * ROUND)]);
-        let steps: Vec<_> = [(0, 0)].into_iter().chain(ahead).chain([(1, (rounds - 1) * ROUND)]).collect();
-        let work = Work { collective: Collective::AllReduce, buffers, steps: &steps };
+        let work = Work { collective: Collective::AllReduce, buffers, shifts: &[0] };
         let Some(all_reduce) = self.run_warm(node, work)? else {
             return Ok(None);
         };
-        let steps: Vec<_> = (0..PIECES).map(|piece| (0, piece * PIECE)).collect();
+        let shifts: Vec<_> = (0..PIECES).map(|piece| piece * PIECE).collect();
         let broadcast =
-            self.run_warm(node, Work { collective: Collective::Broadcast, buffers, steps: &steps })?;
+            self.run_warm(node, Work { collective: Collective::Broadcast, buffers, shifts: &shifts })?;
         Ok(broadcast.map(|broadcast| [all_reduce, broadcast]))
     }
 
@@ -213,7 +208,7 @@ impl<'a> Rank<'a> {
         // SAFETY: as above.
         let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
         let buffers = Buffers { input, output, scratch: Region::EMPTY };
-        self.run(node, Work { collective: Collective::AllToAll, buffers, steps: &[(0, 0)] })
+        self.run(node, Work { collective: Collective::AllToAll, buffers, shifts: &[0] })
     }
 
     /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.
@@ -226,7 +221,7 @@ impl<'a> Rank<'a> {
 
     /// Meets the other rank, then does the work: seconds.
     fn run(&mut self, node: &mut ShmNode, work: Work<'_>) -> Result<Option<f64>, Error> {
-        let Work { collective, buffers, steps } = work;
+        let Work { collective, buffers, shifts } = work;
         let plan = Arc::new(plan(collective));
         self.met += 1;
         if !self.meeting.hold(self.me, self.met, self.deadline) {
@@ -234,10 +229,10 @@ impl<'a> Rank<'a> {
         }
         let start = Instant::now();
         let call = Call::new(collective, DType::F32, (DATA / size_of::<f32>()) as u64).pack();
-        for &(step, shift) in steps {
+        for &shift in shifts {
             node.submit(PhaseRun {
                 plan: Arc::clone(&plan),
-                step,
+                step: 0,
                 shift,
                 buffers,
                 arith: Arith { dtype: DType::F32, op: ReduceOp::Sum, world: RANKS as u32 },
@@ -245,8 +240,8 @@ impl<'a> Rank<'a> {
                 ctx: Ctx(0),
             })?;
         }
-        let mut done = Vec::with_capacity(steps.len());
-        while done.len() < steps.len() {
+        let mut done = Vec::with_capacity(shifts.len());
+        while done.len() < shifts.len() {
             if !node.poll(&mut done)? {
                 if Instant::now() > self.deadline {
                     return Ok(None);
@@ -259,42 +254,21 @@ impl<'a> Rank<'a> {
 }
 
 fn plan(collective: Collective) -> Plan {
-    match collective {
-        Collective::AllReduce => all_reduce_plan(),
-        Collective::Broadcast => broadcast_plan(),
-        _ => all_to_all_plan(),
-    }
-}
-
-fn plan_of(phases: impl IntoIterator<Item = Vec<Move>>) -> Plan {
+    let all = |from, len| {
+        let span = Span::output(0, len);
+        vec![Move { from, to: Who::All, src: span, dst: span, finish: true }]
+    };
     let mut plan = Plan::default();
-    for (at, moves) in phases.into_iter().enumerate() {
-        let after: Vec<u32> = (0..at as u32).collect();
-        plan.push(Op::Phase(moves), &after);
-    }
+    let moves = match collective {
+        Collective::AllReduce => all(Who::All, DATA),
+        Collective::Broadcast => all(Who::One(0), PIECE),
+        _ => all_to_all(),
+    };
+    plan.push(Op::Phase(moves), &[]);
     plan
 }
 
-fn of_ranks(a_move: impl Fn(usize) -> Move) -> Vec<Move> {
-    (0..RANKS).map(a_move).collect()
-}
-
-/// One round: each rank combines its half, then takes the other's.
-fn all_reduce_plan() -> Plan {
-    let half = |rank: usize| Span::output(rank * ROUND / RANKS, ROUND / RANKS);
-    let a_move = |rank, from, to| Move { from, to, src: half(rank), dst: half(rank), finish: true };
-    plan_of([
-        of_ranks(|rank| a_move(rank, Who::All, Who::One(rank as u32))),
-        of_ranks(|rank| a_move(rank, Who::One(rank as u32), Who::All)),
-    ])
-}
-
-fn broadcast_plan() -> Plan {
-    let piece = Span::output(0, PIECE);
-    plan_of([vec![Move { from: Who::One(0), to: Who::All, src: piece, dst: piece, finish: true }]])
-}
-
-fn all_to_all_plan() -> Plan {
+fn all_to_all() -> Vec<Move> {
     let block = |of: usize| of * BLOCK;
     let pairs = (0..RANKS).flat_map(|from| (0..RANKS).map(move |to| (from, to)));
     let moves = pairs.map(|(from, to)| Move {
@@ -304,5 +278,5 @@ fn all_to_all_plan() -> Plan {
         dst: Span::output(block(from), BLOCK),
         finish: true,
     });
-    plan_of([moves.collect()])
+    moves.collect()
 }

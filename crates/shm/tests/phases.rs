@@ -61,11 +61,16 @@ fn who(size: usize) -> impl Strategy<Value = Who> {
 }
 
 /// Moves whose targets do not overlap; sources may. `in_place` makes an All-to-All move reduce onto itself.
+///
+/// Now and then one move of much data from all to all, which goes around as a relay.
 fn phase(size: usize) -> impl Strategy<Value = RawPhase> {
     let dtype = prop::sample::select(vec![DType::F32, DType::BF16, DType::I64, DType::U8, DType::F64]);
     let op = prop::sample::select(vec![ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max]);
     let a_move = (who(size), who(size), elements(), any::<bool>(), any::<bool>());
-    (prop::collection::vec(a_move, 1..8), dtype, op)
+    let relay = (8_200usize..40_000, any::<bool>(), any::<bool>())
+        .prop_map(|(elements, in_place, finish)| vec![(Who::All, Who::All, elements, in_place, finish)]);
+    let moves = prop_oneof![3 => prop::collection::vec(a_move, 1..8), 1 => relay];
+    (moves, dtype, op)
 }
 
 fn case() -> impl Strategy<Value = Case> {

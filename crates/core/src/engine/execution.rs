@@ -116,18 +116,11 @@ impl Execution {
         }
     }
 
-    /// Of a [plain](Ready::is_plain) schedule, whose phases before place `at` are done and whose phase there is with the
-    /// transport.
-    pub fn resumed(start: Start, work: Workspace, at: usize) -> Execution {
+    /// Of a [plain](Ready::is_plain) schedule whose phase is with the transport.
+    pub fn begun(start: Start, work: Workspace) -> Execution {
         let mut execution = Execution::new(start, work);
         execution.open_rounds();
-        for place in 0..at {
-            let step = execution.ready.graph(0).phases[place];
-            execution.finish_step(0, step);
-        }
-        execution.wave = at * execution.ready.schedule.lag;
-        execution.phase = at + 1;
-        execution.phases_done = at;
+        execution.phase = 1;
         execution
     }
 

@@ -59,8 +59,7 @@ pub struct Ready {
     tail: Option<Graph>,
     /// Phases of a round, at most.
     pub phases: usize,
-    /// Nothing but phases, one after the other, in one round and with no more scratch than [`SCRAP`]: such a call can run on
-    /// its caller's stack.
+    /// Nothing but a phase, with no more scratch than [`SCRAP`]: such a call can run on its caller's stack.
     pub is_plain: bool,
     /// Made for memory that the node's ranks share.
     pub is_shared: bool,
@@ -72,8 +71,8 @@ impl Ready {
         let tail = schedule.tail.as_ref().map(|t| Graph::new(t));
         let phases = body.phases.len().max(tail.as_ref().map_or(0, |t| t.phases.len()));
         let one_round = schedule.full_rounds == 1 && tail.is_none();
-        let only_phases = phases > 0 && phases == schedule.body.steps.len();
-        let is_plain = one_round && only_phases && schedule.scratch_stride() <= SCRAP;
+        let only_a_phase = phases == 1 && schedule.body.steps.len() == 1;
+        let is_plain = one_round && only_a_phase && schedule.scratch_stride() <= SCRAP;
         Ready { schedule, body, tail, phases, is_plain, is_shared }
     }
 

@@ -327,34 +327,29 @@ impl<L: NodeLocal> Group<L> {
         let packed = call.call.pack();
         let seq = self.next_seq;
         self.next_seq += 1;
-        for at in 0..ready.phases {
-            let step = ready.graph(0).phases[at];
-            let plan = ready.plan(0);
-            let run = match &mut self.at_once {
-                Some(run) if Arc::ptr_eq(&run.plan, plan) => {
-                    (run.step, run.buffers, run.arith, run.call) = (step, buffers, arith, packed);
-                    run.ctx = Ctx(mark | u64::from(step));
-                    run
-                }
-                other => {
-                    let (plan, ctx) = (Arc::clone(plan), Ctx(mark | u64::from(step)));
-                    other.insert(PhaseRun { plan, step, shift: 0, buffers, arith, call: packed, ctx })
-                }
-            };
-            let outcome = self.seat.local.run_now(run, patience);
-            if matches!(outcome, Ok(true)) {
-                continue;
+        let (plan, ctx) = (ready.plan(0), Ctx(mark));
+        let run = match &mut self.at_once {
+            Some(run) if Arc::ptr_eq(&run.plan, plan) => {
+                (run.buffers, run.arith, run.call, run.ctx) = (buffers, arith, packed, ctx);
+                run
             }
-            let op = (call.op)();
-            op.seq.store(seq, Ordering::Relaxed);
-            let group = self.seat.id;
-            let start =
-                Start { ready: Arc::clone(ready), buffers, far: None, arith, call: packed, group, seq, mark };
-            let execution = Execution::resumed(start, std::mem::take(&mut self.spare), at);
-            self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
-            return (Tried::Later(op), outcome.map(|_| ()));
+            other => {
+                let plan = Arc::clone(plan);
+                other.insert(PhaseRun { plan, step: 0, shift: 0, buffers, arith, call: packed, ctx })
+            }
+        };
+        let outcome = self.seat.local.run_now(run, patience);
+        if matches!(outcome, Ok(true)) {
+            return (Tried::Done, Ok(()));
         }
-        (Tried::Done, Ok(()))
+        let op = (call.op)();
+        op.seq.store(seq, Ordering::Relaxed);
+        let group = self.seat.id;
+        let start =
+            Start { ready: Arc::clone(ready), buffers, far: None, arith, call: packed, group, seq, mark };
+        let execution = Execution::begun(start, std::mem::take(&mut self.spare));
+        self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
+        (Tried::Later(op), outcome.map(|_| ()))
     }
 
     fn arith(&self, call: &Call) -> Arith {

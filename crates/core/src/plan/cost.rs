@@ -98,7 +98,7 @@ pub fn price(
         | Collective::SendRecv => None,
     };
     let (len, count, window) = rounds.map_or((block(&cx), 1, 1), |r: Rounds| (r.bytes, r.count(), r.window));
-    let work = if inside_node(algorithm) { inside(&cx, algorithm) } else { between(&cx, algorithm, len) };
+    let work = if inside_node(algorithm) { inside(&cx) } else { between(&cx, algorithm, len) };
     Ok(work.time(model, count, window))
 }
 
@@ -121,19 +121,17 @@ pub fn ranking(
 }
 
 /// On one node: bytes a rank reads and writes.
-fn inside(cx: &Context<'_>, algorithm: &str) -> Work {
+fn inside(cx: &Context<'_>) -> Work {
     let (len, size) = (block(cx), cx.size());
-    let moved = match (cx.call.collective, algorithm) {
-        (Collective::AllReduce, "two_phase") => 4 * len,
-        (Collective::AllReduce, _) => (1 + size) * len,
-        (Collective::Broadcast | Collective::Gather | Collective::Scatter, _) => 2 * len,
-        (
-            Collective::Reduce | Collective::ReduceScatter | Collective::AllGather | Collective::AllToAll,
-            _,
-        ) => 2 * size * len,
-        (Collective::Barrier | Collective::SendRecv, _) => 0,
+    let moved = match cx.call.collective {
+        Collective::AllReduce => 4 * len,
+        Collective::Broadcast | Collective::Gather | Collective::Scatter => 2 * len,
+        Collective::Reduce | Collective::ReduceScatter | Collective::AllGather | Collective::AllToAll => {
+            2 * size * len
+        }
+        Collective::Barrier | Collective::SendRecv => 0,
     };
-    Work { phases: if algorithm == "two_phase" { 2 } else { 1 }, inside: moved, ..Work::default() }
+    Work { phases: 1, inside: moved, ..Work::default() }
 }
 
 /// Between nodes, for a round of `len` bytes (of one block, where the collective has blocks).

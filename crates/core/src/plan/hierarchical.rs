@@ -3,13 +3,13 @@
 //! The first R ranks of every node own a shard each (R: the smallest node's ranks; 1 for small data). A round is
 //! phase 1 (every shard's node sum to its owner), the exchange of each shard between its owners on all nodes, and
 //! phase 2 (every shard to all). What crosses nodes lies in scratch, which transports have registered. On one node
-//! there is no exchange, and small data takes a single phase. A rank alone on its node has no phases, and its exchange
+//! there is no exchange, and one phase does it all. A rank alone on its node has no phases, and its exchange
 //! works in the user's buffer, unless that is not host memory. In memory that the node's ranks share, which transports
 //! have registered too, the sums come to lie in the owners' buffers, where the exchange works on them.
 
 use super::build::{Builder, LINE, cut, gather_sum, longest_cut, spread};
 use super::rail::Rail;
-use super::rounds::{Cutting, IN_CACHE, Rounds};
+use super::rounds::{Cutting, Rounds};
 use super::select::{Context, named};
 use super::{Move, Op, Plan, Schedule, Span, Who};
 use crate::error::Result;
@@ -48,17 +48,13 @@ fn exchange(algorithm: &str) -> Option<&'static Exchange> {
     EXCHANGES.iter().find(|e| e.name == algorithm)
 }
 
-/// `algorithm` is a name of [`EXCHANGES`], "one_phase" or "two_phase".
+/// `algorithm` is a name of [`EXCHANGES`] or "one_phase".
 pub(super) fn schedule(cx: &Context<'_>, algorithm: &str) -> Result<Schedule> {
     match exchange(algorithm) {
         Some(exchange) => between_nodes(cx, exchange),
-        None if algorithm == "one_phase" => Ok(one_phase(cx)),
-        None => two_phase(cx),
+        None => Ok(one_phase(cx)),
     }
 }
-
-/// Slots that a rank fills for a phase of a round within a node: half of its ring, so that the next phase's are free.
-const ROUND_SLOTS: usize = 2;
 
 fn one_phase(cx: &Context<'_>) -> Schedule {
     let user = Span::output(0, cx.bytes());
@@ -68,20 +64,6 @@ fn one_phase(cx: &Context<'_>) -> Schedule {
         &[],
     );
     Schedule::single("one_phase", plan, 0)
-}
-
-fn two_phase(cx: &Context<'_>) -> Result<Schedule> {
-    let locals = cx.shape.size();
-    let wanted = ROUND_SLOTS * cx.tuning.slot * locals;
-    let rounds = Cutting { wanted, least: wanted, windows: &IN_CACHE, ..Cutting::whole(cx, cx.bytes()) }
-        .rounds(cx.tuning, |_| 0)?;
-    Ok(rounds.schedule("two_phase", 0, |len| {
-        let mut b = Builder::new(cx.local());
-        let shard = |l: usize| Span::output(0, len).cut(locals, l, cx.call.elem);
-        b.phase((0..locals).map(|l| gather_sum(l, shard(l), shard(l), true)).collect());
-        b.phase((0..locals).map(|l| spread(l, shard(l), shard(l))).collect());
-        b.finish()
-    }))
 }
 
 /// The way a hierarchical all-reduce cuts its data; the same on every rank.

@@ -20,8 +20,6 @@ const OVERLAP: usize = 4;
 /// (window, lag), the preferred first: with a lag one less than fits, a round's last phase need not wait for the
 /// first phase of the round that takes its place.
 const WINDOWS: [(usize, usize); 3] = [(4, 2), (3, 1), (2, 1)];
-/// Inside one node, where what one phase wrote should still be in cache for the next.
-pub(super) const IN_CACHE: [(usize, usize); 1] = [(3, 1)];
 
 /// What is to be cut and how.
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +31,6 @@ pub(super) struct Cutting {
     pub(super) wanted: usize,
     /// Fewer rounds in flight come before rounds smaller than this.
     pub(super) least: usize,
-    /// (window, lag) to choose from.
-    pub(super) windows: &'static [(usize, usize)],
 }
 
 impl Cutting {
@@ -42,12 +38,12 @@ impl Cutting {
     pub(super) fn between_nodes(cx: &Context<'_>, total: usize, parts: usize) -> Cutting {
         let least = parts * LEAST_MESSAGE;
         let wanted = (total / OVERLAP).clamp(least, parts * MOST_MESSAGE);
-        Cutting { total, elem: cx.call.elem, wanted, least, windows: &WINDOWS }
+        Cutting { total, elem: cx.call.elem, wanted, least }
     }
 
     /// In one round, unless a person has set the rounds' size.
     pub(super) fn whole(cx: &Context<'_>, total: usize) -> Cutting {
-        Cutting { total, elem: cx.call.elem, wanted: total, least: total, windows: &WINDOWS }
+        Cutting { total, elem: cx.call.elem, wanted: total, least: total }
     }
 
     /// Chooses the rounds, where one round of `len` bytes needs `scratch(len)`.
@@ -63,7 +59,7 @@ impl Cutting {
         }
         let fits = |window: usize| self.fit(budget / window, &need);
         let mut window = (1, 1);
-        for &choice in self.windows {
+        for choice in WINDOWS {
             window = choice;
             if fits(choice.0) >= self.least.min(self.wanted) {
                 break;

@@ -83,8 +83,6 @@ impl CallShape {
 pub struct Tuning {
     /// Bytes of a round; 0: chosen by size and shape.
     pub chunk: usize,
-    /// Bytes that a slot of the node's transport is taken to have.
-    pub slot: usize,
     /// Bytes of a rank's staging memory. A schedule uses at most one of [`Tuning::SHARES`] shares of it.
     pub staging: usize,
     /// All-reduce data reaches the fabric through scratch alone, since the user's buffers are not host memory.
@@ -96,28 +94,17 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Tuning {
-            chunk: 0,
-            slot: Tuning::SLOT,
-            staging: 16 << 20,
-            staged: false,
-            one_owner: 8 << 10,
-            overrides: Vec::new(),
-        }
+        Tuning { chunk: 0, staging: 16 << 20, staged: false, one_owner: 8 << 10, overrides: Vec::new() }
     }
 }
 
 impl Tuning {
-    /// Bytes of a slot where no setting gives them. The node may use other slots: this decides the rounds, which must be
-    /// the same on all nodes.
-    pub const SLOT: usize = 128 << 10;
     /// Calls that can have their scratch at once.
     pub const SHARES: usize = 4;
 
     pub fn from_settings(settings: &Settings) -> Result<Tuning> {
         Ok(Tuning {
             chunk: settings.number("SMDDP_CHUNK"),
-            slot: settings.number_set("SMDDP_SHM_SLOT").unwrap_or(Tuning::SLOT),
             staging: settings.number("SMDDP_STAGING"),
             overrides: Override::parse_all(settings.text("SMDDP_ALGORITHM"))?,
             ..Tuning::default()
@@ -193,7 +180,7 @@ pub type Known = fn(Collective) -> &'static [&'static str];
 pub const fn algorithms(collective: Collective) -> &'static [&'static str] {
     match collective {
         Collective::AllReduce => {
-            &["one_phase", "two_phase", "sharded", "ring", "recursive_doubling", "halving_doubling", "tree"]
+            &["one_phase", "sharded", "ring", "recursive_doubling", "halving_doubling", "tree"]
         }
         Collective::ReduceScatter => &["one_phase", "direct"],
         Collective::AllGather => &["one_phase", "direct", "bruck", "ring"],
@@ -218,7 +205,7 @@ const fn far_algorithm(collective: Collective) -> Option<&'static str> {
 
 /// Whether `algorithm` serves groups on one node (the others serve groups on several).
 pub fn inside_node(algorithm: &str) -> bool {
-    matches!(algorithm, "one_phase" | "two_phase")
+    algorithm == "one_phase"
 }
 
 /// The algorithms of `collective` that serve a group of this many nodes.
@@ -239,8 +226,6 @@ enum Nodes {
 enum Size {
     /// Bytes of the call at most.
     UpTo(usize),
-    /// Bytes times ranks at most: what all ranks of one node read together when each reads everything.
-    TimesRanksUpTo(usize),
     Any,
 }
 
@@ -269,8 +254,7 @@ const TABLE: &[Row] = {
     use Collective::*;
     use Pick::*;
     &[
-        row(AllReduce, Nodes::One, Size::TimesRanksUpTo(64 * KIB), Always("one_phase")),
-        row(AllReduce, Nodes::One, Size::Any, Always("two_phase")),
+        row(AllReduce, Nodes::One, Size::Any, Always("one_phase")),
         row(AllReduce, Nodes::UpTo(8), Size::UpTo(16 * KIB), Always("recursive_doubling")),
         row(AllReduce, Nodes::UpTo(2), Size::Any, Always("sharded")),
         // Several senders at one receiver's link cost it a tenth (docs/performance-log.md).
@@ -316,7 +300,6 @@ pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&
             }
             && match row.size {
                 Size::UpTo(most) => bytes <= most,
-                Size::TimesRanksUpTo(most) => bytes.saturating_mul(shape.size()) <= most,
                 Size::Any => true,
             }
     };
@@ -486,7 +469,7 @@ mod tests {
         assert_eq!(name(&GroupShape::even(2, 2), 1 << 20), "hierarchical(ring)");
         assert_eq!(name(&GroupShape::even(2, 1), 1 << 20), "ring");
         assert_eq!(name(&GroupShape::even(2, 2), 100), "hierarchical(recursive_doubling)");
-        assert_eq!(name(&GroupShape::even(1, 2), 1 << 20), "two_phase");
+        assert_eq!(name(&GroupShape::even(1, 2), 1 << 20), "one_phase");
     }
 
     #[test]
