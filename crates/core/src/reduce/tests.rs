@@ -159,6 +159,26 @@ fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: 
     cached
 }
 
+#[test]
+fn a_second_place_may_be_a_source() {
+    let mut noise = Noise(9);
+    for (dtype, op) in pairs() {
+        for count in LENGTHS {
+            let srcs: Vec<_> = (0..3).map(|_| noise.elements(dtype, count)).collect();
+            let arith = Arith { dtype, op, world: 3 };
+            let expected = model(arith, true, &srcs);
+            for (variant, (first, second)) in Variant::available().flat_map(|v| [(v, (0, 2)), (v, (2, 1))]) {
+                let mut memory = srcs.clone();
+                // SAFETY: `memory` outlives the regions, and is not touched while they are in use.
+                let regions: Vec<Region> = memory.iter_mut().map(|m| unsafe { Region::of(m) }).collect();
+                let store = Store::Twice(regions[second]);
+                combine_with(variant, store, arith, true, regions[first], &regions);
+                assert!(memory[first] == expected && memory[second] == expected, "{op} of {dtype}, {count}");
+            }
+        }
+    }
+}
+
 /// What it gives, stored so, from and to odd addresses; checks that nothing but `dst` was written.
 fn stored(variant: Variant, store: Store, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
     const MARGIN: usize = 3;
