@@ -94,7 +94,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_CHUNK",
         Kind::Bytes(0, 1 << 30),
         "0",
-        "bytes of the user's buffer in one round; 0: chosen by size and shape",
+        "bytes of the user's buffer in one round of a call between nodes; 0: chosen by size and shape",
     ),
     row(
         "SMDDP_SHM_SLOT",

@@ -26,7 +26,7 @@ pub(crate) const EXCHANGES: usize = 2;
 
 /// Shares begin on cache lines of the data.
 const LINE: usize = 64;
-/// Bytes combined before they are copied to the peers, from a near cache.
+/// Bytes combined before they are copied to further peers, from a near cache.
 const STEP: usize = 16 << 10;
 
 /// The shared memory that a group's ranks have entered.
@@ -108,7 +108,9 @@ impl Direct {
             if left == 0 {
                 return false;
             }
-            let n = STEP.min(share - self.done);
+            // Two ranks' parts are stored at once: nothing is copied.
+            let step = if ranks > 2 { STEP } else { (left / ranks).max(STEP) / LINE * LINE };
+            let n = step.min(share - self.done);
             let at = shift + m.dst.off + start + self.done;
             self.parts.clear();
             self.parts.extend(self.data.iter().map(|data| data.slice(at, n)));

@@ -130,11 +130,7 @@ pub(crate) fn fill_slot(
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
         let (place, piece) = (slot.slice(offset, len), run.buffers.at(m.src, run.shift).slice(start, len));
-        if at.group.rewrites {
-            pen.write(place, piece)
-        } else {
-            place.copy_from(piece)
-        }
+        pen.write(place, piece, at.group.rewrites);
         offset += aligned(len);
     }
     ring.publish(segment, areas, |head: &mut SlotHead| head.call = run.call);
@@ -156,7 +152,7 @@ pub(crate) fn fill_gather(
     for rank in at.group.reads.iter() {
         let (start, len) = relay.share(at.cut, rank);
         let (place, piece) = (slot.slice(relay.offset(at.cut, me, rank), len), data.slice(start, len));
-        if at.group.rewrites { pen.write(place, piece) } else { place.copy_from(piece) }
+        pen.write(place, piece, at.group.rewrites);
     }
     ring.publish(segment, true, |head: &mut SlotHead| head.call = run.call);
 }

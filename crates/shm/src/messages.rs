@@ -179,7 +179,7 @@ impl Messages {
             }
             let data = segment.cell_data(self.me, peer, index);
             let len = (message.region.len() - *sent).min(data.len());
-            self.pen.write(data.slice(0, len), message.region.slice(*sent, len));
+            self.pen.write(data.slice(0, len), message.region.slice(*sent, len), true);
             let frame = Frame {
                 key: message.key,
                 call: message.call,

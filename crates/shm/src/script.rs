@@ -195,7 +195,7 @@ impl Playing<'_> {
             for Give { src, offset } in &self.script.gives {
                 let (place, piece) =
                     (slot.slice(*offset, src.len), self.run.buffers.at(*src, self.run.shift));
-                if self.script.rewrites { self.pen.write(place, piece) } else { place.copy_from(piece) }
+                self.pen.write(place, piece, self.script.rewrites);
             }
             ring.publish(self.segment, areas, |head: &mut SlotHead| head.call = self.run.call);
         } else {
