@@ -187,7 +187,7 @@ pub(crate) fn slot_to_fill(me: usize, areas: bool, part: usize, segment: &Segmen
     if areas {
         area(segment, ring.area_to_fill(me, 0), part)
     } else {
-        segment.inline(me, ring.index(ring.published()))
+        segment.inline(me, ring.index_to_fill())
     }
 }
 
@@ -197,7 +197,7 @@ pub(crate) fn slot_to_read(rank: usize, areas: bool, part: usize, segment: &Segm
     if areas {
         area(segment, ring.area_to_read(rank), part)
     } else {
-        segment.inline(rank, ring.index(ring.consumed()))
+        segment.inline(rank, ring.index_to_read())
     }
 }
 
@@ -412,7 +412,7 @@ impl<'a> Work<'a> {
 
     /// What `rank` says in its slot's head.
     fn words_of<T: bytemuck::AnyBitPattern>(&self, rank: usize) -> T {
-        let index = self.ring.index(self.ring.consumed());
+        let index = self.ring.index_to_read();
         self.segment
             .slot(rank, index)
             .read(|head| bytemuck::pod_read_unaligned(&head.inline[..size_of::<T>()]))

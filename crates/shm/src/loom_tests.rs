@@ -171,7 +171,7 @@ impl Rank {
             return Ok(false);
         }
         for &peer in self.writers(exchange).iter().filter(|&&w| w != self.me) {
-            if !self.ring.ready(&*self.heap, peer).is_some() {
+            if self.ring.ready(&*self.heap, peer).is_none() {
                 return Err(peer);
             }
             let slot = self.heap.slot(peer, self.ring.index(exchange));

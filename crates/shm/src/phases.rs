@@ -214,7 +214,7 @@ impl Phases {
         Ok(place)
     }
 
-    #[cold]
+    #[inline(never)]
     fn get_to_know(&mut self, run: &PhaseRun, place: usize) -> Result<()> {
         check(run, self.me, self.ranks.len())?;
         let known = &mut self.known[place];

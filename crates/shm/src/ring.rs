@@ -41,6 +41,9 @@ pub(crate) struct Ring {
     /// Exchanges published or skipped, and consumed, by this rank.
     published: u64,
     consumed: u64,
+    /// Slots of the next one to publish and to consume: the numbers above mod `slots`, for divisions take long.
+    fills: usize,
+    reads: usize,
     /// How many of them took areas (E5).
     filled: u64,
     emptied: u64,
@@ -58,6 +61,8 @@ impl Ring {
             slots: slots as u64,
             published: 0,
             consumed: 0,
+            fills: 0,
+            reads: 0,
             filled: 0,
             emptied: 0,
             peers: vec![0; size],
@@ -68,6 +73,23 @@ impl Ring {
     #[inline]
     pub(crate) fn index(&self, exchange: u64) -> usize {
         (exchange % self.slots) as usize
+    }
+
+    /// The slot of the exchange to publish next.
+    #[inline]
+    pub(crate) fn index_to_fill(&self) -> usize {
+        self.fills
+    }
+
+    /// The slot of the exchange to consume next.
+    #[inline]
+    pub(crate) fn index_to_read(&self) -> usize {
+        self.reads
+    }
+
+    #[inline]
+    fn behind(&self, index: usize) -> usize {
+        if index + 1 == self.slots as usize { 0 } else { index + 1 }
     }
 
     /// Where `rank` puts its data in the exchange that takes areas and comes `ahead` of the next such one (E5).
@@ -151,10 +173,11 @@ impl Ring {
     /// exchange take areas?
     #[inline]
     pub(crate) fn publish(&mut self, memory: &impl Memory, areas: bool, fill: impl FnOnce(&mut SlotHead)) {
-        debug_assert!(!self.is_full());
+        debug_assert!(!self.is_full() && self.fills == self.index(self.published));
         let word = (self.published + 1) << LAG_BITS | (self.published - self.consumed);
-        memory.slot(self.me, self.index(self.published)).publish(word, fill);
+        memory.slot(self.me, self.fills).publish(word, fill);
         self.published += 1;
+        self.fills = self.behind(self.fills);
         self.filled += u64::from(areas);
     }
 
@@ -163,13 +186,14 @@ impl Ring {
     pub(crate) fn skip(&mut self, areas: bool) {
         debug_assert!(!self.is_full());
         self.published += 1;
+        self.fills = self.behind(self.fills);
         self.filled += u64::from(areas);
     }
 
     /// The head of `peer`'s slot, if it has published the exchange to consume next.
     #[inline]
     pub(crate) fn ready<'a>(&mut self, memory: &'a impl Memory, peer: usize) -> Option<&'a Line<SlotHead>> {
-        let head = memory.slot(peer, self.index(self.consumed));
+        let head = memory.slot(peer, self.reads);
         let word = head.word();
         if word >> LAG_BITS != self.consumed + 1 {
             return None;
@@ -181,7 +205,7 @@ impl Ring {
 
     /// As [`Ring::ready`], learning nothing.
     pub(crate) fn has_published(&self, memory: &impl Memory, peer: usize) -> bool {
-        memory.slot(peer, self.index(self.consumed)).word() >> LAG_BITS == self.consumed + 1
+        memory.slot(peer, self.reads).word() >> LAG_BITS == self.consumed + 1
     }
 
     /// Whether `peer` has published `exchange`, lately or not. Behind a fence that follows this rank's own publishing: of two
@@ -194,8 +218,9 @@ impl Ring {
     /// Hands back the slots of the exchange to consume next: nothing of it is looked at any more.
     #[inline]
     pub(crate) fn consume(&mut self, memory: &impl Memory, areas: bool) {
-        debug_assert!(self.consumed < self.published);
+        debug_assert!(self.consumed < self.published && self.reads == self.index(self.consumed));
         self.consumed += 1;
+        self.reads = self.behind(self.reads);
         self.emptied += u64::from(areas);
         memory.control(self.me).consumed.store(self.consumed, recycle_order());
     }

@@ -68,10 +68,11 @@ enum Source {
         rank: usize,
         offset: usize,
     },
-    /// All ranks' pieces; theirs begin at `offsets` in the script's list.
+    /// All ranks' pieces; theirs begin at `offsets` in the script's list. `in_place`: this rank's is where the result goes.
     All {
         offsets: usize,
         finish: bool,
+        in_place: bool,
     },
 }
 
@@ -137,7 +138,7 @@ impl Script {
                 let offsets = self.offsets.len();
                 // Its own piece this rank does not take from its slot: its entry means nothing, and might be negative.
                 self.offsets.extend((0..size).map(|rank| if rank == me { 0 } else { at.offset(rank) }));
-                Source::All { offsets, finish: m.finish }
+                Source::All { offsets, finish: m.finish, in_place: m.src == m.dst }
             }
         }
     }
@@ -229,14 +230,11 @@ impl Playing<'_> {
         match take.from {
             Source::Own => dst.copy_from(buffers.at(take.src, shift)),
             Source::Peer { rank, offset } => dst.copy_from(self.theirs(rank, offset, take, ring)),
-            Source::All { offsets, finish } => {
+            Source::All { offsets, finish, in_place } => {
+                let own = if in_place { dst } else { buffers.at(take.src, shift) };
                 self.sources.clear();
                 for (rank, &offset) in self.script.offsets[offsets..][..self.ranks.len()].iter().enumerate() {
-                    let source = if rank == self.me {
-                        buffers.at(take.src, shift)
-                    } else {
-                        self.theirs(rank, offset, take, ring)
-                    };
+                    let source = if rank == self.me { own } else { self.theirs(rank, offset, take, ring) };
                     self.sources.push(source);
                 }
                 combine(self.run.arith, finish, dst, self.sources);
@@ -314,7 +312,8 @@ mod tests {
                     let (found, finish) = match take.from {
                         Source::Own => (vec![], false),
                         Source::Peer { rank, offset } => (vec![(rank, offset)], false),
-                        Source::All { offsets, finish } => {
+                        Source::All { offsets, finish, in_place } => {
+                            prop_assert_eq!(in_place, take.src == take.dst);
                             let all = ours.offsets[offsets..][..size].iter().copied().enumerate();
                             (all.filter(|(rank, _)| *rank != me).collect(), finish)
                         }
