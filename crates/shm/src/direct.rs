@@ -21,11 +21,11 @@ use smddp_core::reduce::{Store, combine_and};
 use smddp_core::shared::{Place, Shared, place};
 use smddp_core::transport::Arith;
 
+use crate::cut::{CUT_ALIGN, share};
+
 /// Exchanges of a call.
 pub(crate) const EXCHANGES: usize = 2;
 
-/// Shares begin on cache lines of the data.
-const LINE: usize = 64;
 /// Bytes combined before they are copied to further peers, from a near cache.
 const STEP: usize = 16 << 10;
 
@@ -109,7 +109,7 @@ impl Direct {
                 return false;
             }
             // Two ranks' parts are stored at once: nothing is copied.
-            let step = if ranks > 2 { STEP } else { (left / ranks).max(STEP) / LINE * LINE };
+            let step = if ranks > 2 { STEP } else { (left / ranks).max(STEP) / CUT_ALIGN * CUT_ALIGN };
             let n = step.min(share - self.done);
             let at = shift + m.dst.off + start + self.done;
             self.parts.clear();
@@ -135,13 +135,6 @@ impl Direct {
     }
 }
 
-/// Start and length of the share of `rank` of `len` bytes (D3).
-fn share(len: usize, ranks: usize, rank: usize) -> (usize, usize) {
-    let step = len.div_ceil(ranks).next_multiple_of(LINE);
-    let start = len.min(step * rank);
-    (start, step.min(len - start))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,7 +147,7 @@ mod tests {
             for rank in 0..ranks {
                 let (start, len_of) = share(len, ranks, rank);
                 prop_assert_eq!(start, next);
-                prop_assert!(start.is_multiple_of(LINE) || start == len);
+                prop_assert!(start.is_multiple_of(CUT_ALIGN) || start == len);
                 next += len_of;
             }
             prop_assert_eq!(next, len);

@@ -430,9 +430,9 @@ impl Phases {
         }
         let number = self.submitted - self.queue.len() as u64;
         self.check_silence(number, &run.call, &self.consuming.group, ring.consumed(), segment, ring)?;
-        let has_published = matches!(way, Way::Relay(_)) && Relay::is_gather(self.consuming.cut);
+        let spread = matches!(way, Way::Relay(_)) && Relay::is_gather(self.consuming.cut);
         let again = *way == Way::SingleCopy && self.consuming.cut > 0 && self.single_copy.has_failed();
-        if has_published {
+        if spread {
             self.step_past_published();
         }
         ring.consume(segment, self.consuming.group.takes_areas());

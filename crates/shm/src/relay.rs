@@ -10,7 +10,7 @@
 //! - **Y2** Each rank's pieces of an exchange fit into its slot.
 //! - **Y3** Each element is combined by one rank, from all ranks' in order, as a phase through slots combines it: equal bits.
 
-use crate::cut::aligned;
+use crate::cut::{CUT_ALIGN, share};
 
 /// How a phase is cut into chunks, and chunks into shares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +21,6 @@ pub(crate) struct Relay {
     chunk: usize,
 }
 
-/// Shares begin at multiples of so many bytes, and no element is longer.
-const GRAIN: usize = 64;
 /// Bytes that all ranks of a node read together, each reading all, where that is as fast as a relay.
 const LEAST: usize = 64 << 10;
 
@@ -34,9 +32,9 @@ impl Relay {
             return None;
         }
         // A rank gives all others their shares in one slot.
-        let share = slot / (size - 1) / GRAIN * GRAIN;
+        let share = slot / (size - 1) / CUT_ALIGN * CUT_ALIGN;
         let chunks = len.div_ceil((share > 0).then(|| share * size)?);
-        Some(Relay { size, len, chunk: len.div_ceil(chunks).next_multiple_of(size * GRAIN) })
+        Some(Relay { size, len, chunk: len.div_ceil(chunks).next_multiple_of(size * CUT_ALIGN) })
     }
 
     pub(crate) fn exchanges(&self) -> usize {
@@ -50,16 +48,14 @@ impl Relay {
     /// Offset in the data, and length, of `rank`'s share of the chunk that `exchange` is about.
     pub(crate) fn share(&self, exchange: usize, rank: usize) -> (usize, usize) {
         let start = exchange / 2 * self.chunk;
-        let len = self.chunk.min(self.len - start);
-        let share = len.div_ceil(self.size).next_multiple_of(GRAIN);
-        let at = len.min(rank * share);
-        (start + at, share.min(len - at))
+        let (at, len) = share(self.chunk.min(self.len - start), self.size, rank);
+        (start + at, len)
     }
 
-    /// Where `giver` puts `taker`'s share in the slot of a gather: behind those of the ranks before it.
+    /// Where `giver` puts `taker`'s share in the slot of a gather: behind those of the ranks before it, which are as long as
+    /// the first where this one is not empty.
     pub(crate) fn offset(&self, exchange: usize, giver: usize, taker: usize) -> usize {
-        let before = (0..taker).filter(|&rank| rank != giver);
-        before.map(|rank| aligned(self.share(exchange, rank).1)).sum()
+        (taker - usize::from(giver < taker)) * self.share(exchange, 0).1
     }
 
     /// Bytes that a rank puts into its slot, at most.
@@ -82,7 +78,7 @@ mod tests {
             slot in prop_oneof![Just(4096usize), 4096usize..200_000, Just(1 << 20)],
         ) {
             let Some(relay) = Relay::of(len, size, slot) else {
-                prop_assert!(size == 1 || len * size <= LEAST || slot / (size - 1) < GRAIN);
+                prop_assert!(size == 1 || len * size <= LEAST || slot / (size - 1) < CUT_ALIGN);
                 return Ok(());
             };
             let mut end = 0;
@@ -90,7 +86,7 @@ mod tests {
                 let mut most = 0;
                 for rank in 0..size {
                     let (at, share) = relay.share(exchange, rank);
-                    prop_assert_eq!((at, at % GRAIN), (end, if share > 0 { 0 } else { at % GRAIN }));
+                    prop_assert_eq!((at, at % CUT_ALIGN), (end, if share > 0 { 0 } else { at % CUT_ALIGN }));
                     prop_assert_eq!(relay.share(exchange + 1, rank), (at, share));
                     end += share;
                     let place = relay.offset(exchange, (rank + 1) % size, rank);

@@ -16,7 +16,7 @@
 //! A [`World`] finds the job (MPI, launcher variables, or a single process) and derefs to its [`Communicator`]; programs
 //! that bring their own key-value store make a [`Communicator`] with [`connect`].
 
-pub mod caches;
+mod caches;
 mod connect;
 mod contact;
 mod dirs;
