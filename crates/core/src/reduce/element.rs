@@ -8,8 +8,8 @@ use super::half;
 use super::isa::Isa;
 use super::op::Op;
 
-/// float16 elements converted at a time.
-pub const LANES: usize = 16;
+/// Halves converted at a time.
+pub const CHUNK: usize = 32;
 
 /// An element type. All slices given to one call have the same length, at most a block's.
 pub trait Element {
@@ -145,31 +145,21 @@ impl Element for F64 {
     }
 }
 
-pub struct BF16;
-impl Element for BF16 {
-    type Raw = [u8; 2];
-    type Acc = f32;
+/// float16 or bfloat16, reduced in float32. Whole chunks are converted by the instruction set's own means.
+pub struct Half<C>(PhantomData<C>);
 
-    #[inline(always)]
-    fn widen(raw: [u8; 2]) -> f32 {
-        half::bf16_to_f32(u16::from_ne_bytes(raw))
-    }
-    #[inline(always)]
-    fn narrow(acc: f32) -> [u8; 2] {
-        half::f32_to_bf16(acc).to_ne_bytes()
-    }
-    #[inline(always)]
-    fn divide(acc: f32, divisor: u32) -> f32 {
-        F32::divide(acc, divisor)
-    }
+/// How one of the two types becomes float32 and is made of it.
+pub trait Convert {
+    fn widen(raw: [u8; 2]) -> f32;
+    fn narrow(acc: f32) -> [u8; 2];
+
+    /// All of a chunk, in an order of its own that [`Convert::narrow_chunk`] undoes.
+    fn widen_chunk(raw: &[[u8; 2]; CHUNK]) -> [f32; CHUNK];
+    fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK];
 }
 
-/// float16; whole blocks are converted by the instruction set's own means, for plain code is several times slower.
 pub struct F16<I>(PhantomData<I>);
-impl<I: Isa> Element for F16<I> {
-    type Raw = [u8; 2];
-    type Acc = f32;
-
+impl<I: Isa> Convert for F16<I> {
     #[inline(always)]
     fn widen(raw: [u8; 2]) -> f32 {
         half::f16_to_f32(u16::from_ne_bytes(raw))
@@ -179,19 +169,61 @@ impl<I: Isa> Element for F16<I> {
         half::f32_to_f16(acc).to_ne_bytes()
     }
     #[inline(always)]
+    fn widen_chunk(raw: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+        I::widen_f16(raw)
+    }
+    #[inline(always)]
+    fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        I::narrow_f16(acc)
+    }
+}
+
+pub struct BF16<I>(PhantomData<I>);
+impl<I: Isa> Convert for BF16<I> {
+    #[inline(always)]
+    fn widen(raw: [u8; 2]) -> f32 {
+        half::bf16_to_f32(u16::from_ne_bytes(raw))
+    }
+    #[inline(always)]
+    fn narrow(acc: f32) -> [u8; 2] {
+        half::f32_to_bf16(acc).to_ne_bytes()
+    }
+    #[inline(always)]
+    fn widen_chunk(raw: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+        half::bf16_pairs_to_f32(raw)
+    }
+    #[inline(always)]
+    fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        I::narrow_bf16(acc)
+    }
+}
+
+impl<C: Convert> Element for Half<C> {
+    type Raw = [u8; 2];
+    type Acc = f32;
+
+    #[inline(always)]
+    fn widen(raw: [u8; 2]) -> f32 {
+        C::widen(raw)
+    }
+    #[inline(always)]
+    fn narrow(acc: f32) -> [u8; 2] {
+        C::narrow(acc)
+    }
+    #[inline(always)]
     fn divide(acc: f32, divisor: u32) -> f32 {
         F32::divide(acc, divisor)
     }
 
     #[inline(always)]
     fn load(acc: &mut [f32], src: &[[u8; 2]]) {
-        let (accs, acc_rest) = acc.as_chunks_mut::<LANES>();
-        let (srcs, src_rest) = src.as_chunks::<LANES>();
+        let (accs, acc_rest) = acc.as_chunks_mut::<CHUNK>();
+        let (srcs, src_rest) = src.as_chunks::<CHUNK>();
         for (acc, src) in accs.iter_mut().zip(srcs) {
-            *acc = I::widen_f16(src);
+            *acc = C::widen_chunk(src);
         }
         for (acc, src) in acc_rest.iter_mut().zip(src_rest) {
-            *acc = Self::widen(*src);
+            *acc = C::widen(*src);
         }
     }
     #[inline(always)]
@@ -201,27 +233,27 @@ impl<I: Isa> Element for F16<I> {
     }
     #[inline(always)]
     fn fold<O: Op<f32>>(acc: &mut [f32], src: &[[u8; 2]]) {
-        let (accs, acc_rest) = acc.as_chunks_mut::<LANES>();
-        let (srcs, src_rest) = src.as_chunks::<LANES>();
+        let (accs, acc_rest) = acc.as_chunks_mut::<CHUNK>();
+        let (srcs, src_rest) = src.as_chunks::<CHUNK>();
         for (acc, src) in accs.iter_mut().zip(srcs) {
-            let wide = I::widen_f16(src);
+            let wide = C::widen_chunk(src);
             for (acc, wide) in acc.iter_mut().zip(wide) {
                 *acc = O::apply(*acc, wide);
             }
         }
         for (acc, src) in acc_rest.iter_mut().zip(src_rest) {
-            *acc = O::apply(*acc, Self::widen(*src));
+            *acc = O::apply(*acc, C::widen(*src));
         }
     }
     #[inline(always)]
     fn emit(dst: &mut [[u8; 2]], acc: &[f32]) {
-        let (dsts, dst_rest) = dst.as_chunks_mut::<LANES>();
-        let (accs, acc_rest) = acc.as_chunks::<LANES>();
+        let (dsts, dst_rest) = dst.as_chunks_mut::<CHUNK>();
+        let (accs, acc_rest) = acc.as_chunks::<CHUNK>();
         for (dst, acc) in dsts.iter_mut().zip(accs) {
-            *dst = I::narrow_f16(acc);
+            *dst = C::narrow_chunk(acc);
         }
         for (dst, acc) in dst_rest.iter_mut().zip(acc_rest) {
-            *dst = Self::narrow(*acc);
+            *dst = C::narrow(*acc);
         }
     }
 }

@@ -1,6 +1,8 @@
 //! float16 and bfloat16 to and from float32, in integer operations without branches so that loops over them
 //! become vector code. Rounding is to nearest even; NaN becomes the canonical one (K3).
 
+use super::element::CHUNK;
+
 /// The only NaN a reduction writes, in each type (in bfloat16 the upper half of float32's).
 pub const NAN_F16: u16 = 0x7e00;
 pub const NAN_F32: u32 = 0x7fc0_0000;
@@ -51,9 +53,42 @@ pub fn bf16_to_f32(half: u16) -> f32 {
 /// Rounded to nearest even; beyond the range, infinity.
 #[inline(always)]
 pub fn f32_to_bf16(single: f32) -> u16 {
+    (rounded_to_bf16(single) >> 16) as u16
+}
+
+/// The rounded number in the upper half, anything in the lower.
+#[inline(always)]
+fn rounded_to_bf16(single: f32) -> u32 {
     let bits = canonical_f32(single);
     // As above for 16 dropped bits; infinity and the canonical NaN have none of them set and stay.
-    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+    bits.wrapping_add(0x7fff + ((bits >> 16) & 1))
+}
+
+/// Exact: the chunk's even elements, then its odd ones. Two neighbours lie in one word, and moving them to float32's place takes
+/// one instruction each that way.
+#[inline(always)]
+pub fn bf16_pairs_to_f32(halves: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+    let mut singles = [0.0; CHUNK];
+    let (even, odd) = singles.split_at_mut(CHUNK / 2);
+    let (words, _) = halves.as_flattened().as_chunks::<4>();
+    for ((even, odd), word) in even.iter_mut().zip(odd).zip(words) {
+        let word = u32::from_le_bytes(*word);
+        *even = f32::from_bits(word << 16);
+        *odd = f32::from_bits(word & 0xffff_0000);
+    }
+    singles
+}
+
+/// As [`f32_to_bf16`], in the order that [`bf16_pairs_to_f32`] gives.
+#[inline(always)]
+pub fn f32_to_bf16_pairs(singles: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+    let mut halves = [[0; 2]; CHUNK];
+    let (even, odd) = singles.split_at(CHUNK / 2);
+    let (words, _) = halves.as_flattened_mut().as_chunks_mut::<4>();
+    for ((even, odd), word) in even.iter().zip(odd).zip(words) {
+        *word = (rounded_to_bf16(*even) >> 16 | rounded_to_bf16(*odd) & 0xffff_0000).to_le_bytes();
+    }
+    halves
 }
 
 /// The bits, with one NaN for all.

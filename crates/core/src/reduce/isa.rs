@@ -1,12 +1,12 @@
 //! Instruction sets: which the CPU has, and the reduction compiled for each.
 //!
-//! All but float16's conversions is plain code that the compiler turns into vectors of each set's width.
+//! All but the conversions of halves is plain code that the compiler turns into vectors of each set's width.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::element::{BF16, Bool, Element, F16, F32, F64, I8, I16, I32, I64, LANES, U8};
+use super::element::{BF16, Bool, CHUNK, Element, F16, F32, F64, Half, I8, I16, I32, I64, U8};
 use super::half;
 use super::kernel::{Job, drive, drive_few};
 use super::op::{And, Max, Min, Op, Or, Product, Sum, Xor};
@@ -25,6 +25,8 @@ enum Set {
     Avx2 = 2,
     #[cfg(target_arch = "x86_64")]
     Avx512 = 3,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16 = 4,
 }
 
 impl Variant {
@@ -32,17 +34,20 @@ impl Variant {
 
     /// Those this CPU can run, slowest first.
     pub fn available() -> impl DoubleEndedIterator<Item = Variant> {
+        #[cfg(target_arch = "x86_64")]
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
         [
             Some(Variant::PORTABLE),
             #[cfg(target_arch = "x86_64")]
             (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"))
                 .then_some(Variant(Set::Avx2)),
             #[cfg(target_arch = "x86_64")]
-            (is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl"))
-            .then_some(Variant(Set::Avx512)),
+            avx512.then_some(Variant(Set::Avx512)),
+            #[cfg(target_arch = "x86_64")]
+            (avx512 && is_x86_feature_detected!("avx512bf16")).then_some(Variant(Set::Avx512Bf16)),
         ]
         .into_iter()
         .flatten()
@@ -55,6 +60,8 @@ impl Variant {
             Set::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 => "avx512_bf16",
         }
     }
 }
@@ -90,6 +97,8 @@ pub fn current() -> Variant {
             2 => return Variant(Set::Avx2),
             #[cfg(target_arch = "x86_64")]
             3 => return Variant(Set::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            4 => return Variant(Set::Avx512Bf16),
             _ => return Variant::PORTABLE,
         }
     }
@@ -102,7 +111,12 @@ pub fn run(variant: Variant, arith: Arith, job: Job<'_>, range: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
         Set::Avx2 => by_dtype::<x86::Avx2>(arith, job, range),
         #[cfg(target_arch = "x86_64")]
-        Set::Avx512 => by_dtype::<x86::Avx512>(arith, job, range),
+        // Different for one dtype: the others are not compiled once more.
+        Set::Avx512Bf16 if arith.dtype == DType::BF16 => {
+            floats::<x86::Avx512Bf16, Half<BF16<x86::Avx512Bf16>>>(arith.op, job, range);
+        }
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512 | Set::Avx512Bf16 => by_dtype::<x86::Avx512>(arith, job, range),
     }
 }
 
@@ -124,8 +138,8 @@ fn by_dtype<I: Isa>(arith: Arith, job: Job<'_>, range: Range<usize>) {
         DType::I16 => integers::<I, I16>(op, job, range),
         DType::I32 => integers::<I, I32>(op, job, range),
         DType::I64 => integers::<I, I64>(op, job, range),
-        DType::F16 => floats::<I, F16<I>>(op, job, range),
-        DType::BF16 => floats::<I, BF16>(op, job, range),
+        DType::F16 => floats::<I, Half<F16<I>>>(op, job, range),
+        DType::BF16 => floats::<I, Half<BF16<I>>>(op, job, range),
         DType::F32 => floats::<I, F32>(op, job, range),
         DType::F64 => floats::<I, F64>(op, job, range),
     }
@@ -182,10 +196,21 @@ where
 pub trait Isa {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>);
 
-    /// Bit for bit as [`half::f16_to_f32`], but for which NaN a NaN becomes. To be inlined into `run`.
-    fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES];
-    /// Bit for bit as [`half::f32_to_f16`]. To be inlined into `run`.
-    fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES];
+    /// Bit for bit as [`half::f16_to_f32`], but for which NaN a NaN becomes. To be inlined into `run`, as the others.
+    #[inline(always)]
+    fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+        src.map(|half| half::f16_to_f32(u16::from_ne_bytes(half)))
+    }
+    /// Bit for bit as [`half::f32_to_f16`].
+    #[inline(always)]
+    fn narrow_f16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        src.map(|single| half::f32_to_f16(single).to_ne_bytes())
+    }
+    /// Bit for bit as [`half::f32_to_bf16_pairs`].
+    #[inline(always)]
+    fn narrow_bf16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        half::f32_to_bf16_pairs(src)
+    }
 }
 
 /// What every CPU of the architecture has (SSE2, NEON).
@@ -194,14 +219,6 @@ impl Isa for Portable {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         drive::<E, O>(job, range);
     }
-    #[inline(always)]
-    fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES] {
-        src.map(|half| half::f16_to_f32(u16::from_ne_bytes(half)))
-    }
-    #[inline(always)]
-    fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
-        src.map(|single| half::f32_to_f16(single).to_ne_bytes())
-    }
 }
 
 /// As [`Portable`], for a few elements.
@@ -209,14 +226,6 @@ struct Few;
 impl Isa for Few {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         drive_few::<E, O>(job, range);
-    }
-    #[inline(always)]
-    fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES] {
-        Portable::widen_f16(src)
-    }
-    #[inline(always)]
-    fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
-        Portable::narrow_f16(src)
     }
 }
 
@@ -238,11 +247,11 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES] {
-            let mut wide = [0.0; LANES];
-            // SAFETY: the CPU has the set, as in `run`; two times eight elements each; no alignment is needed.
+        fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+            let mut wide = [0.0; CHUNK];
+            // SAFETY: the CPU has the set, as in `run`; eight elements each time; no alignment is needed.
             unsafe {
-                for i in [0, 8] {
+                for i in [0, 8, 16, 24] {
                     let halves = _mm_loadu_si128(src.as_ptr().add(i).cast());
                     _mm256_storeu_ps(wide.as_mut_ptr().add(i), _mm256_cvtph_ps(halves));
                 }
@@ -251,12 +260,12 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
-            let mut halves = [[0; 2]; LANES];
+        fn narrow_f16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+            let mut halves = [[0; 2]; CHUNK];
             // SAFETY: as in `widen_f16`.
             unsafe {
                 let nan = _mm256_set1_ps(f32::from_bits(half::NAN_F32));
-                for i in [0, 8] {
+                for i in [0, 8, 16, 24] {
                     let x = _mm256_loadu_ps(src.as_ptr().add(i));
                     let x = _mm256_blendv_ps(x, nan, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
                     let eight = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
@@ -279,28 +288,77 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn widen_f16(src: &[[u8; 2]; LANES]) -> [f32; LANES] {
-            let mut wide = [0.0; LANES];
-            // SAFETY: the CPU has the set, as in `run`; sixteen elements each; no alignment is needed.
+        fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+            let mut wide = [0.0; CHUNK];
+            // SAFETY: the CPU has the set, as in `run`; sixteen elements each time; no alignment is needed.
             unsafe {
-                let halves = _mm256_loadu_si256(src.as_ptr().cast());
-                _mm512_storeu_ps(wide.as_mut_ptr(), _mm512_cvtph_ps(halves));
+                for i in [0, 16] {
+                    let halves = _mm256_loadu_si256(src.as_ptr().add(i).cast());
+                    _mm512_storeu_ps(wide.as_mut_ptr().add(i), _mm512_cvtph_ps(halves));
+                }
             }
             wide
         }
 
         #[inline(always)]
-        fn narrow_f16(src: &[f32; LANES]) -> [[u8; 2]; LANES] {
-            let mut halves = [[0; 2]; LANES];
+        fn narrow_f16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+            let mut halves = [[0; 2]; CHUNK];
             // SAFETY: as in `widen_f16`.
             unsafe {
-                let x = _mm512_loadu_ps(src.as_ptr());
                 let nan = _mm512_set1_ps(f32::from_bits(half::NAN_F32));
-                let x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), nan);
-                let sixteen = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
-                _mm256_storeu_si256(halves.as_mut_ptr().cast(), sixteen);
+                for i in [0, 16] {
+                    let x = _mm512_loadu_ps(src.as_ptr().add(i));
+                    let x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), nan);
+                    let sixteen = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+                    _mm256_storeu_si256(halves.as_mut_ptr().add(i).cast(), sixteen);
+                }
             }
             halves
         }
     }
+
+    /// [`Avx512`] with instructions for bfloat16.
+    pub struct Avx512Bf16;
+    impl Isa for Avx512Bf16 {
+        fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            fn inner<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
+                drive::<E, O>(job, range);
+            }
+            // SAFETY: a Variant of this set exists, so the CPU has it.
+            unsafe { inner::<E, O>(job, range) }
+        }
+
+        /// The instruction flushes subnormals and keeps payloads of NaN: where there are such, plain code converts (K2, K3).
+        #[inline(always)]
+        fn narrow_bf16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+            const SUBNORMAL_OR_NAN: i32 = 0x20 | 0x80 | 0x01;
+            let mut halves = [[0; 2]; CHUNK];
+            // SAFETY: the CPU has the set, as in `run`; twice sixteen elements; no alignment is needed.
+            unsafe {
+                let even = _mm512_loadu_ps(src.as_ptr());
+                let odd = _mm512_loadu_ps(src.as_ptr().add(CHUNK / 2));
+                let special = _mm512_fpclass_ps_mask::<SUBNORMAL_OR_NAN>(even)
+                    | _mm512_fpclass_ps_mask::<SUBNORMAL_OR_NAN>(odd);
+                if special != 0 {
+                    return half::f32_to_bf16_pairs(src);
+                }
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+                let in_turns = _mm512_loadu_epi16(IN_TURNS.as_ptr());
+                _mm512_storeu_epi16(halves.as_mut_ptr().cast(), _mm512_permutexvar_epi16(in_turns, both));
+            }
+            halves
+        }
+    }
+
+    /// One of the lower half, one of the upper, and so on.
+    const IN_TURNS: [i16; CHUNK] = {
+        let mut order = [0; CHUNK];
+        let mut i = 0;
+        while i < CHUNK {
+            order[i] = (i / 2 + i % 2 * (CHUNK / 2)) as i16;
+            i += 1;
+        }
+        order
+    };
 }

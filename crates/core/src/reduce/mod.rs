@@ -7,7 +7,7 @@
 //!   alignment, nor the number of threads. Sources are folded left to right, element by element; nothing is
 //!   contracted (no fused multiply-add) or reassociated.
 //! - **K2** float16 and bfloat16 are summed up in float32 and rounded once, to nearest even, with subnormals kept.
-//!   (The `vcvtneps2bf16` instruction flushes subnormals, so no variant uses it.)
+//!   (The `vcvtneps2bf16` instruction flushes subnormals: what contains some is converted without it.)
 //! - **K3** A result that is not a number is always the same one: sign 0, quiet, no payload (`element.rs`). Which payload
 //!   survives an addition differs between CPUs and even between two compilations of one expression.
 //! - **K4** `Min` and `Max` are IEEE 754-2019's minimum and maximum: NaN wins, and −0 is less than +0. They are
