@@ -3,7 +3,8 @@
 //!
 //! Which size is best depends on where the caches lie: on some CPUs memory that was written, and read by a peer, is several
 //! times as fast to write again once it has left both second caches for a shared L3. An all_reduce of two ranks does not
-//! show that, since they swap what they write; a broadcast does.
+//! show that, since they swap what they write; a broadcast does. What serves much data best (slots that stay in the second
+//! caches) may cut a bucket of gradients into more pieces than need be.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,6 +24,9 @@ use crate::node::ShmNode;
 
 /// An all-reduce of so many bytes.
 const DATA: usize = 4 << 20;
+/// All-reduces of so many bytes, all of the same.
+const BUCKET: usize = 1 << 20;
+const BUCKETS: usize = 2;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 64 << 10;
 const PIECES: usize = 8;
@@ -38,7 +42,7 @@ const HANDOVER: Duration = Duration::from_secs(5);
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
-    /// An all-reduce of much data, and broadcasts of one rank, which count alike: the geometric mean of both times.
+    /// All-reduces of much and of less data, and broadcasts of one rank, which count alike: the geometric mean of both times.
     Slots,
     /// An all-to-all of large blocks that were just written.
     Blocks,
@@ -167,7 +171,7 @@ fn exchange(
 #[derive(Clone, Copy)]
 struct Work<'a> {
     collective: Collective,
-    buffers: Buffers,
+    len: usize,
     shifts: &'a [usize],
 }
 
@@ -193,14 +197,21 @@ impl<'a> Rank<'a> {
         // SAFETY: `data` stays in place; a run that did not end before `run` returned is not polled again.
         let whole = unsafe { Region::of(&mut self.data) };
         let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
-        let work = Work { collective: Collective::AllReduce, buffers, shifts: &[0] };
-        let Some(all_reduce) = self.run_warm(node, work)? else {
-            return Ok(None);
-        };
-        let shifts: Vec<_> = (0..PIECES).map(|piece| piece * PIECE).collect();
-        let broadcast =
-            self.run_warm(node, Work { collective: Collective::Broadcast, buffers, shifts: &shifts })?;
-        Ok(broadcast.map(|broadcast| [all_reduce, broadcast]))
+        let pieces: [usize; PIECES] = std::array::from_fn(|piece| piece * PIECE);
+        let all_reduce = |len, shifts| Work { collective: Collective::AllReduce, len, shifts };
+        let loads = [
+            (0, all_reduce(DATA, &[0])),
+            (0, all_reduce(BUCKET, &[0; BUCKETS])),
+            (1, Work { collective: Collective::Broadcast, len: PIECE, shifts: &pieces }),
+        ];
+        let mut times = [0.0; 2];
+        for (kind, work) in loads {
+            match self.run_warm(node, work, buffers)? {
+                Some(seconds) => times[kind] += seconds,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(times))
     }
 
     fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<f64>, Error> {
@@ -208,27 +219,32 @@ impl<'a> Rank<'a> {
         // SAFETY: as above.
         let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
         let buffers = Buffers { input, output, scratch: Region::EMPTY };
-        self.run(node, Work { collective: Collective::AllToAll, buffers, shifts: &[0] })
+        self.run(node, Work { collective: Collective::AllToAll, len: BLOCK, shifts: &[0] }, buffers)
     }
 
     /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.
-    fn run_warm(&mut self, node: &mut ShmNode, work: Work<'_>) -> Result<Option<f64>, Error> {
-        match self.run(node, work)? {
-            Some(_) => self.run(node, work),
+    fn run_warm(
+        &mut self,
+        node: &mut ShmNode,
+        work: Work<'_>,
+        buffers: Buffers,
+    ) -> Result<Option<f64>, Error> {
+        match self.run(node, work, buffers)? {
+            Some(_) => self.run(node, work, buffers),
             None => Ok(None),
         }
     }
 
     /// Meets the other rank, then does the work: seconds.
-    fn run(&mut self, node: &mut ShmNode, work: Work<'_>) -> Result<Option<f64>, Error> {
-        let Work { collective, buffers, shifts } = work;
-        let plan = Arc::new(plan(collective));
+    fn run(&mut self, node: &mut ShmNode, work: Work<'_>, buffers: Buffers) -> Result<Option<f64>, Error> {
+        let Work { collective, len, shifts } = work;
+        let plan = Arc::new(plan(collective, len));
         self.met += 1;
         if !self.meeting.hold(self.me, self.met, self.deadline) {
             return Ok(None);
         }
         let start = Instant::now();
-        let call = Call::new(collective, DType::F32, (DATA / size_of::<f32>()) as u64).pack();
+        let call = Call::new(collective, DType::F32, (len / size_of::<f32>()) as u64).pack();
         for &shift in shifts {
             node.submit(PhaseRun {
                 plan: Arc::clone(&plan),
@@ -253,29 +269,30 @@ impl<'a> Rank<'a> {
     }
 }
 
-fn plan(collective: Collective) -> Plan {
-    let all = |from, len| {
+/// Of `len` bytes, or of blocks of `len` bytes.
+fn plan(collective: Collective, len: usize) -> Plan {
+    let all = |from| {
         let span = Span::output(0, len);
         vec![Move { from, to: Who::All, src: span, dst: span, finish: true }]
     };
     let mut plan = Plan::default();
     let moves = match collective {
-        Collective::AllReduce => all(Who::All, DATA),
-        Collective::Broadcast => all(Who::One(0), PIECE),
-        _ => all_to_all(),
+        Collective::AllReduce => all(Who::All),
+        Collective::Broadcast => all(Who::One(0)),
+        _ => all_to_all(len),
     };
     plan.push(Op::Phase(moves), &[]);
     plan
 }
 
-fn all_to_all() -> Vec<Move> {
-    let block = |of: usize| of * BLOCK;
+fn all_to_all(len: usize) -> Vec<Move> {
+    let block = |of: usize| of * len;
     let pairs = (0..RANKS).flat_map(|from| (0..RANKS).map(move |to| (from, to)));
     let moves = pairs.map(|(from, to)| Move {
         from: Who::One(from as u32),
         to: Who::One(to as u32),
-        src: Span::input(block(to), BLOCK),
-        dst: Span::output(block(from), BLOCK),
+        src: Span::input(block(to), len),
+        dst: Span::output(block(from), len),
         finish: true,
     });
     moves.collect()
