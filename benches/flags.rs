@@ -25,6 +25,7 @@ fn pair() -> [ShmNode; 2] {
         ranks: vec![0, 1],
         node: "here".to_owned(),
         single_copy: true,
+        hands_back: false,
         streams_from: None,
         deadline: Instant::now() + Duration::from_secs(30),
     };

@@ -113,9 +113,7 @@ impl Region {
         unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.ptr.as_ptr(), self.len) }
     }
 
-    /// As [`copy_from`](Self::copy_from), and writes back a byte of each cache line of `from`, which may hold no bytes that others
-    /// read or write meanwhile: so the line belongs to this core's cache, from where another core that writes it next
-    /// gets it faster, on some CPUs, than if both had it to read.
+    /// As [`copy_from`](Self::copy_from), and [claims](Self::claim) the lines of `from`.
     #[inline]
     pub fn take_from(&self, from: Region) {
         assert_eq!(self.len, from.len, "copy between regions of different length");
@@ -131,7 +129,9 @@ impl Region {
         }
     }
 
-    /// Writes back a byte of each cache line. Nobody else may touch this memory meanwhile.
+    /// Writes a byte of each cache line back, but perhaps of the last: the lines belong to this core's cache then, from where
+    /// another core that writes to them next gets them in one step. If both had them to read, it would have to wait until
+    /// this one gives its up, which takes long on some CPUs (docs/adr/0024). Nobody else may touch this memory meanwhile.
     #[inline]
     pub fn claim(&self) {
         for at in (0..self.len).step_by(64) {
@@ -215,6 +215,19 @@ mod tests {
             let mut expected = vec![0u8; ROOM];
             expected[to..to + len].copy_from_slice(&source[from..from + len]);
             assert_eq!(target, expected, "{len} bytes from {from} to {to}");
+        }
+    }
+
+    #[test]
+    fn what_is_taken_arrives_and_stays_where_it_was() {
+        for (from, len) in (0..70).flat_map(|from| [0, 1, 63, 64, 65, 255, 256, 700].map(|len| (from, len))) {
+            let (mut target, mut source) = (vec![0xa5u8; 800], (0..800).map(|i| i as u8).collect::<Vec<_>>());
+            // SAFETY: both vectors outlive the regions, and are not touched while they are in use.
+            let (into, out) = unsafe { (Region::of(&mut target), Region::of(&mut source)) };
+            into.slice(3, len).take_from(out.slice(from, len));
+            assert!(source.iter().enumerate().all(|(i, byte)| *byte == i as u8), "{len} bytes from {from}");
+            assert_eq!(target[3..3 + len], source[from..from + len]);
+            assert!(target[..3].iter().chain(&target[3 + len..]).all(|byte| *byte == 0xa5));
         }
     }
 

@@ -115,6 +115,12 @@ pub const TABLE: &[Row] = &[
         "blocks of 512 KiB and more of all_to_all straight from the peers' memory, where the kernel allows it (process_vm_readv): unless the probe found slots faster, always, never",
     ),
     row(
+        "SMDDP_SHM_HAND_BACK",
+        Kind::Choice(&["auto", "on", "off"]),
+        "auto",
+        "a rank that alone reads a piece in a slot writes to its cache lines, for its owner to get them back faster: where the probe found that faster, always, never",
+    ),
+    row(
         "SMDDP_SHM_STREAM",
         Kind::Bytes(0, 1 << 40),
         "",

@@ -130,7 +130,8 @@ fn slots(settings: &Settings) -> String {
         Origin::Usual => "usual; a job of several ranks measures once which are best",
     };
     let single_copy = if choice.single_copy { "" } else { ", faster than single copies" };
-    format!("{} of {} KiB ({why}{single_copy})", geometry.slots, geometry.slot >> 10)
+    let hands_back = if choice.hands_back { ", cache lines handed back" } else { "" };
+    format!("{} of {} KiB ({why}{single_copy}{hands_back})", geometry.slots, geometry.slot >> 10)
 }
 
 fn model() -> String {

@@ -10,6 +10,7 @@
 
 use smddp_core::plan::{Move, Who};
 
+use crate::geometry::Geometry;
 use crate::layout::INLINE;
 use crate::mask::Mask;
 use crate::relay::Relay;
@@ -21,6 +22,10 @@ pub(crate) const CUT_ALIGN: usize = 64;
 
 /// Parts of areas are no smaller: what is tiny stays in the caches after all.
 const PART_ALIGN: usize = 4 << 10;
+
+/// Larger pieces of slots are not handed back: a ring of them leaves the second caches, and their lines are written again
+/// from the shared one.
+const HANDED_BACK: usize = Geometry::USUAL.slot;
 
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
@@ -42,6 +47,8 @@ pub(crate) struct Group {
     pub(crate) part: usize,
     /// Ranks write slots again that their peers have read; two ranks that both give swap them.
     pub(crate) rewrites: bool,
+    /// Each piece has one reader, who hands the lines back that were written again.
+    pub(crate) hands_back: bool,
     /// This rank gives something to others.
     pub(crate) writes: bool,
     /// Peers whose slots this rank reads.
@@ -95,14 +102,16 @@ pub(crate) fn travels(m: &Move, rank: usize) -> bool {
 pub(crate) struct Cutter {
     me: usize,
     slot_bytes: usize,
+    /// As the group's ranks agreed.
+    pub(crate) hands_back: bool,
     /// Bytes and pieces each rank has beyond (or short of) what moves from `All` give everybody.
     bytes: Vec<i64>,
     pieces: Vec<i64>,
 }
 
 impl Cutter {
-    pub(crate) fn new(me: usize, size: usize, slot_bytes: usize) -> Cutter {
-        Cutter { me, slot_bytes, bytes: vec![0; size], pieces: vec![0; size] }
+    pub(crate) fn new(me: usize, size: usize, slot_bytes: usize, hands_back: bool) -> Cutter {
+        Cutter { me, slot_bytes, hands_back, bytes: vec![0; size], pieces: vec![0; size] }
     }
 
     /// All moves of a phase that takes no slots, in so many exchanges.
@@ -172,7 +181,13 @@ impl Cutter {
                 let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
                 most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2))
             };
-        } else if group.rewrites {
+        }
+        let has_one_reader = |m: &Move| self.bytes.len() <= 2 || m.to != Who::All;
+        group.hands_back = self.hands_back
+            && group.rewrites
+            && most.div_ceil(group.cuts) <= HANDED_BACK
+            && moves[start..group.end].iter().all(has_one_reader);
+        if group.rewrites && !group.hands_back && most <= self.slot_bytes {
             group.part = most.next_multiple_of(PART_ALIGN);
         }
         group
@@ -232,17 +247,25 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn groups_cover_every_move_and_cuts_cover_every_byte_within_a_slot((size, moves) in phase()) {
+        fn groups_cover_every_move_and_cuts_cover_every_byte_within_a_slot(
+            (size, moves) in phase(), hands_back in any::<bool>(),
+        ) {
             let slot_bytes = 4096;
             let mut start = 0;
             loop {
-                let mut cutters: Vec<_> = (0..size).map(|me| Cutter::new(me, size, slot_bytes)).collect();
+                let mut cutters: Vec<_> = (0..size).map(|me| Cutter::new(me, size, slot_bytes, hands_back)).collect();
                 let groups: Vec<Group> = cutters.iter_mut().map(|c| c.group(&moves, start)).collect();
                 let group = groups[0];
                 for other in &groups {
-                    prop_assert_eq!((other.start, other.end, other.cuts, other.inline), (group.start, group.end, group.cuts, group.inline));
+                    let alike = |g: &Group| (g.start, g.end, g.cuts, g.inline, g.part, g.hands_back);
+                    prop_assert_eq!(alike(other), alike(&group));
                 }
                 prop_assert!(group.cuts >= 1 && (group.end > start || moves.is_empty()));
+                let readers = |m: &Move, from: usize| (0..size).filter(|&rank| rank != from && includes(m.to, rank)).count();
+                let alone = |m: &Move| (0..size).filter(|&from| travels(m, from)).all(|from| readers(m, from) <= 1);
+                let have_one_reader = moves[start..group.end].iter().all(alone);
+                prop_assert_eq!(group.hands_back, hands_back && group.rewrites && have_one_reader);
+                prop_assert!(!group.hands_back || group.part == 0);
                 for cut in 0..group.cuts {
                     for rank in 0..size {
                         let sent: usize = moves[start..group.end].iter()

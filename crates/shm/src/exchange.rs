@@ -236,6 +236,9 @@ fn area(segment: &Segment, at: Area, part: usize) -> Region {
     data.slice(at.uses as usize % parts * part, part)
 }
 
+/// Bytes of each rank that are combined before their lines are handed back.
+const HANDED_BACK: usize = 16 << 10;
+
 /// One poll's work on one exchange.
 pub(crate) struct Work<'a> {
     me: usize,
@@ -468,10 +471,12 @@ impl<'a> Work<'a> {
                 return Taken::Some;
             }
             let left = len - at.done;
-            let n = if left.saturating_mul(reads) <= self.budget {
-                left
-            } else {
-                left.min((self.budget / reads).max(4096) & !63)
+            let hands_back = at.group.hands_back;
+            let n = match m.from {
+                // What was combined goes back while it is still in the first cache.
+                Who::All if hands_back => left.min(HANDED_BACK),
+                _ if left.saturating_mul(reads) <= self.budget => left,
+                _ => left.min((self.budget / reads).max(4096) & !63),
             };
             let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
             match m.from {
@@ -481,11 +486,21 @@ impl<'a> Work<'a> {
                             return Taken::Failed;
                         }
                     }
-                    _ if self.streamed.is_some() => {
-                        dst.stream_from(self.source(from as usize, m, start, n, at));
-                        settle();
+                    _ => {
+                        let source = self.source(from as usize, m, start, n, at);
+                        let hands_back = hands_back && from as usize != self.me;
+                        if self.streamed.is_some() {
+                            dst.stream_from(source);
+                            settle();
+                            if hands_back {
+                                source.claim();
+                            }
+                        } else if hands_back {
+                            dst.take_from(source);
+                        } else {
+                            dst.copy_from(source);
+                        }
                     }
-                    _ => dst.copy_from(self.source(from as usize, m, start, n, at)),
                 },
                 Who::All => {
                     self.sources.clear();
@@ -495,6 +510,9 @@ impl<'a> Work<'a> {
                     }
                     let store = if self.streamed.is_some() { Store::PastCaches } else { Store::Cached };
                     combine_and(store, self.run.arith, m.finish, dst, self.sources);
+                    if hands_back {
+                        hand_back(self.me, self.sources);
+                    }
                 }
             }
             at.done += n;
@@ -517,6 +535,17 @@ impl<'a> Work<'a> {
         }
         let slot = slot_to_read(rank, at.group.takes_areas(), at.group.part, self.segment, self.ring);
         slot.slice(at.offset(rank) + at.done, n)
+    }
+}
+
+/// Hands the lines of its peers' pieces back, which rank `me` has combined and is the only one to read. `sources` are all
+/// ranks' pieces.
+#[inline]
+pub(crate) fn hand_back(me: usize, sources: &[Region]) {
+    for (rank, source) in sources.iter().enumerate() {
+        if rank != me {
+            source.claim();
+        }
     }
 }
 

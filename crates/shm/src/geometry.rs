@@ -53,6 +53,15 @@ impl Geometry {
     }
 }
 
+/// What local rank 0 decides for its node's ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// Large blocks of all_to_all are read from the peers' private memory.
+    pub single_copy: bool,
+    /// Who alone reads a piece hands its cache lines back ([`Region::take_from`](smddp_core::Region::take_from)).
+    pub hands_back: bool,
+}
+
 /// The first bytes of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -64,14 +73,21 @@ pub(crate) struct Header {
     pub(crate) slot: u64,
     pub(crate) slots: u64,
     pub(crate) total: u64,
-    /// 1 where the group's ranks may read one another's private memory, else 0.
-    pub(crate) single_copy: u64,
+    /// As [`Agreed`] says, 1 or 0.
+    pub(crate) single_copy: u32,
+    pub(crate) hands_back: u32,
     /// Identity of the pid namespace in which the table of pids is to be read.
     pub(crate) pid_space: u64,
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
+
+impl Header {
+    pub(crate) fn agreed(&self) -> Agreed {
+        Agreed { single_copy: self.single_copy == 1, hands_back: self.hands_back == 1 }
+    }
+}
 
 /// Where things are. A function of geometry and local size alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +166,7 @@ impl Layout {
         self.control(from) + self.messages + (to * self.cells + index) * self.cell_stride
     }
 
-    pub(crate) fn header(&self, group: u64, single_copy: bool, pid_space: u64) -> Header {
+    pub(crate) fn header(&self, group: u64, agreed: Agreed, pid_space: u64) -> Header {
         Header {
             magic: MAGIC,
             version: VERSION,
@@ -159,7 +175,8 @@ impl Layout {
             slot: self.geometry.slot as u64,
             slots: self.geometry.slots as u64,
             total: self.total() as u64,
-            single_copy: u64::from(single_copy),
+            single_copy: agreed.single_copy.into(),
+            hands_back: agreed.hands_back.into(),
             pid_space,
         }
     }

@@ -27,7 +27,7 @@ use rustix::net::{
 };
 
 use crate::error::ShmError;
-use crate::geometry::{Geometry, Layout, VERSION};
+use crate::geometry::{Agreed, Geometry, Layout, VERSION};
 use crate::mask::MAX_LOCAL;
 use crate::node::ShmNode;
 use crate::peers::{Peers, pid_space};
@@ -50,6 +50,8 @@ pub struct Membership {
     /// Whether this rank reads its peers' private memory for large blocks. Local rank 0's word decides whether the group
     /// tries; then all ranks do in a call, or none.
     pub single_copy: bool,
+    /// Whether who alone reads a piece hands its cache lines back. Local rank 0's word decides for the group.
+    pub hands_back: bool,
     /// Results of so many bytes, all ranks of the node together, are stored past the caches; `None`: never. Each rank does
     /// as it thinks best.
     pub streams_from: Option<usize>,
@@ -67,6 +69,11 @@ impl Membership {
             "local rank {} of {size} ranks on node {} (at most {MAX_LOCAL} can share memory)",
             self.local_rank, self.node
         )))
+    }
+
+    /// What the group does where this is local rank 0.
+    fn agreed(&self) -> Agreed {
+        Agreed { single_copy: self.single_copy, hands_back: self.hands_back }
     }
 
     fn missing(&self, started: Instant, locals: impl Iterator<Item = usize>) -> ShmError {
@@ -141,14 +148,14 @@ impl Listener {
             tracing::debug!(?geometry, ?fitted, "slots were fitted to what a rank may share");
         }
         let space = pid_space();
-        let (segment, file) =
-            match Segment::create(Layout::new(fitted, size), who.group, who.single_copy, space) {
-                Ok(made) => made,
-                Err(error) => {
-                    turn_away(&self.socket, size - 1, who, &error);
-                    return Err(error);
-                }
-            };
+        let (segment, file) = match Segment::create(Layout::new(fitted, size), who.group, who.agreed(), space)
+        {
+            Ok(made) => made,
+            Err(error) => {
+                turn_away(&self.socket, size - 1, who, &error);
+                return Err(error);
+            }
+        };
         segment.pid(0).store(std::process::id(), Ordering::Relaxed);
         let mut serving = Serving {
             who,
@@ -163,7 +170,7 @@ impl Listener {
                 // Everybody is alive and waits: pids are what they seem.
                 let peers = Peers::watch(&serving.segment, 0, space);
                 serving.tell_all(&[GO]);
-                Ok(ShmNode::new(serving.segment, who, peers, who.single_copy))
+                Ok(ShmNode::new(serving.segment, who, peers, who.agreed()))
             }
             Err(error) => {
                 serving.tell_all(&failure(&error));
@@ -356,7 +363,7 @@ impl ShmNode {
             return Err(ShmError::Refused("local rank 0 answered out of turn".to_owned()));
         };
         let peers = Peers::watch(&segment, who.local_rank, space);
-        Ok(ShmNode::new(segment, who, peers, header.single_copy == 1))
+        Ok(ShmNode::new(segment, who, peers, header.agreed()))
     }
 }
 

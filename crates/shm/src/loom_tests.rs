@@ -179,7 +179,12 @@ impl Rank {
             assert_eq!(got, content(peer, exchange), "stale or torn data");
             if self.takes_areas(exchange) {
                 // SAFETY: as in `publish`.
-                let got = self.area(self.ring.area_to_read(peer)).with(|area| unsafe { *area });
+                let area = self.area(self.ring.area_to_read(peer));
+                let got = area.with(|area| unsafe { *area });
+                if self.size == 2 {
+                    // Its only reader hands the lines back: as if it wrote them.
+                    area.with_mut(|area| unsafe { *area = got });
+                }
                 assert_eq!(got, content(peer, exchange), "another rank's data, or old");
             }
         }

@@ -63,6 +63,8 @@ struct Lane {
 pub(crate) struct Messages {
     me: usize,
     pen: Pen,
+    /// A cell's reader hands its lines back.
+    hands_back: bool,
     cells: usize,
     /// Bytes one poll may copy, each way.
     budget: usize,
@@ -75,11 +77,12 @@ pub(crate) struct Messages {
 }
 
 impl Messages {
-    pub(crate) fn new(me: usize, segment: &Segment, pen: Pen) -> Messages {
+    pub(crate) fn new(me: usize, segment: &Segment, pen: Pen, hands_back: bool) -> Messages {
         let layout = segment.layout();
         Messages {
             me,
             pen,
+            hands_back,
             cells: layout.cells,
             budget: layout.geometry.slot.max(64 << 10),
             lanes: (0..layout.local_size).map(|_| Lane::default()).collect(),
@@ -225,7 +228,10 @@ impl Messages {
             let mut incoming = lane.meet(&frame, peer, data.len())?;
             let data = data.slice(0, len);
             match &incoming.target {
-                Target::Posted(message) => message.region.slice(incoming.got, len).copy_from(data),
+                Target::Posted(message) => {
+                    let place = message.region.slice(incoming.got, len);
+                    if self.hands_back { place.take_from(data) } else { place.copy_from(data) }
+                }
                 Target::Early => {
                     if let Some(early) = lane.early.last_mut() {
                         early.buffer.append(data);

@@ -11,6 +11,7 @@ use smddp_core::{Error, Result};
 
 use crate::doorbell::{self, Sleeper};
 use crate::exchange::Step;
+use crate::geometry::{Agreed, Geometry};
 use crate::handover::Membership;
 use crate::layout::Memory;
 use crate::messages::Messages;
@@ -21,7 +22,7 @@ use crate::ring::Ring;
 use crate::script::SoFar;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
-use crate::{Geometry, abort, log};
+use crate::{abort, log};
 
 /// Bytes of an exchange that is over before a sleeper would have woken.
 const BRIEF: usize = 8 << 10;
@@ -45,8 +46,7 @@ pub struct ShmNode {
 }
 
 impl ShmNode {
-    /// `single_copy`: what local rank 0 decided for the group.
-    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers, single_copy: bool) -> ShmNode {
+    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers, agreed: Agreed) -> ShmNode {
         let geometry = segment.layout().geometry;
         let size = who.ranks.len();
         let segment = Arc::new(segment);
@@ -59,9 +59,15 @@ impl ShmNode {
                 who.ranks.clone(),
                 geometry.slot,
                 who.streams_from.map_or(usize::MAX, |bytes| bytes.div_ceil(size)),
-                SingleCopy::new(peers.pids().to_vec(), single_copy, who.single_copy),
+                SingleCopy::new(peers.pids().to_vec(), agreed.single_copy, who.single_copy),
+                agreed.hands_back,
             ),
-            messages: Messages::new(who.local_rank, &segment, Pen::new(who.streams_from.is_some())),
+            messages: Messages::new(
+                who.local_rank,
+                &segment,
+                Pen::new(who.streams_from.is_some()),
+                agreed.hands_back,
+            ),
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
             segment,
             sleeper: Sleeper::default(),
@@ -69,6 +75,11 @@ impl ShmNode {
             peers,
             failed: None,
         }
+    }
+
+    /// Changes what was agreed, on all ranks between the same phases: for the probe.
+    pub(crate) fn hand_back(&mut self, hands_back: bool) {
+        self.phases.hand_back(hands_back);
     }
 
     /// The slots in use, as local rank 0 chose them.

@@ -123,6 +123,7 @@ impl Phases {
         slot_bytes: usize,
         streams_from: usize,
         single_copy: SingleCopy,
+        hands_back: bool,
     ) -> Phases {
         let size = ranks.len();
         Phases {
@@ -131,7 +132,7 @@ impl Phases {
             pen: Pen::new(streams_from < usize::MAX),
             streams_from,
             streamed: 0,
-            cutter: Cutter::new(me, size, slot_bytes),
+            cutter: Cutter::new(me, size, slot_bytes, hands_back),
             queue: VecDeque::with_capacity(64),
             publishing: Publishing::default(),
             consuming: Consuming::new(size),
@@ -143,6 +144,11 @@ impl Phases {
             single_copy,
             ranks,
         }
+    }
+
+    /// Changes how phases are cut that are not known yet.
+    pub(crate) fn hand_back(&mut self, hands_back: bool) {
+        self.cutter.hands_back = hands_back;
     }
 
     /// The memory that the ranks share.

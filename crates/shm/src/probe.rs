@@ -3,7 +3,7 @@
 //!
 //! Which size is best depends on where the caches lie: on some CPUs memory that was written, and read by a peer, is several
 //! times as fast to write again once it has left both second caches for a shared L3. An all_reduce of two ranks does not
-//! show that, since they swap what they write; a broadcast does. What serves much data best (slots that stay in the second
+//! show that, since they swap what they write; a broadcast does. Where readers hand lines back, that price is gone. What serves much data best (slots that stay in the second
 //! caches) may cut a bucket of gradients into more pieces than need be.
 
 use std::sync::Arc;
@@ -39,37 +39,63 @@ const MOST_ROUNDS: usize = 12;
 /// Threads of one process hand memory over in far less.
 const HANDOVER: Duration = Duration::from_secs(5);
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Load {
-    /// All-reduces of much and of less data, and broadcasts of one rank, which count alike: the geometric mean of both times.
-    Slots,
-    /// An all-to-all of large blocks that were just written.
-    Blocks,
+/// Fastest times with some slots in seconds: of all-reduces of much and of less data, and of broadcasts of one rank, which count
+/// alike: the geometric mean of both.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SlotTimes {
+    pub plain: f64,
+    /// Where readers hand lines back.
+    pub handed_back: f64,
 }
 
-/// Fastest times of `load` in seconds with each of `candidates`: slots, and whether large blocks are read from the peers' private
-/// memory. They take turns for as long as `limit` allows, between this thread and another that runs on `peer_cores`. `None`
-/// where the time was too short to tell.
+/// Times of each of `candidates`. They take turns for as long as `limit` allows, between this thread and another that runs on
+/// `peer_cores`. `None` where the time was too short to tell.
 ///
 /// # Errors
 /// When the segments cannot be made, or those cores not be used.
-pub fn time(
-    load: Load,
+pub fn slots(
+    candidates: &[Geometry],
+    peer_cores: &[usize],
+    limit: Duration,
+) -> Result<Option<Vec<SlotTimes>>, Error> {
+    let candidates: Vec<_> = candidates.iter().map(|&geometry| (geometry, false)).collect();
+    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_reduce_and_broadcast(node))?;
+    let scored = |[all_reduce, plain, handed_back]: [f64; 3]| SlotTimes {
+        plain: (all_reduce * plain).sqrt(),
+        handed_back: (all_reduce * handed_back).sqrt(),
+    };
+    Ok(fastest.map(|times| times.into_iter().map(scored).collect()))
+}
+
+/// Fastest times of an all-to-all of large blocks that were just written, in seconds: through `geometry`'s slots, and read from the
+/// peers' private memory. Otherwise as [`slots`].
+///
+/// # Errors
+/// As [`slots`].
+pub fn blocks(geometry: Geometry, peer_cores: &[usize], limit: Duration) -> Result<Option<[f64; 2]>, Error> {
+    let candidates = [(geometry, false), (geometry, true)];
+    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_to_all(node))?;
+    Ok(fastest.map(|times| [times[0][0], times[1][0]]))
+}
+
+/// The fastest of each of the times that `measure` takes, for each candidate: slots, and whether large blocks are read from the
+/// peers' private memory.
+fn fastest<const N: usize>(
     candidates: &[(Geometry, bool)],
     peer_cores: &[usize],
     limit: Duration,
-) -> Result<Option<Vec<f64>>, Error> {
+    measure: Measure<N>,
+) -> Result<Option<Vec<[f64; N]>>, Error> {
     let (ours, theirs) = open(candidates)?;
     let deadline = Instant::now() + limit;
     let meeting = Meeting::default();
     std::thread::scope(|scope| {
         let peer = scope.spawn(|| {
-            let result = move_to(peer_cores).and_then(|()| exchange(load, theirs, 1, &meeting, deadline));
+            let result = move_to(peer_cores).and_then(|()| exchange(measure, theirs, 1, &meeting, deadline));
             meeting.leave();
             result
         });
-        let times = exchange(load, ours, 0, &meeting, deadline);
+        let times = exchange(measure, ours, 0, &meeting, deadline);
         meeting.leave();
         match peer.join() {
             Ok(Err(error)) => Err(error),
@@ -79,6 +105,9 @@ pub fn time(
         }
     })
 }
+
+/// One round of a candidate: `None` where the deadline came first.
+type Measure<const N: usize> = fn(&mut Rank<'_>, &mut ShmNode) -> Result<Option<[f64; N]>, Error>;
 
 fn move_to(cores: &[usize]) -> Result<(), Error> {
     let mut set = CpuSet::new();
@@ -95,6 +124,7 @@ fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>),
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
         single_copy,
+        hands_back: false,
         streams_from: None,
         deadline: Instant::now() + HANDOVER,
     };
@@ -139,32 +169,27 @@ impl Meeting {
     }
 }
 
-fn exchange(
-    load: Load,
+fn exchange<const N: usize>(
+    measure: Measure<N>,
     mut ends: Vec<ShmNode>,
     me: usize,
     meeting: &Meeting,
     deadline: Instant,
-) -> Result<Option<Vec<f64>>, Error> {
+) -> Result<Option<Vec<[f64; N]>>, Error> {
     let mut rank = Rank::new(me, meeting, deadline);
-    let mut fastest = vec![[f64::INFINITY; 2]; ends.len()];
-    let scores = |fastest: Vec<[f64; 2]>| fastest.iter().map(|[a, b]| (a * b).sqrt()).collect();
+    let mut fastest = vec![[f64::INFINITY; N]; ends.len()];
     for round in 0..=MOST_ROUNDS {
         for (index, node) in ends.iter_mut().enumerate() {
-            let times = match load {
-                Load::Slots => rank.all_reduce_and_broadcast(node)?,
-                Load::Blocks => rank.all_to_all(node)?.map(|time| [time; 2]),
-            };
-            let Some(times) = times else {
-                return Ok((round > LEAST_ROUNDS).then(|| scores(fastest)));
+            let Some(times) = measure(&mut rank, node)? else {
+                return Ok((round > LEAST_ROUNDS).then_some(fastest));
             };
             // The first round warms up.
             if round > 0 {
-                (0..2).for_each(|i| fastest[index][i] = fastest[index][i].min(times[i]));
+                (0..N).for_each(|i| fastest[index][i] = fastest[index][i].min(times[i]));
             }
         }
     }
-    Ok(Some(scores(fastest)))
+    Ok(Some(fastest))
 }
 
 /// A collective's phase, as often as there are places in its data to shift it to.
@@ -192,20 +217,24 @@ impl<'a> Rank<'a> {
         Rank { me, meeting, met: 0, deadline, data: floats(DATA), blocks }
     }
 
-    /// `None` where the deadline came first, as for all that follow.
-    fn all_reduce_and_broadcast(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 2]>, Error> {
+    /// All-reduces, broadcasts, and broadcasts whose reader hands lines back. `None` where the deadline came first, as for all
+    /// that follow.
+    fn all_reduce_and_broadcast(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 3]>, Error> {
         // SAFETY: `data` stays in place; a run that did not end before `run` returned is not polled again.
         let whole = unsafe { Region::of(&mut self.data) };
         let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
         let pieces: [usize; PIECES] = std::array::from_fn(|piece| piece * PIECE);
         let all_reduce = |len, shifts| Work { collective: Collective::AllReduce, len, shifts };
+        let broadcast = Work { collective: Collective::Broadcast, len: PIECE, shifts: &pieces };
         let loads = [
             (0, all_reduce(DATA, &[0])),
             (0, all_reduce(BUCKET, &[0; BUCKETS])),
-            (1, Work { collective: Collective::Broadcast, len: PIECE, shifts: &pieces }),
+            (1, broadcast),
+            (2, broadcast),
         ];
-        let mut times = [0.0; 2];
+        let mut times = [0.0; 3];
         for (kind, work) in loads {
+            node.hand_back(kind == 2);
             match self.run_warm(node, work, buffers)? {
                 Some(seconds) => times[kind] += seconds,
                 None => return Ok(None),
@@ -214,12 +243,13 @@ impl<'a> Rank<'a> {
         Ok(Some(times))
     }
 
-    fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<f64>, Error> {
+    fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
         self.blocks[0].fill(self.met as f32);
         // SAFETY: as above.
         let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
         let buffers = Buffers { input, output, scratch: Region::EMPTY };
-        self.run(node, Work { collective: Collective::AllToAll, len: BLOCK, shifts: &[0] }, buffers)
+        let work = Work { collective: Collective::AllToAll, len: BLOCK, shifts: &[0] };
+        Ok(self.run(node, work, buffers)?.map(|time| [time]))
     }
 
     /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.

@@ -13,7 +13,7 @@ use smddp_core::transport::PhaseRun;
 use smddp_core::{Region, Result};
 
 use crate::cut::{Group, includes, travels};
-use crate::exchange::{Consuming, has_come, slot_to_fill, slot_to_read};
+use crate::exchange::{Consuming, hand_back, has_come, slot_to_fill, slot_to_read};
 use crate::layout::SlotHead;
 use crate::mask::Mask;
 use crate::pen::Pen;
@@ -30,6 +30,8 @@ pub(crate) struct Script {
     part: usize,
     /// As [`Group::rewrites`].
     rewrites: bool,
+    /// As [`Group::hands_back`].
+    hands_back: bool,
     /// Bytes that a rank publishes, at most.
     most: usize,
     /// Empty where this rank publishes nothing.
@@ -101,7 +103,8 @@ impl Script {
         self.takes.clear();
         self.peers.clear();
         self.offsets.clear();
-        (self.areas, self.part, self.rewrites) = (group.takes_areas(), group.part, group.rewrites);
+        (self.areas, self.part) = (group.takes_areas(), group.part);
+        (self.rewrites, self.hands_back) = (group.rewrites, group.hands_back);
         self.most = group.most;
         let mut seen = Mask::default();
         at.start(*group, 0);
@@ -229,7 +232,10 @@ impl Playing<'_> {
         let dst = buffers.at(take.dst, shift);
         match take.from {
             Source::Own => dst.copy_from(buffers.at(take.src, shift)),
-            Source::Peer { rank, offset } => dst.copy_from(self.theirs(rank, offset, take, ring)),
+            Source::Peer { rank, offset } => {
+                let theirs = self.theirs(rank, offset, take, ring);
+                if self.script.hands_back { dst.take_from(theirs) } else { dst.copy_from(theirs) }
+            }
             Source::All { offsets, finish, in_place } => {
                 let own = if in_place { dst } else { buffers.at(take.src, shift) };
                 self.sources.clear();
@@ -238,6 +244,9 @@ impl Playing<'_> {
                     self.sources.push(source);
                 }
                 combine(self.run.arith, finish, dst, self.sources);
+                if self.script.hands_back {
+                    hand_back(self.me, self.sources);
+                }
             }
         }
     }
@@ -265,12 +274,12 @@ mod tests {
     use crate::cut::tests::phase;
     use crate::cut::{Cutter, aligned};
     use crate::exchange::Step;
-    use crate::geometry::Layout;
+    use crate::geometry::{Agreed, Layout};
     use crate::phases::Phases;
     use crate::single_copy::SingleCopy;
 
     fn script(me: usize, size: usize, moves: &[Move], script: &mut Script) {
-        let group = Cutter::new(me, size, 1 << 30).group(moves, 0);
+        let group = Cutter::new(me, size, 1 << 30, false).group(moves, 0);
         assert!(group.cuts == 1 && group.end == moves.len());
         script.write(me, size, moves, &group, &mut Consuming::new(size));
     }
@@ -364,13 +373,20 @@ mod tests {
     }
 
     impl Rank {
-        fn new(me: usize, case: &Case, geometry: Geometry) -> Rank {
+        fn new(me: usize, case: &Case, geometry: Geometry, hands_back: bool) -> Rank {
             let size = case.order.len();
             let copy = SingleCopy::new(vec![None; size], false, false);
             let bytes = |salt| (0..CELLS * case.cell).map(|i| (i * 7 + me * 13 + salt) as u8).collect();
             Rank {
                 memory: [1, 2, 3].map(bytes),
-                phases: Phases::new(me, (0..size as u32).collect(), geometry.slot, usize::MAX, copy),
+                phases: Phases::new(
+                    me,
+                    (0..size as u32).collect(),
+                    geometry.slot,
+                    usize::MAX,
+                    copy,
+                    hands_back,
+                ),
                 ring: Ring::new(me, size, geometry.slots),
             }
         }
@@ -404,15 +420,16 @@ mod tests {
         }
     }
 
-    /// What all ranks' memory is after the phase has run three times: by scripts as far as they go, or without.
-    fn execute(case: &Case, scripts: bool) -> Vec<[Vec<u8>; 3]> {
+    /// What all ranks' memory is after the phase has run three times: by scripts as far as they go, or without; with
+    /// lines handed back, or not.
+    fn execute(case: &Case, scripts: bool, hands_back: bool) -> Vec<[Vec<u8>; 3]> {
         let size = case.order.len();
         let geometry = Geometry { slot: 4096, slots: 2 }.fitted(size);
-        let (segment, _file) = Segment::create(Layout::new(geometry, size), 7, false, 1).unwrap();
+        let (segment, _file) = Segment::create(Layout::new(geometry, size), 7, Agreed::default(), 1).unwrap();
         let mut plan = Plan::default();
         plan.push(Op::Phase(case.moves.clone()), &[]);
         let plan = Arc::new(plan);
-        let mut ranks: Vec<_> = (0..size).map(|me| Rank::new(me, case, geometry)).collect();
+        let mut ranks: Vec<_> = (0..size).map(|me| Rank::new(me, case, geometry, hands_back)).collect();
         for _ in 0..3 {
             for &rank in &case.order {
                 let rank = &mut ranks[rank];
@@ -437,7 +454,10 @@ mod tests {
     proptest! {
         #[test]
         fn a_phase_goes_on_without_its_script_where_that_stopped(case in case()) {
-            prop_assert_eq!(execute(&case, true), execute(&case, false));
+            let expected = execute(&case, false, false);
+            for (scripts, hands_back) in [(true, false), (false, true), (true, true)] {
+                prop_assert_eq!(&execute(&case, scripts, hands_back), &expected);
+            }
         }
     }
 
@@ -459,6 +479,6 @@ mod tests {
         super::tests::script(0, 3, &case.moves, &mut script);
         let so_far = SoFar { published: true, come: 1, taken: 2 };
         assert_eq!((so_far.next_move(&script, 5), &script.peers[..]), (2, &[1, 2][..]));
-        assert_eq!(execute(&case, true), execute(&case, false));
+        assert_eq!(execute(&case, true, false), execute(&case, false, false));
     }
 }

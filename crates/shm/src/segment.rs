@@ -18,7 +18,7 @@ use rustix::mm::{Advice, MapFlags};
 use smddp_core::Region;
 
 use crate::error::ShmError;
-use crate::geometry::{Geometry, Header, Layout, MAGIC, VERSION};
+use crate::geometry::{Agreed, Geometry, Header, Layout, MAGIC, VERSION};
 use crate::layout::{AbortCell, Alerts, Control, Frame, INLINE, Line, Memory, SlotHead};
 use crate::mask::MAX_LOCAL;
 use crate::memfd::{self, out_of_memory};
@@ -39,7 +39,7 @@ impl Segment {
     pub(crate) fn create(
         layout: Layout,
         group: u64,
-        single_copy: bool,
+        agreed: Agreed,
         pid_space: u64,
     ) -> Result<(Segment, OwnedFd), ShmError> {
         let total = layout.total();
@@ -47,7 +47,7 @@ impl Segment {
         let segment = Segment::map(&file, layout)?;
         segment.allocate(&file, 0)?;
         // SAFETY: the header is the first thing in the mapping, nobody else has it yet.
-        unsafe { segment.base.cast::<Header>().write(layout.header(group, single_copy, pid_space)) };
+        unsafe { segment.base.cast::<Header>().write(layout.header(group, agreed, pid_space)) };
         Ok((segment, file))
     }
 
@@ -207,15 +207,18 @@ fn check(header: &Header, read: usize, size: u64, group: u64, local_size: usize)
 mod tests {
     use super::*;
 
+    const AGREED: Agreed = Agreed { single_copy: true, hands_back: false };
+
     fn layout() -> Layout {
         Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(3), 3)
     }
 
     #[test]
     fn what_one_mapping_writes_the_other_reads() {
-        let (ours, file) = Segment::create(layout(), 7, true, 1).unwrap();
+        let (ours, file) = Segment::create(layout(), 7, AGREED, 1).unwrap();
         let (theirs, header) = Segment::open(&file, 7, 3, 2).unwrap();
-        assert_eq!(header, layout().header(7, true, 1));
+        assert_eq!(header, layout().header(7, AGREED, 1));
+        assert_eq!(header.agreed(), AGREED);
         let mut bytes = *b"some words";
         // SAFETY: `bytes` outlives the copy.
         let from = unsafe { Region::of(&mut bytes) };
@@ -228,14 +231,14 @@ mod tests {
 
     #[test]
     fn a_segment_of_another_group_size_or_version_is_refused() {
-        let (_ours, file) = Segment::create(layout(), 7, true, 1).unwrap();
+        let (_ours, file) = Segment::create(layout(), 7, AGREED, 1).unwrap();
         let refused = |group, size| match Segment::open(&file, group, size, 1) {
             Err(ShmError::Refused(text)) => text,
             other => panic!("not refused: {:?}", other.err()),
         };
         assert!(refused(8, 3).contains("group 7"));
         assert!(refused(7, 2).contains("3 ranks"));
-        let header = layout().header(7, true, 1);
+        let header = layout().header(7, AGREED, 1);
         let size = header.total;
         let all = size_of::<Header>();
         assert!(check(&header, all, size, 7, 3).is_ok());

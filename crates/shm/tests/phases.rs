@@ -42,6 +42,8 @@ struct Case {
     now: Vec<Option<u32>>,
     /// Whether a rank stores what it takes past the caches.
     streams: Vec<bool>,
+    /// Whether lines are handed back.
+    hands_back: bool,
 }
 
 /// Elements around the sizes at which something changes: inline, one slot, several.
@@ -80,9 +82,10 @@ fn case() -> impl Strategy<Value = Case> {
             let spins = prop::collection::vec(prop_oneof![Just(0usize), Just(3), Just(200)], size);
             let patience = prop_oneof![Just(None), Just(Some(0)), Just(Some(5)), Just(Some(100_000))];
             let each = prop::collection::vec((patience, any::<bool>()), size);
-            (Just((size, slots, window)), phases, spins, each)
+            (Just((size, slots, window)), phases, spins, each, any::<bool>())
         })
-        .prop_map(|((size, slots, window), raw, spins, each)| Case {
+        .prop_map(|((size, slots, window), raw, spins, each, hands_back)| Case {
+            hands_back,
             now: each.iter().map(|(now, _)| *now).collect(),
             streams: each.iter().map(|(_, streams)| *streams).collect(),
             ..build(size, slots, window, raw, spins)
@@ -116,6 +119,7 @@ fn build(size: usize, slots: usize, window: usize, raw: Vec<RawPhase>, spins: Ve
         window,
         now: vec![None; size],
         streams: vec![false; size],
+        hands_back: false,
     }
 }
 
@@ -173,6 +177,7 @@ fn execute(case: &Case) -> Vec<Memory> {
     let call = |count: usize| Call::new(Collective::AllGather, DType::F32, count as u64).pack();
     let member = |group, rank: usize, size| Membership {
         streams_from: case.streams[rank].then_some(1),
+        hands_back: case.hands_back,
         ..membership(group, rank, size)
     };
     on_members(case.size, case.geometry, member, |rank, mut node| {

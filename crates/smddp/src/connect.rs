@@ -187,6 +187,10 @@ impl Party<'_> {
                 "auto" => choice.single_copy,
                 other => other == "on",
             },
+            hands_back: match self.options.settings.text("SMDDP_SHM_HAND_BACK") {
+                "auto" => choice.hands_back,
+                other => other == "on",
+            },
             streams_from: caches::streams_from(&self.options.settings),
             deadline: self.deadline,
         };

@@ -1,5 +1,5 @@
-//! Which shared-memory slots a node's ranks use, and whether large blocks are read straight from the peers' memory: what the
-//! settings give, else what a probe at the first start on this machine found best, else the usual.
+//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and whether large blocks are read straight from
+//! the peers' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
 //!
 //! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use smddp_core::settings::Settings;
 use smddp_shm::Geometry;
-use smddp_shm::probe::{self, Load};
+use smddp_shm::probe::{self, SlotTimes};
 
 /// Grows when what is measured, or what runs, changes.
 const VERSION: u32 = 5;
@@ -31,11 +31,13 @@ pub struct Choice {
     pub geometry: Geometry,
     /// Large blocks of all_to_all are read from the peers' private memory, where `SMDDP_SHM_SINGLE_COPY` allows it.
     pub single_copy: bool,
+    /// Readers hand cache lines back, where `SMDDP_SHM_HAND_BACK` says nothing else.
+    pub hands_back: bool,
 }
 
 impl Choice {
     /// Where nothing better is known.
-    pub const USUAL: Choice = Choice { geometry: Geometry::USUAL, single_copy: true };
+    pub const USUAL: Choice = Choice { geometry: Geometry::USUAL, single_copy: true, hands_back: false };
 }
 
 /// Others must take at most so much of the usual slots' time: a machine that others use as well differs by a tenth from one
@@ -127,16 +129,17 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let mut choices = CANDIDATES
-            .into_iter()
-            .flat_map(|geometry| [true, false].map(|single_copy| Choice { geometry, single_copy }));
+        let ways = [(false, false), (false, true), (true, false), (true, true)];
+        let mut choices = CANDIDATES.into_iter().flat_map(|geometry| {
+            ways.map(|(single_copy, hands_back)| Choice { geometry, single_copy, hands_back })
+        });
         choices.find(|&choice| found == words(choice))
     })
 }
 
 fn words(choice: Choice) -> String {
-    let Choice { geometry: Geometry { slot, slots }, single_copy } = choice;
-    format!("{slot} {slots} {}", u8::from(single_copy))
+    let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back } = choice;
+    format!("{slot} {slots} {} {}", u8::from(single_copy), u8::from(hands_back))
 }
 
 /// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
@@ -147,14 +150,15 @@ fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> 
     let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(said("cannot write"))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| "another process is measuring".to_owned())?;
-    let time = |load, candidates: &[(Geometry, bool)], limit| {
-        let times = probe::time(load, candidates, peer_cores, limit).map_err(|e| e.to_string())?;
-        times.ok_or_else(|| format!("no result within {limit:?}"))
+    let slots = probe::slots(&CANDIDATES, peer_cores, limit).map_err(|e| e.to_string())?;
+    let slots = slots.ok_or_else(|| format!("no result within {limit:?}"))?;
+    let copies = probe::blocks(Geometry::USUAL, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
+    let single_copy = match copies {
+        Ok(Some(times)) => pays(times),
+        _ => Choice::USUAL.single_copy,
     };
-    let slots = time(Load::Slots, &CANDIDATES.map(|geometry| (geometry, false)), limit)?;
-    let copies = time(Load::Blocks, &[false, true].map(|copy| (Geometry::USUAL, copy)), BLOCKS_LIMIT);
-    let single_copy = copies.as_ref().map_or(Choice::USUAL.single_copy, |times| pays(times));
-    let found = Choice { geometry: best(&slots), single_copy };
+    let (geometry, hands_back) = best(&slots);
+    let found = Choice { geometry, single_copy, hands_back };
     tracing::info!(?slots, ?copies, ?found, "shared memory was measured");
     // One write, so that a reader sees the whole line or none.
     io::Write::write_all(&mut &file, format!("{machine} = {}\n", words(found)).as_bytes())
@@ -162,18 +166,21 @@ fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> 
     Ok(found)
 }
 
-/// The usual slots unless others are clearly faster; of those the fastest.
-fn best(times: &[f64]) -> Geometry {
-    let usual = times[0];
-    let fastest = CANDIDATES.into_iter().zip(times).min_by(|a, b| a.1.total_cmp(b.1));
-    match fastest {
-        Some((candidate, &time)) if time < WORTH * usual => candidate,
-        _ => Geometry::USUAL,
+/// The usual slots, and no lines handed back, unless something else is clearly faster; of that the fastest.
+fn best(times: &[SlotTimes]) -> (Geometry, bool) {
+    let usual = times[0].plain;
+    let all = CANDIDATES
+        .into_iter()
+        .zip(times)
+        .flat_map(|(geometry, times)| [(geometry, false, times.plain), (geometry, true, times.handed_back)]);
+    match all.min_by(|a, b| a.2.total_cmp(&b.2)) {
+        Some((geometry, hands_back, time)) if time < WORTH * usual => (geometry, hands_back),
+        _ => (Geometry::USUAL, false),
     }
 }
 
 /// Whether single copies stay: unless slots are clearly faster. `times` are those of slots and of single copies.
-fn pays(times: &[f64]) -> bool {
+fn pays(times: [f64; 2]) -> bool {
     times[0] > WORTH * times[1]
 }
 
@@ -190,14 +197,17 @@ mod tests {
 
     #[test]
     fn the_usual_slots_stay_unless_others_are_clearly_faster() {
-        assert_eq!(best(&[1.0, 0.9, 0.86, 2.0]), Geometry::USUAL);
-        assert_eq!(best(&[1.0, 0.8, 0.7, 2.0]), CANDIDATES[2]);
+        let times = |all: [(f64, f64); 4]| all.map(|(plain, handed_back)| SlotTimes { plain, handed_back });
+        let close = times([(1.0, 0.9), (0.9, 1.0), (0.86, 0.87), (2.0, 1.0)]);
+        assert_eq!(best(&close), (Geometry::USUAL, false));
+        assert_eq!(best(&times([(1.0, 0.9), (0.8, 0.9), (0.7, 0.8), (2.0, 1.0)])), (CANDIDATES[2], false));
+        assert_eq!(best(&times([(1.0, 0.6), (0.8, 0.9), (0.7, 0.8), (2.0, 1.0)])), (CANDIDATES[0], true));
     }
 
     #[test]
     fn single_copies_stay_unless_slots_are_clearly_faster() {
-        assert!(pays(&[1.1, 1.0]) && pays(&[0.9, 1.0]));
-        assert!(!pays(&[0.8, 1.0]));
+        assert!(pays([1.1, 1.0]) && pays([0.9, 1.0]));
+        assert!(!pays([0.8, 1.0]));
     }
 
     #[test]
@@ -216,11 +226,13 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 262144 4 0\n1 2 x this = 262144 4\n1 2 x this = 12 4 1\nnonsense\n1 4 x this = 524288 4 1\n0 2 x this = 262144 4 1\n";
+        let lines = "1 2 x this = 262144 4 0 1\n1 2 x this = 262144 4 0\n1 2 x this = 12 4 1 0\nnonsense\n1 4 x this = 524288 4 1 0\n0 2 x this = 262144 4 1 1\n";
         fs::write(&path, lines).unwrap();
-        let choice = |at: usize, single_copy| Some(Choice { geometry: CANDIDATES[at], single_copy });
-        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false));
-        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true));
+        let choice = |at: usize, single_copy, hands_back| {
+            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back })
+        };
+        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true));
+        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false));
         assert_eq!(remembered(&path, "1 8 x this"), None);
         fs::remove_dir_all(folder).unwrap();
     }

@@ -28,6 +28,7 @@ pub fn membership(group: u64, local_rank: usize, size: usize) -> Membership {
         ranks: (0..size as u32).map(|r| 10 + r).collect(),
         node: "here".to_owned(),
         single_copy: true,
+        hands_back: true,
         streams_from: None,
         deadline: Instant::now() + PATIENCE,
     }
