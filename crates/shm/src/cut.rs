@@ -25,7 +25,7 @@ const PART_ALIGN: usize = 4 << 10;
 
 /// Larger pieces of slots are not handed back: a ring of them leaves the second caches, and their lines are written again
 /// from the shared one.
-const HANDED_BACK: usize = Geometry::USUAL.slot;
+const LARGEST_HANDED_BACK: usize = Geometry::USUAL.slot;
 
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
@@ -47,7 +47,7 @@ pub(crate) struct Group {
     pub(crate) part: usize,
     /// Ranks write slots again that their peers have read; two ranks that both give swap them.
     pub(crate) rewrites: bool,
-    /// Each piece has one reader, who hands the lines back that were written again.
+    /// Each piece has one reader, who hands its lines back (docs/adr/0024).
     pub(crate) hands_back: bool,
     /// This rank gives something to others.
     pub(crate) writes: bool,
@@ -185,7 +185,9 @@ impl Cutter {
         let has_one_reader = |m: &Move| self.bytes.len() <= 2 || m.to != Who::All;
         group.hands_back = self.hands_back
             && group.rewrites
-            && most.div_ceil(group.cuts) <= HANDED_BACK
+            // Heads have other readers.
+            && !group.inline
+            && most.div_ceil(group.cuts) <= LARGEST_HANDED_BACK
             && moves[start..group.end].iter().all(has_one_reader);
         if group.rewrites && !group.hands_back && most <= self.slot_bytes {
             group.part = most.next_multiple_of(PART_ALIGN);
@@ -264,7 +266,7 @@ pub(crate) mod tests {
                 let readers = |m: &Move, from: usize| (0..size).filter(|&rank| rank != from && includes(m.to, rank)).count();
                 let alone = |m: &Move| (0..size).filter(|&from| travels(m, from)).all(|from| readers(m, from) <= 1);
                 let have_one_reader = moves[start..group.end].iter().all(alone);
-                prop_assert_eq!(group.hands_back, hands_back && group.rewrites && have_one_reader);
+                prop_assert_eq!(group.hands_back, hands_back && group.rewrites && !group.inline && have_one_reader);
                 prop_assert!(!group.hands_back || group.part == 0);
                 for cut in 0..group.cuts {
                     for rank in 0..size {

@@ -237,7 +237,7 @@ fn area(segment: &Segment, at: Area, part: usize) -> Region {
 }
 
 /// Bytes of each rank that are combined before their lines are handed back.
-const HANDED_BACK: usize = 16 << 10;
+const COMBINED_AT_ONCE: usize = 16 << 10;
 
 /// One poll's work on one exchange.
 pub(crate) struct Work<'a> {
@@ -474,7 +474,7 @@ impl<'a> Work<'a> {
             let hands_back = at.group.hands_back;
             let n = match m.from {
                 // What was combined goes back while it is still in the first cache.
-                Who::All if hands_back => left.min(HANDED_BACK),
+                Who::All if hands_back => left.min(COMBINED_AT_ONCE),
                 _ if left.saturating_mul(reads) <= self.budget => left,
                 _ => left.min((self.budget / reads).max(4096) & !63),
             };
