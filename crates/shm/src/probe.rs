@@ -26,10 +26,10 @@ use crate::node::ShmNode;
 const DATA: usize = 4 << 20;
 /// All-reduces of so many bytes, all of the same.
 const BUCKET: usize = 1 << 20;
-const BUCKETS: usize = 2;
+const BUCKETS: usize = 6;
 /// Broadcasts of so many bytes.
-const PIECE: usize = 64 << 10;
-const PIECES: usize = 8;
+const PIECE: usize = 16 << 10;
+const PIECES: usize = 16;
 /// What each of two ranks gives to each in an all-to-all: what single copies are used for.
 const BLOCK: usize = 512 << 10;
 const RANKS: usize = 2;
@@ -39,12 +39,14 @@ const MOST_ROUNDS: usize = 12;
 /// Threads of one process hand memory over in far less.
 const HANDOVER: Duration = Duration::from_secs(5);
 
-/// Fastest times with some slots in seconds: of all-reduces of much and of less data, and of broadcasts of one rank, which count
-/// alike: the geometric mean of both.
+/// Fastest times with some slots, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SlotTimes {
-    pub plain: f64,
-    /// Where readers hand lines back.
+    /// All-reduces of much and of less data.
+    pub all_reduce: f64,
+    /// Broadcasts of one rank, one by one.
+    pub broadcast: f64,
+    /// As `broadcast`, with lines handed back.
     pub handed_back: f64,
 }
 
@@ -60,11 +62,9 @@ pub fn slots(
 ) -> Result<Option<Vec<SlotTimes>>, Error> {
     let candidates: Vec<_> = candidates.iter().map(|&geometry| (geometry, false)).collect();
     let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_reduce_and_broadcast(node))?;
-    let scored = |[all_reduce, plain, handed_back]: [f64; 3]| SlotTimes {
-        plain: (all_reduce * plain).sqrt(),
-        handed_back: (all_reduce * handed_back).sqrt(),
-    };
-    Ok(fastest.map(|times| times.into_iter().map(scored).collect()))
+    let named =
+        |[all_reduce, broadcast, handed_back]: [f64; 3]| SlotTimes { all_reduce, broadcast, handed_back };
+    Ok(fastest.map(|times| times.into_iter().map(named).collect()))
 }
 
 /// Fastest times of an all-to-all of large blocks that were just written, in seconds: through `geometry`'s slots, and read from the
@@ -159,7 +159,7 @@ impl Meeting {
             if Instant::now() > deadline || self.left.load(Ordering::Relaxed) {
                 return false;
             }
-            std::thread::yield_now();
+            std::hint::spin_loop();
         }
         true
     }
@@ -224,21 +224,17 @@ impl<'a> Rank<'a> {
         let whole = unsafe { Region::of(&mut self.data) };
         let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
         let pieces: [usize; PIECES] = std::array::from_fn(|piece| piece * PIECE);
-        let all_reduce = |len, shifts| Work { collective: Collective::AllReduce, len, shifts };
-        let broadcast = Work { collective: Collective::Broadcast, len: PIECE, shifts: &pieces };
-        let loads = [
-            (0, all_reduce(DATA, &[0])),
-            (0, all_reduce(BUCKET, &[0; BUCKETS])),
-            (1, broadcast),
-            (2, broadcast),
-        ];
+        let all_reduce = |len, calls| Work { collective: Collective::AllReduce, len, shifts: calls };
+        let broadcasts = Work { collective: Collective::Broadcast, len: PIECE, shifts: &pieces };
         let mut times = [0.0; 3];
-        for (kind, work) in loads {
-            node.hand_back(kind == 2);
-            match self.run_warm(node, work, buffers)? {
-                Some(seconds) => times[kind] += seconds,
-                None => return Ok(None),
-            }
+        for work in [all_reduce(DATA, &[0]), all_reduce(BUCKET, &[0; BUCKETS])] {
+            let Some(time) = self.one_by_one(node, work, buffers)? else { return Ok(None) };
+            times[0] += time;
+        }
+        for (kind, hands_back) in [(1, false), (2, true)] {
+            node.hand_back(hands_back);
+            let Some(time) = self.one_by_one(node, broadcasts, buffers)? else { return Ok(None) };
+            times[kind] = time;
         }
         Ok(Some(times))
     }
@@ -252,25 +248,30 @@ impl<'a> Rank<'a> {
         Ok(self.run(node, work, buffers)?.map(|time| [time]))
     }
 
-    /// As [`run`](Self::run), twice: the other candidates' turns have pushed this one's slots out of the caches.
-    fn run_warm(
+    /// The work's calls, each when both ranks have come, as they are made between other work. All are made once before, untimed:
+    /// the other candidates' turns have pushed this one's slots out of the caches.
+    fn one_by_one(
         &mut self,
         node: &mut ShmNode,
         work: Work<'_>,
         buffers: Buffers,
     ) -> Result<Option<f64>, Error> {
-        match self.run(node, work, buffers)? {
-            Some(_) => self.run(node, work, buffers),
-            None => Ok(None),
+        let mut total = 0.0;
+        for _ in 0..2 {
+            total = 0.0;
+            for shifts in work.shifts.chunks(1) {
+                let Some(time) = self.run(node, Work { shifts, ..work }, buffers)? else { return Ok(None) };
+                total += time;
+            }
         }
+        Ok(Some(total))
     }
 
-    /// Meets the other rank, then does the work: seconds.
+    /// Meets the other rank, then does the work: seconds until both have done it.
     fn run(&mut self, node: &mut ShmNode, work: Work<'_>, buffers: Buffers) -> Result<Option<f64>, Error> {
         let Work { collective, len, shifts } = work;
         let plan = Arc::new(plan(collective, len));
-        self.met += 1;
-        if !self.meeting.hold(self.me, self.met, self.deadline) {
+        if !self.meet() {
             return Ok(None);
         }
         let start = Instant::now();
@@ -295,7 +296,13 @@ impl<'a> Rank<'a> {
                 std::hint::spin_loop();
             }
         }
-        Ok(Some(start.elapsed().as_secs_f64()))
+        Ok(self.meet().then(|| start.elapsed().as_secs_f64()))
+    }
+
+    /// False where the deadline came first.
+    fn meet(&mut self) -> bool {
+        self.met += 1;
+        self.meeting.hold(self.me, self.met, self.deadline)
     }
 }
 

@@ -40,9 +40,15 @@ impl Choice {
     pub const USUAL: Choice = Choice { geometry: Geometry::USUAL, single_copy: true, hands_back: false };
 }
 
-/// Others must take at most so much of the usual slots' time: a machine that others use as well differs by a tenth from one
-/// moment to the next.
-const WORTH: f64 = 0.85;
+/// Other slots must take at most so much of the usual ones' time: they take more memory, and the fastest times of two probes differ
+/// by up to 3 %.
+const WORTH: f64 = 0.95;
+/// Handing lines back may take so much of the time without. It gains more than is measured where ranks do something else between
+/// calls, and for messages.
+const WORTH_HANDING: f64 = 1.05;
+/// Slots must take at most so much of single copies' time: a machine that others use as well differs by a tenth from one moment to
+/// the next.
+const WORTH_SLOTS: f64 = 0.85;
 /// Taking the segments down comes on top.
 const LIMIT: Duration = Duration::from_millis(60);
 /// For single copies, besides.
@@ -166,22 +172,24 @@ fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> 
     Ok(found)
 }
 
-/// The usual slots, and no lines handed back, unless something else is clearly faster; of that the fastest.
+/// The usual slots unless others are clearly faster, of those the fastest; and whether readers hand lines back, where small
+/// broadcasts take about as long with slots of any size. Elsewhere they count as much as all_reduce: the geometric mean of both.
 fn best(times: &[SlotTimes]) -> (Geometry, bool) {
-    let usual = times[0].plain;
-    let all = CANDIDATES
-        .into_iter()
-        .zip(times)
-        .flat_map(|(geometry, times)| [(geometry, false, times.plain), (geometry, true, times.handed_back)]);
-    match all.min_by(|a, b| a.2.total_cmp(&b.2)) {
-        Some((geometry, hands_back, time)) if time < WORTH * usual => (geometry, hands_back),
-        _ => (Geometry::USUAL, false),
-    }
+    let hands_back = times[0].handed_back < WORTH_HANDING * times[0].broadcast;
+    let score = |times: &SlotTimes| {
+        if hands_back { times.all_reduce } else { (times.all_reduce * times.broadcast).sqrt() }
+    };
+    let fastest = times.iter().map(score).zip(CANDIDATES).min_by(|a, b| a.0.total_cmp(&b.0));
+    let geometry = match fastest {
+        Some((time, geometry)) if time < WORTH * score(&times[0]) => geometry,
+        _ => Geometry::USUAL,
+    };
+    (geometry, hands_back)
 }
 
 /// Whether single copies stay: unless slots are clearly faster. `times` are those of slots and of single copies.
 fn pays(times: [f64; 2]) -> bool {
-    times[0] > WORTH * times[1]
+    times[0] > WORTH_SLOTS * times[1]
 }
 
 #[cfg(test)]
@@ -195,13 +203,27 @@ mod tests {
         path
     }
 
+    /// Of all_reduce, broadcast, and broadcast with lines handed back, by candidate.
+    fn chosen(times: [[f64; 3]; 4]) -> (Geometry, bool) {
+        best(&times.map(|[all_reduce, broadcast, handed_back]| SlotTimes {
+            all_reduce,
+            broadcast,
+            handed_back,
+        }))
+    }
+
     #[test]
     fn the_usual_slots_stay_unless_others_are_clearly_faster() {
-        let times = |all: [(f64, f64); 4]| all.map(|(plain, handed_back)| SlotTimes { plain, handed_back });
-        let close = times([(1.0, 0.9), (0.9, 1.0), (0.86, 0.87), (2.0, 1.0)]);
-        assert_eq!(best(&close), (Geometry::USUAL, false));
-        assert_eq!(best(&times([(1.0, 0.9), (0.8, 0.9), (0.7, 0.8), (2.0, 1.0)])), (CANDIDATES[2], false));
-        assert_eq!(best(&times([(1.0, 0.6), (0.8, 0.9), (0.7, 0.8), (2.0, 1.0)])), (CANDIDATES[0], true));
+        let usual = [1.0, 1.0, 2.0];
+        assert_eq!(chosen([usual, [1.0, 0.92, 1.0], [0.92, 1.0, 1.0], [2.0; 3]]), (Geometry::USUAL, false));
+        assert_eq!(chosen([usual, [1.0, 0.7, 1.0], [0.9, 0.7, 1.0], [2.0; 3]]), (CANDIDATES[2], false));
+    }
+
+    #[test]
+    fn where_lines_are_handed_back_the_slots_are_those_of_all_reduce() {
+        let usual = [1.0, 1.0, 1.04];
+        assert_eq!(chosen([usual, [0.96, 0.1, 0.1], [1.0; 3], [1.0; 3]]), (Geometry::USUAL, true));
+        assert_eq!(chosen([usual, [0.94, 9.0, 9.0], [1.0; 3], [1.0; 3]]), (CANDIDATES[1], true));
     }
 
     #[test]
