@@ -177,20 +177,18 @@ impl Party<'_> {
         let rank = self.options.rank;
         let node = self.shape.ranks_on(self.shape.node_of(rank));
         let choice = self.shared_memory(listener.is_some());
+        let unless_set = |name, choice| match self.options.settings.text(name) {
+            "auto" => choice,
+            set => set == "on",
+        };
         let who = Membership {
             group: self.hellos[0].id,
             secret: self.hellos[0].secret,
             local_rank: self.shape.local_of(rank),
             ranks: node.to_vec(),
             node: self.hellos[rank].node_name.clone(),
-            single_copy: match self.options.settings.text("SMDDP_SHM_SINGLE_COPY") {
-                "auto" => choice.single_copy,
-                other => other == "on",
-            },
-            hands_back: match self.options.settings.text("SMDDP_SHM_HAND_BACK") {
-                "auto" => choice.hands_back,
-                other => other == "on",
-            },
+            single_copy: unless_set("SMDDP_SHM_SINGLE_COPY", choice.single_copy),
+            hands_back: unless_set("SMDDP_SHM_HAND_BACK", choice.hands_back),
             streams_from: caches::streams_from(&self.options.settings),
             deadline: self.deadline,
         };
