@@ -200,21 +200,28 @@ struct Work<'a> {
     shifts: &'a [usize],
 }
 
+/// Data begins where a cache line does, as tensors do: else every vector lies in two, and what that costs hides what slots do.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Line {
+    _floats: [f32; 16],
+}
+
 /// What a rank works with.
 struct Rank<'a> {
     me: usize,
     meeting: &'a Meeting,
     met: usize,
     deadline: Instant,
-    data: Vec<f32>,
-    blocks: [Vec<f32>; 2],
+    data: Vec<Line>,
+    blocks: [Vec<Line>; 2],
 }
 
 impl<'a> Rank<'a> {
     fn new(me: usize, meeting: &'a Meeting, deadline: Instant) -> Rank<'a> {
-        let floats = |bytes: usize| vec![0f32; bytes / size_of::<f32>()];
-        let blocks = [(); 2].map(|()| floats(RANKS * BLOCK));
-        Rank { me, meeting, met: 0, deadline, data: floats(DATA), blocks }
+        let lines = |bytes: usize| vec![Line::default(); bytes / size_of::<Line>()];
+        let blocks = [(); 2].map(|()| lines(RANKS * BLOCK));
+        Rank { me, meeting, met: 0, deadline, data: lines(DATA), blocks }
     }
 
     /// All-reduces, broadcasts, and broadcasts whose reader hands lines back. `None` where the deadline came first, as for all
@@ -240,7 +247,7 @@ impl<'a> Rank<'a> {
     }
 
     fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
-        self.blocks[0].fill(self.met as f32);
+        self.blocks[0].fill(Line { _floats: [self.met as f32; 16] });
         // SAFETY: as above.
         let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
         let buffers = Buffers { input, output, scratch: Region::EMPTY };

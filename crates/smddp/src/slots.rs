@@ -16,7 +16,7 @@ use smddp_shm::Geometry;
 use smddp_shm::probe::{self, SlotTimes};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
