@@ -23,9 +23,9 @@ pub(crate) const CUT_ALIGN: usize = 64;
 /// Parts of areas are no smaller: what is tiny stays in the caches after all.
 const PART_ALIGN: usize = 4 << 10;
 
-/// Larger pieces of slots are not handed back: a ring of them leaves the second caches, and their lines are written again
+/// What is handed back takes no more of a slot: a ring of more leaves the second caches, and its lines are written again
 /// from the shared one.
-const LARGEST_HANDED_BACK: usize = Geometry::USUAL.slot;
+const MOST_HANDED_BACK: usize = Geometry::USUAL.slot;
 
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
@@ -136,7 +136,7 @@ impl Cutter {
 
     /// The group that starts at move `start`.
     pub(crate) fn group(&mut self, moves: &[Move], start: usize) -> Group {
-        let limit = (self.slot_bytes / (2 * CUT_ALIGN)) as i64;
+        let limit = (self.slot_bytes.min(MOST_HANDED_BACK) / (2 * CUT_ALIGN)) as i64;
         let (mut all_bytes, mut all_pieces, mut most_pieces) = (0i64, 0i64, 0i64);
         self.bytes.fill(0);
         self.pieces.fill(0);
@@ -172,24 +172,24 @@ impl Cutter {
         group.inline = most <= INLINE;
         group.most = most;
         group.rewrites = self.bytes.len() > 2 || group.givers.iter().count() == 1;
-        if most > self.slot_bytes {
-            let least = most.div_ceil(self.slot_bytes);
-            let comes_out_even = |m: &Move| m.src.len.is_multiple_of(least * CUT_ALIGN);
-            group.cuts = if moves[start..group.end].iter().all(comes_out_even) {
-                least
-            } else {
-                let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
-                most.div_ceil(self.slot_bytes - rounding.min(self.slot_bytes / 2))
-            };
-        }
         let has_one_reader = |m: &Move| self.bytes.len() <= 2 || m.to != Who::All;
         group.hands_back = self.hands_back
             && group.rewrites
             // Heads have other readers.
             && !group.inline
-            && most.div_ceil(group.cuts) <= LARGEST_HANDED_BACK
             && moves[start..group.end].iter().all(has_one_reader);
-        if group.rewrites && !group.hands_back && most <= self.slot_bytes {
+        let room = if group.hands_back { self.slot_bytes.min(MOST_HANDED_BACK) } else { self.slot_bytes };
+        if most > room {
+            let least = most.div_ceil(room);
+            let comes_out_even = |m: &Move| m.src.len.is_multiple_of(least * CUT_ALIGN);
+            group.cuts = if moves[start..group.end].iter().all(comes_out_even) {
+                least
+            } else {
+                let rounding = (all_pieces + most_pieces) as usize * CUT_ALIGN;
+                most.div_ceil(room - rounding.min(room / 2))
+            };
+        }
+        if group.rewrites && !group.hands_back && most <= room {
             group.part = most.next_multiple_of(PART_ALIGN);
         }
         group
@@ -250,9 +250,8 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn groups_cover_every_move_and_cuts_cover_every_byte_within_a_slot(
-            (size, moves) in phase(), hands_back in any::<bool>(),
+            (size, moves) in phase(), hands_back in any::<bool>(), slot_bytes in prop_oneof![Just(4096), Just(384 << 10)],
         ) {
-            let slot_bytes = 4096;
             let mut start = 0;
             loop {
                 let mut cutters: Vec<_> = (0..size).map(|me| Cutter::new(me, size, slot_bytes, hands_back)).collect();
@@ -268,13 +267,14 @@ pub(crate) mod tests {
                 let have_one_reader = moves[start..group.end].iter().all(alone);
                 prop_assert_eq!(group.hands_back, hands_back && group.rewrites && !group.inline && have_one_reader);
                 prop_assert!(!group.hands_back || group.part == 0);
+                let room = if group.hands_back { slot_bytes.min(MOST_HANDED_BACK) } else { slot_bytes };
                 for cut in 0..group.cuts {
                     for rank in 0..size {
                         let sent: usize = moves[start..group.end].iter()
                             .filter(|m| travels(m, rank) && size > 1)
                             .map(|m| aligned(group.piece(m.src.len, cut).1))
                             .sum();
-                        prop_assert!(sent <= slot_bytes, "rank {} sends {} of {} in cut {}", rank, sent, slot_bytes, cut);
+                        prop_assert!(sent <= room, "rank {} sends {} of {} in cut {}", rank, sent, room, cut);
                         prop_assert!(!group.inline || sent <= INLINE);
                     }
                 }
