@@ -97,6 +97,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) done: Vec<Ctx>,
     pub(crate) failures: VecDeque<FabricFailure>,
     pub(crate) completions: Vec<Completion>,
+    /// How many completions of this round were about a probe, sent or come.
+    pub(crate) probes: usize,
     pub(crate) broken: Option<String>,
     /// Settlements heard while withdrawing: the peer, and how many pieces it ever posted for the group.
     pub(crate) settled: Vec<(u32, u64)>,
@@ -170,6 +172,7 @@ impl<D: Domain> FabricEndpoint<D> {
             settling: None,
             credits_out: 0,
             polls: 0,
+            probes: 0,
             probe_at: Duration::ZERO,
             probe_from: (0, 0),
         };
@@ -204,7 +207,8 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    /// One round over everything; true when anything moved.
+    /// One round over everything; true when anything moved but probes: who waits for long is not to become wide awake over
+    /// those.
     pub(crate) fn progress(&mut self) -> bool {
         let mut moved = false;
         for rail in 0..self.rails.len() {
@@ -212,10 +216,12 @@ impl<D: Domain> FabricEndpoint<D> {
             if let Err(reason) = self.rails[rail].poll(&mut completions) {
                 self.break_down(reason);
             }
-            moved |= !completions.is_empty();
+            self.probes = 0;
+            let all = completions.len();
             for completion in completions.drain(..) {
                 self.complete(rail, completion);
             }
+            moved |= all > self.probes;
             self.completions = completions;
             if self.broken.is_some() {
                 return moved;

@@ -303,6 +303,7 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// A peer waits long: do both sides mean the same message?
     fn probed_by(&mut self, id: Match, packet: &Packet<'_>, receiving: bool) {
+        self.probes += 1;
         let ours = if receiving {
             self.sending.get(&id).and_then(|h| self.sends.get(*h)).map(|s| (s.call, s.region.len()))
         } else {

@@ -79,7 +79,7 @@ impl<D: Domain> FabricEndpoint<D> {
         for _ in 0..self.tx.len() {
             let Some(item) = self.tx.pop_front() else { break };
             match self.send_item(&item) {
-                Sent::Yes => moved = true,
+                Sent::Yes => moved |= !matches!(item, Tx::ProbeSend { .. } | Tx::ProbeRecv { .. }),
                 Sent::Void => {}
                 Sent::Later => self.tx.push_back(item),
             }
@@ -252,6 +252,7 @@ impl<D: Domain> FabricEndpoint<D> {
         p.small -= 1;
         if probe {
             p.probing = false;
+            self.probes += 1;
         }
         peer
     }

@@ -196,6 +196,11 @@ impl SimNet {
         self.lock().step
     }
 
+    /// Small messages that were sent so far, of all endpoints.
+    pub fn small_messages(&self) -> u64 {
+        self.lock().small_sent
+    }
+
     fn lock(&self) -> MutexGuard<'_, Net> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

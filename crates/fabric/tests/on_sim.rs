@@ -384,6 +384,29 @@ fn sides_that_called_different_things_are_both_named() {
     }
 }
 
+/// A driver sleeps as long as nothing moves; were it woken by every probe, a late peer would cost it a tenth of a core.
+#[test]
+fn probes_go_out_and_come_in_but_nothing_has_moved() {
+    for receiving in [true, false] {
+        let mut world = World::new(2, 1, calm(), &settings(&[]));
+        let mut data = vec![0u8; 100_000];
+        let waits = message(key(0), 1, region(&mut data), 0);
+        let done = if receiving { world.ends[0].recv(waits) } else { world.ends[0].send(waits) };
+        done.unwrap();
+        (0..100).for_each(|_| world.poll_all());
+        let before = world.net.small_messages();
+        let mut moved = 0;
+        for _ in 0..20_000 {
+            for end in &mut world.ends {
+                moved += usize::from(end.poll(&mut Vec::new()).unwrap());
+            }
+        }
+        let probes = world.net.small_messages() - before;
+        assert!(probes >= 4, "{probes} probes");
+        assert_eq!(moved, 0, "receiving: {receiving}; {probes} probes");
+    }
+}
+
 #[test]
 fn few_small_messages_are_kept_however_many_are_sent() {
     // Room for 32 messages: 2 windows.
