@@ -64,6 +64,12 @@ impl Group {
         !self.inline && !self.whole
     }
 
+    /// Of so many ranks, those that get results: one that gives alone has them already.
+    #[inline]
+    pub(crate) fn takers(&self, ranks: usize) -> usize {
+        if self.givers.iter().count() == 1 { ranks - 1 } else { ranks }
+    }
+
     /// Offset and length of cut `cut` of a move of `len` bytes.
     #[inline]
     pub(crate) fn piece(&self, len: usize, cut: usize) -> (usize, usize) {

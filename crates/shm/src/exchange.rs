@@ -252,9 +252,19 @@ pub(crate) struct Work<'a> {
     /// Of a phase that takes its peers' data out of their private memory.
     single_copy: Option<&'a mut SingleCopy>,
     budget: usize,
-    /// Where what is taken is stored past the caches: bytes that were, so far.
+    /// What of that which is taken is stored past the caches; and bytes that were, so far.
+    past_caches: PastCaches,
     streamed: Option<&'a mut u64>,
     moved: bool,
+}
+
+/// Which results are stored past the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PastCaches {
+    None,
+    /// What a rank gives to itself.
+    Own,
+    All,
 }
 
 /// How far a piece was taken.
@@ -294,14 +304,15 @@ impl<'a> Work<'a> {
             peers,
             single_copy,
             budget,
+            past_caches: PastCaches::None,
             streamed: None,
             moved: false,
         }
     }
 
-    /// Stores what it takes past the caches, and counts it.
-    pub(crate) fn streaming(self, streamed: &'a mut u64) -> Work<'a> {
-        Work { streamed: Some(streamed), ..self }
+    /// Stores some results past the caches, and counts them.
+    pub(crate) fn streaming(self, past_caches: PastCaches, streamed: &'a mut u64) -> Work<'a> {
+        Work { past_caches, streamed: Some(streamed), ..self }
     }
 
     /// As [`consume`](Self::consume), of a call on shared memory.
@@ -466,6 +477,11 @@ impl<'a> Work<'a> {
             Who::One(_) => 1,
             Who::All => self.ranks.len(),
         };
+        let streams = match self.past_caches {
+            PastCaches::None => false,
+            PastCaches::Own => m.from == Who::One(self.me as u32),
+            PastCaches::All => true,
+        };
         while at.done < len {
             if self.budget == 0 {
                 return Taken::Some;
@@ -479,27 +495,17 @@ impl<'a> Work<'a> {
                 _ => left.min((self.budget / reads).max(4096) & !63),
             };
             let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
-            match m.from {
+            let stored_past = match m.from {
                 Who::One(from) => match &mut self.single_copy {
                     Some(copy) if from as usize != self.me => {
                         if !copy.read(from as usize, m.src, self.run.shift, at.done, dst) {
                             return Taken::Failed;
                         }
+                        0
                     }
                     _ => {
                         let source = self.source(from as usize, m, start, n, at);
-                        let hands_back = hands_back && from as usize != self.me;
-                        if self.streamed.is_some() {
-                            dst.stream_from(source);
-                            settle();
-                            if hands_back {
-                                source.claim();
-                            }
-                        } else if hands_back {
-                            dst.take_from(source);
-                        } else {
-                            dst.copy_from(source);
-                        }
+                        copy(dst, source, streams, hands_back && from as usize != self.me)
                     }
                 },
                 Who::All => {
@@ -508,16 +514,17 @@ impl<'a> Work<'a> {
                         let source = self.source(rank, m, start, n, at);
                         self.sources.push(source);
                     }
-                    let store = if self.streamed.is_some() { Store::PastCaches } else { Store::Cached };
+                    let store = if streams { Store::PastCaches } else { Store::Cached };
                     combine_and(store, self.run.arith, m.finish, dst, self.sources);
                     if hands_back {
                         hand_back(self.me, self.sources);
                     }
+                    if streams { n } else { 0 }
                 }
-            }
+            };
             at.done += n;
             if let Some(streamed) = &mut self.streamed {
-                **streamed += n as u64;
+                **streamed += stored_past as u64;
             }
             self.budget = self.budget.saturating_sub(n * reads);
             self.moved = true;
@@ -536,6 +543,27 @@ impl<'a> Work<'a> {
         let slot = slot_to_read(rank, at.group.takes_areas(), at.group.part, self.segment, self.ring);
         slot.slice(at.offset(rank) + at.done, n)
     }
+}
+
+/// Copies `source` to `dst`, past the caches where it `streams`; bytes that went past them.
+fn copy(dst: Region, source: Region, streams: bool, hands_back: bool) -> usize {
+    if source.as_ptr() == dst.as_ptr() {
+        // It is there already.
+        return 0;
+    }
+    match (streams, hands_back) {
+        (true, _) => {
+            dst.stream_from(source);
+            settle();
+            if hands_back {
+                source.claim();
+            }
+            return dst.len();
+        }
+        (false, true) => dst.take_from(source),
+        (false, false) => dst.copy_from(source),
+    }
+    0
 }
 
 /// Hands the lines of its peers' pieces back, which rank `me` has combined and is the only one to read. `sources` are all

@@ -58,7 +58,7 @@ impl ShmNode {
                 who.local_rank,
                 who.ranks.clone(),
                 geometry.slot,
-                who.streams_from.map_or(usize::MAX, |bytes| bytes.div_ceil(size)),
+                who.streams_from.unwrap_or(usize::MAX),
                 SingleCopy::new(peers.pids().to_vec(), agreed.single_copy, who.single_copy),
                 agreed.hands_back,
             ),

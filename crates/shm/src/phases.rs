@@ -16,8 +16,8 @@ use smddp_core::{Error, Region, Result};
 use crate::cut::{Cutter, Group, includes};
 use crate::direct::{self, Direct, Entered};
 use crate::exchange::{
-    Consuming, Publishing, Sharing, Step, Work, call_back_lines, fill_gather, fill_slot, mismatch, moves_of,
-    publish_words,
+    Consuming, PastCaches, Publishing, Sharing, Step, Work, call_back_lines, fill_gather, fill_slot,
+    mismatch, moves_of, publish_words,
 };
 use crate::log;
 use crate::pen::Pen;
@@ -66,6 +66,21 @@ impl Known {
     }
 }
 
+/// A rank's own blocks need so much less of results: what is read for them lies in no slot, and stays in the caches no longer.
+const OWN_SHARE: usize = 2;
+
+/// Which results of a phase among so many ranks are stored past the caches, if all are from so many bytes on.
+fn past_caches(run: &PhaseRun, group: &Group, ranks: usize, streams_from: usize) -> PastCaches {
+    let results = run.buffers.output.len().saturating_mul(group.takers(ranks));
+    if results < streams_from.div_ceil(OWN_SHARE) || !is_written_only(run) {
+        PastCaches::None
+    } else if results < streams_from {
+        PastCaches::Own
+    } else {
+        PastCaches::All
+    }
+}
+
 /// Whether the ranks that take do not read, in the same call, the memory that they write to.
 fn is_written_only(run: &PhaseRun) -> bool {
     let call = run.call.unpack();
@@ -100,7 +115,7 @@ pub(crate) struct Phases {
     /// Bytes one poll may copy.
     budget: usize,
     pen: Pen,
-    /// Results of at least so many bytes are stored past the caches.
+    /// Results of so many bytes, of all ranks together, are stored past the caches.
     streams_from: usize,
     /// Bytes that were.
     streamed: u64,
@@ -419,8 +434,9 @@ impl Phases {
         }
         let budget = if *way == Way::SingleCopy { single_copy::AT_ONCE } else { self.budget };
         let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget);
-        if run.buffers.output.len() >= self.streams_from && is_written_only(run) {
-            work = work.streaming(&mut self.streamed);
+        match past_caches(run, &self.consuming.group, self.ranks.len(), self.streams_from) {
+            PastCaches::None => {}
+            which => work = work.streaming(which, &mut self.streamed),
         }
         let step = match way {
             Way::Slots => work.consume(&mut self.consuming)?,

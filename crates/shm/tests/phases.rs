@@ -244,31 +244,39 @@ fn every_kind_of_move_at_every_edge_of_inline_and_slot() {
 #[test]
 fn large_results_go_past_the_caches_unless_they_were_read_before() {
     const BLOCK: usize = 10_000;
-    let gathered = |size: usize| size * BLOCK;
+    const BOTH: usize = 2 * BLOCK;
     let each = |from: usize| {
         let to = Span::output(from * BLOCK, BLOCK);
         span_move(Who::One(from as u32), Who::All, Span::input(0, BLOCK), to)
     };
     let summed = span_move(Who::All, Who::All, Span::input(0, BLOCK), Span::output(0, BLOCK));
-    for (collective, moves, taken) in [
-        (Collective::AllGather, (0..2).map(each).collect(), gathered(2)),
-        (Collective::ReduceScatter, vec![summed], BLOCK),
-        (Collective::AllReduce, vec![summed], 0),
+    let given = span_move(Who::One(0), Who::All, Span::output(0, BLOCK), Span::output(0, BLOCK));
+    // Results of both ranks together; what goes past the caches on either where that is just enough; what does where it just
+    // fails, or is just half of what it takes: its own block.
+    for (collective, moves, together, all, own) in [
+        (Collective::AllGather, vec![each(0), each(1)], 2 * BOTH, [BOTH, BOTH], BLOCK),
+        (Collective::ReduceScatter, vec![summed], 2 * BOTH, [BLOCK, BLOCK], 0),
+        (Collective::Broadcast, vec![given], BOTH, [0, BLOCK], 0),
+        (Collective::AllReduce, vec![summed], 2 * BOTH, [0, 0], 0),
     ] {
         let plan = one_phase(moves);
-        // Of both ranks together: just met, and just missed.
-        let member = |group, rank: usize, size| Membership {
-            streams_from: Some(2 * gathered(2) + rank),
-            ..membership(group, rank, size)
+        let streamed = |streams_from: usize| {
+            let streams_from = Some(streams_from);
+            let member =
+                |group, rank: usize, size| Membership { streams_from, ..membership(group, rank, size) };
+            on_members(2, SMALL, member, |_, mut node| {
+                let mut memory = Memory { input: vec![1; BLOCK], output: vec![0; BOTH], scratch: vec![] };
+                let call = Call::new(collective, DType::F32, BLOCK as u64 / 4).pack();
+                node.submit(run(&plan, memory.buffers(), arith(DType::F32, ReduceOp::Sum, 2), call, 1))
+                    .unwrap();
+                drive(&mut node, 1, 10).unwrap();
+                node.streamed() as usize
+            })
         };
-        let streamed = on_members(2, SMALL, member, |_, mut node| {
-            let mut memory = Memory { input: vec![1; BLOCK], output: vec![0; gathered(2)], scratch: vec![] };
-            let call = Call::new(collective, DType::F32, BLOCK as u64 / 4).pack();
-            node.submit(run(&plan, memory.buffers(), arith(DType::F32, ReduceOp::Sum, 2), call, 1)).unwrap();
-            drive(&mut node, 1, 10).unwrap();
-            node.streamed()
-        });
-        assert_eq!(streamed, [taken as u64, 0], "{collective}");
+        assert_eq!(streamed(together), all, "{collective}");
+        assert_eq!(streamed(together + 1), [own; 2], "{collective}");
+        assert_eq!(streamed(2 * together), [own; 2], "{collective}");
+        assert_eq!(streamed(2 * together + 1), [0; 2], "{collective}");
     }
 }
 

@@ -8,12 +8,15 @@ use smddp_core::settings::{Settings, parse_bytes};
 /// Machines with larger last-level caches share them among many cores, of which a job may have few.
 const MOST: usize = 64 << 20;
 
+/// Results share the last-level cache with inputs and slots.
+const SHARE: usize = 2;
+
 /// From how many bytes on results of a node's ranks, all together, do not stay in the caches, so that they are stored past them;
 /// `None`: never, or unknown.
 pub fn streams_from(settings: &Settings) -> Option<usize> {
     let from = settings
         .number_set("SMDDP_SHM_STREAM")
-        .or_else(|| Some(last_level(Path::new("/sys/devices/system/cpu/cpu0/cache"))?.min(MOST)));
+        .or_else(|| Some(last_level(Path::new("/sys/devices/system/cpu/cpu0/cache"))?.min(MOST) / SHARE));
     from.filter(|&bytes| bytes > 0)
 }
 
