@@ -64,6 +64,12 @@ impl Group {
         !self.inline && !self.whole
     }
 
+    /// Whether the lines of its slots lie in readers' caches, who have not handed them back.
+    #[inline]
+    pub(crate) fn is_dear_to_write(&self) -> bool {
+        self.rewrites && !self.hands_back
+    }
+
     /// Of so many ranks, those that get results: one that gives alone has them already.
     #[inline]
     pub(crate) fn takers(&self, ranks: usize) -> usize {

@@ -130,7 +130,7 @@ pub(crate) fn fill_slot(
     for m in moves_of(run)[at.group.start..at.group.end].iter().filter(|m| travels(m, me)) {
         let (start, len) = at.group.piece(m.src.len, at.cut);
         let (place, piece) = (slot.slice(offset, len), run.buffers.at(m.src, run.shift).slice(start, len));
-        pen.write(place, piece, at.group.rewrites);
+        pen.write(place, piece, at.group.is_dear_to_write());
         offset += aligned(len);
     }
     ring.publish(segment, areas, |head: &mut SlotHead| head.call = run.call);
@@ -152,7 +152,7 @@ pub(crate) fn fill_gather(
     for rank in at.group.reads.iter() {
         let (start, len) = relay.share(at.cut, rank);
         let (place, piece) = (slot.slice(relay.offset(at.cut, me, rank), len), data.slice(start, len));
-        pen.write(place, piece, at.group.rewrites);
+        pen.write(place, piece, at.group.is_dear_to_write());
     }
     ring.publish(segment, true, |head: &mut SlotHead| head.call = run.call);
 }

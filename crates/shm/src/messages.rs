@@ -182,7 +182,7 @@ impl Messages {
             }
             let data = segment.cell_data(self.me, peer, index);
             let len = (message.region.len() - *sent).min(data.len());
-            self.pen.write(data.slice(0, len), message.region.slice(*sent, len), true);
+            self.pen.write(data.slice(0, len), message.region.slice(*sent, len), !self.hands_back);
             let frame = Frame {
                 key: message.key,
                 call: message.call,

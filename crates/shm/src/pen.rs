@@ -46,10 +46,11 @@ impl Pen {
         Pen { may_stream, pieces: 0, through: Cost::default(), past: Cost::default() }
     }
 
-    /// Copies `from` to `to`, which lies in a slot. `rewrites`: this rank wrote there last, and peers have read it.
+    /// Copies `from` to `to`, which lies in a slot. `is_dear`: this rank wrote there last, and peers have read it without handing
+    /// its lines back.
     #[inline]
-    pub(crate) fn write(&mut self, to: Region, from: Region, rewrites: bool) {
-        if to.len() < LEAST || !rewrites || !self.may_stream {
+    pub(crate) fn write(&mut self, to: Region, from: Region, is_dear: bool) {
+        if to.len() < LEAST || !is_dear || !self.may_stream {
             to.copy_from(from);
         } else {
             self.write_much(to, from);
@@ -125,17 +126,16 @@ mod tests {
     #[test]
     fn pieces_arrive_either_way() {
         let ways = [(true, true), (true, false), (false, true)];
-        for ((may_stream, rewrites), len) in ways.into_iter().flat_map(|way| [(way, LEAST + 24), (way, 100)])
-        {
+        for ((may_stream, is_dear), len) in ways.into_iter().flat_map(|way| [(way, LEAST + 24), (way, 100)]) {
             let mut pen = Pen::new(may_stream);
             for n in 0..2 * TRIED {
                 let mut from: Vec<u8> = (0..len).map(|i| (i as u32 + n) as u8).collect();
                 let mut to = vec![0u8; len];
                 // SAFETY: both vectors outlive the regions, and are not touched while they are in use.
-                unsafe { pen.write(Region::of(&mut to), Region::of(&mut from), rewrites) };
+                unsafe { pen.write(Region::of(&mut to), Region::of(&mut from), is_dear) };
                 assert_eq!(to, from);
             }
-            assert_eq!(pen.past.0.is_some(), may_stream && rewrites && len >= LEAST);
+            assert_eq!(pen.past.0.is_some(), may_stream && is_dear && len >= LEAST);
         }
     }
 }

@@ -28,8 +28,8 @@ pub(crate) struct Script {
     areas: bool,
     /// Bytes of an area's part that it takes, as [`Group::part`].
     part: usize,
-    /// As [`Group::rewrites`].
-    rewrites: bool,
+    /// As [`Group::is_dear_to_write`].
+    is_dear_to_write: bool,
     /// As [`Group::hands_back`].
     hands_back: bool,
     /// Bytes that a rank publishes, at most.
@@ -104,7 +104,7 @@ impl Script {
         self.peers.clear();
         self.offsets.clear();
         (self.areas, self.part) = (group.takes_areas(), group.part);
-        (self.rewrites, self.hands_back) = (group.rewrites, group.hands_back);
+        (self.is_dear_to_write, self.hands_back) = (group.is_dear_to_write(), group.hands_back);
         self.most = group.most;
         let mut seen = Mask::default();
         at.start(*group, 0);
@@ -199,7 +199,7 @@ impl Playing<'_> {
             for Give { src, offset } in &self.script.gives {
                 let (place, piece) =
                     (slot.slice(*offset, src.len), self.run.buffers.at(*src, self.run.shift));
-                self.pen.write(place, piece, self.script.rewrites);
+                self.pen.write(place, piece, self.script.is_dear_to_write);
             }
             ring.publish(self.segment, areas, |head: &mut SlotHead| head.call = self.run.call);
         } else {
