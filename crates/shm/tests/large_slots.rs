@@ -4,12 +4,12 @@
 
 mod common;
 
-use common::{Memory, arith, call, drive, on_ranks, one_phase, run, span_move};
+use common::{Memory, arith, call, drive, membership, on_members, one_phase, run, span_move};
 use proptest::prelude::*;
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Span, Who};
 use smddp_core::transport::{Ctx, NodeLocal};
-use smddp_shm::Geometry;
+use smddp_shm::{Geometry, Membership};
 
 /// No multiple of a part.
 const LARGE: Geometry = Geometry { slot: 396 << 10, slots: 2 };
@@ -26,9 +26,11 @@ proptest! {
     fn exchanges_of_all_sizes_arrive(
         size in 2usize..4,
         at_once in any::<bool>(),
+        hands_back in any::<bool>(),
         calls in prop::collection::vec((prop_oneof![1usize..200, 100_000usize..150_000, 200_000usize..900_000], any::<bool>()), 1..20),
     ) {
-        let results = on_ranks(size, LARGE, |rank, mut node| {
+        let member = |group, rank, size| Membership { hands_back, ..membership(group, rank, size) };
+        let results = on_members(size, LARGE, member, |rank, mut node| {
             let mut wrong = Vec::new();
             for (number, &(len, symmetric)) in calls.iter().enumerate() {
                 let block = |of: usize| if symmetric { of * len } else { 0 };
