@@ -137,9 +137,14 @@ impl<E: Element> Targets<E> {
         // SAFETY: `write` checked the bounds (R2) of all strips; alignment is 1; R1 makes the bytes valid and ours alone; no
         // references to sources, which may be the same bytes (K5), are left.
         unsafe {
-            E::emit(&mut *self.dst.add(i), &acc);
-            if !self.also.is_null() {
-                E::emit(&mut *self.also.add(i), &acc);
+            if self.also.is_null() {
+                E::emit(&mut *self.dst.add(i), &acc);
+            } else {
+                // Rounded once.
+                let mut results = [E::Raw::default(); STRIP];
+                E::emit(&mut results, &acc);
+                *self.dst.add(i) = results;
+                *self.also.add(i) = results;
             }
         }
     }
