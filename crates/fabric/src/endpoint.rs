@@ -97,7 +97,7 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) done: Vec<Ctx>,
     pub(crate) failures: VecDeque<FabricFailure>,
     pub(crate) completions: Vec<Completion>,
-    /// How many completions of this round were about a probe, sent or come.
+    /// How many completions of a rail, in this round, were about a probe, sent or come.
     pub(crate) probes: usize,
     pub(crate) broken: Option<String>,
     /// Settlements heard while withdrawing: the peer, and how many pieces it ever posted for the group.

@@ -3,9 +3,9 @@
 //! Consecutive moves form *groups*; a group is cut into `cuts` exchanges, every move of it alike (cut `k` of each move
 //! travels in exchange `k`). A rank's slot holds its pieces in the order of the moves, each aligned to [`ALIGN`].
 //!
-//! - **G1** All ranks compute the same groups and cuts: only moves, slot size and number of ranks enter.
-//! - **G2** No rank's pieces of one exchange exceed a slot: cuts are a multiple of [`CUT_ALIGN`] long, and
-//!   a group ends before the rounding of its pieces could take more than half a slot.
+//! - **G1** All ranks compute the same groups and cuts: only moves, slot size, number of ranks and whether they hand lines back enter.
+//! - **G2** No rank's pieces of one exchange exceed a slot, nor [`MOST_HANDED_BACK`] where lines are handed back: cuts are a
+//!   multiple of [`CUT_ALIGN`] long, and a group ends before the rounding of its pieces could take more than half of either.
 //! - **G3** Every phase has at least one exchange, even with nothing to move (ranks may rely on it to meet).
 
 use smddp_core::plan::{Move, Who};

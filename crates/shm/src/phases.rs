@@ -433,11 +433,9 @@ impl Phases {
             return Ok(Step::Idle);
         }
         let budget = if *way == Way::SingleCopy { single_copy::AT_ONCE } else { self.budget };
-        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget);
-        match past_caches(run, &self.consuming.group, self.ranks.len(), self.streams_from) {
-            PastCaches::None => {}
-            which => work = work.streaming(which, &mut self.streamed),
-        }
+        let which = past_caches(run, &self.consuming.group, self.ranks.len(), self.streams_from);
+        let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget)
+            .streaming(which, &mut self.streamed);
         let step = match way {
             Way::Slots => work.consume(&mut self.consuming)?,
             &Way::Shared(own) => {
