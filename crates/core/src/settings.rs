@@ -118,7 +118,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_HAND_BACK",
         Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "a rank that alone reads a piece in a slot writes to its cache lines, for its owner to get them back faster: unless the probe found that slower, always, never",
+        "a rank that alone reads a piece in a slot writes to its cache lines, for its owner to get them back faster: where the probe found that faster, always, never",
     ),
     row(
         "SMDDP_SHM_STREAM",

@@ -26,7 +26,7 @@ use crate::node::ShmNode;
 const DATA: usize = 4 << 20;
 /// All-reduces of so many bytes, all of the same.
 const BUCKET: usize = 1 << 20;
-const BUCKETS: usize = 6;
+const BUCKETS: usize = 3;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 16 << 10;
 const PIECES: usize = 16;
