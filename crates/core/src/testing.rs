@@ -124,6 +124,9 @@ pub struct MemoryNode {
     state: Arc<Mutex<NodeState>>,
     bells: Arc<Vec<Arc<MemoryBell>>>,
     gone: bool,
+    /// About to sleep, or asleep.
+    armed: bool,
+    slow_to_tell: bool,
 }
 
 impl MemoryNode {
@@ -141,12 +144,28 @@ impl MemoryNode {
                 state: Arc::clone(&state),
                 bells: Arc::clone(&bells),
                 gone: false,
+                armed: false,
+                slow_to_tell: false,
             })
             .collect()
     }
 
+    /// Moves something only when asked by a rank that is about to sleep.
+    #[must_use]
+    pub fn slow_to_tell(mut self) -> MemoryNode {
+        self.slow_to_tell = true;
+        self
+    }
+
     fn ring_all(&self) {
         self.bells.iter().for_each(|b| b.ring());
+    }
+
+    fn check_awake(&self) -> Result<()> {
+        if self.armed {
+            return Err(Error::Internal("work for a rank that has announced its sleep".to_owned()));
+        }
+        Ok(())
     }
 }
 
@@ -199,6 +218,7 @@ impl NodeState {
 
 impl NodeLocal for MemoryNode {
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
+        self.check_awake()?;
         lock(&self.state).queues[self.rank].push_back(run);
         Ok(())
     }
@@ -207,6 +227,9 @@ impl NodeLocal for MemoryNode {
     fn run_now(&mut self, run: &PhaseRun, _: u32) -> Result<bool> {
         let ctx = run.ctx;
         self.submit(run.clone())?;
+        if self.slow_to_tell {
+            return Ok(false);
+        }
         lock(&self.state).phase()?;
         let done = &mut lock(&self.state).board.done[self.rank];
         let over = done.contains(&ctx);
@@ -216,11 +239,13 @@ impl NodeLocal for MemoryNode {
     }
 
     fn send(&mut self, m: Message) -> Result<()> {
+        self.check_awake()?;
         lock(&self.state).board.sends.push((self.rank as u32, m.peer, m));
         Ok(())
     }
 
     fn recv(&mut self, m: Message) -> Result<()> {
+        self.check_awake()?;
         lock(&self.state).board.recvs.push((m.peer, self.rank as u32, m));
         Ok(())
     }
@@ -235,6 +260,9 @@ impl NodeLocal for MemoryNode {
             let reason = format!("local rank {rank}: {why}");
             return Err(Error::Aborted { site: Site::unknown(), reason });
         }
+        if self.slow_to_tell && !self.armed {
+            return Ok(false);
+        }
         let moved = state.phase()? | state.board.step()?;
         done.append(&mut state.board.done[self.rank]);
         drop(state);
@@ -244,9 +272,13 @@ impl NodeLocal for MemoryNode {
         Ok(moved)
     }
 
-    fn arm(&mut self) {}
+    fn arm(&mut self) {
+        self.armed = true;
+    }
 
-    fn disarm(&mut self) {}
+    fn disarm(&mut self) {
+        self.armed = false;
+    }
 
     fn bell(&self) -> Arc<dyn Bell> {
         Arc::clone(&self.bells[self.rank]) as Arc<dyn Bell>

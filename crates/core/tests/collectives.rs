@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{Group, groups, on_all};
+use common::{Group, groups, groups_over, on_all};
 use smddp_core::gate::{Gate, Words};
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
@@ -81,6 +81,20 @@ fn calls_whose_peers_are_late_go_on_where_their_callers_stopped() {
             g.all_reduce(&mut a, ReduceOp::Sum).unwrap();
             let sum = |i: usize| (0..3).map(|r| value(r, i + call)).sum::<i64>();
             assert!(a.iter().enumerate().all(|(i, &v)| v == sum(i)), "call {call}: {a:?}");
+        }
+    });
+}
+
+/// Peers would ring for it at every call.
+#[test]
+fn who_falls_asleep_and_finds_its_work_done_takes_the_announcement_back() {
+    let shape = GroupShape::even(1, 2);
+    let groups = groups_over(&shape, 5, &Tuning::default(), |node| node.slow_to_tell());
+    on_all(&groups, |g| {
+        for i in 0..20 {
+            let mut data = [value(g.rank(), i)];
+            g.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+            assert_eq!(data, [value(0, i) + value(1, i)]);
         }
     });
 }
@@ -163,6 +177,27 @@ fn messages_match_by_tag_whatever_the_order() {
             }
         });
     });
+}
+
+/// What needs no peer takes no other thread: but for the moments in which the progress thread listens to the fabric.
+#[test]
+fn a_message_that_is_awaited_is_sent_when_its_start_returns() {
+    let groups = groups(&GroupShape::even(1, 2), 3, &Tuning::default());
+    let mut at_once = 0;
+    for round in 0..100u64 {
+        let (mut sent, mut got) = ([round], [0u64]);
+        // SAFETY: both messages are waited for before their memory goes.
+        let (to, from) = unsafe { (Region::of(&mut sent), Region::of(&mut got)) };
+        // SAFETY: as above.
+        let received = unsafe { groups[1].start_recv(0, 0, DType::I64, from).unwrap() };
+        // SAFETY: as above.
+        let sent = unsafe { groups[0].start_send(1, 0, DType::I64, to).unwrap() };
+        at_once += u32::from(sent.is_done());
+        sent.wait(None).unwrap();
+        received.wait(None).unwrap();
+        assert_eq!(got, [round]);
+    }
+    assert!(at_once >= 90, "{at_once} of 100");
 }
 
 #[test]

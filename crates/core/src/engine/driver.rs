@@ -294,11 +294,8 @@ impl<T: Transports> Driver<T> {
         }
     }
 
+    /// Takes the announcements back, of groups that have ended their work meanwhile as well: peers would ring for nothing.
     pub fn rise(&mut self) {
-        for at in 0..self.busy.len() {
-            if let Some(group) = self.groups[self.busy[at]].as_mut() {
-                group.seat.local.disarm();
-            }
-        }
+        self.groups.iter_mut().flatten().for_each(|group| group.seat.local.disarm());
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! Invariants
 //! - **E1** all transport state is touched only by the holder of the driver's lock.
-//! - **E2** while operations are pending, the seat is taken, or the progress thread has been woken after it was left.
+//! - **E2** while operations are pending, the seat is taken, or the progress thread has been woken after it was left: who finds
+//!   it taken need not queue for it.
 //! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
 //!   a submitter fills the inbox before it looks at `sleeping`).
 //! - **E4** callbacks run with no lock held, on threads of their own.
@@ -206,22 +207,29 @@ impl<T: Transports> Engine<T> {
         Ok(result)
     }
 
-    /// Starts an operation and returns at once.
+    /// Starts an operation, moves what can be moved at once, and returns.
     pub fn submit(&self, op: Arc<OpState>) {
-        self.shared.put(op);
-        self.wake_thread();
+        match self.shared.free_seat() {
+            Some(mut driver) => {
+                driver.start(op);
+                driver.turn();
+                self.finish_help(driver);
+            }
+            None => {
+                self.shared.put(op);
+                self.wake_thread();
+            }
+        }
     }
 
     /// Starts an operation and helps until it is done or `limit` has passed.
     pub fn run(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
-        match self.shared.driver.try_lock() {
-            // The seat is free: no detour by the inbox, but what lies there was submitted before.
-            Ok(mut driver) => {
-                self.shared.take_inbox(&mut driver);
+        match self.shared.free_seat() {
+            Some(mut driver) => {
                 driver.start(Arc::clone(op));
                 self.wait_seated(Some(driver), op, limit)
             }
-            Err(_) => {
+            None => {
                 self.shared.put(Arc::clone(op));
                 self.wait_seated(None, op, limit)
             }
@@ -231,12 +239,7 @@ impl<T: Transports> Engine<T> {
     /// Runs a call on its caller's stack, without an operation, where nobody drives or wants to and its group has nothing
     /// under way; an operation that it becomes was helped as by [`run`](Self::run).
     pub fn run_now(&self, group: usize, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
-        // Calls without a pause would keep the seat from whoever waits for it.
-        if self.shared.wanted.load(Ordering::Relaxed) > 0 {
-            return Tried::NotNow;
-        }
-        let Ok(mut driver) = self.shared.driver.try_lock() else { return Tried::NotNow };
-        self.shared.take_inbox(&mut driver);
+        let Some(mut driver) = self.shared.free_seat() else { return Tried::NotNow };
         let patience = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
         let tried = driver.run_now(group, call, patience);
         match &tried {
@@ -348,6 +351,17 @@ impl<T: Transports> Shared<T> {
         {
             bell.ring();
         }
+    }
+
+    /// The driver's seat if nobody has it or waits for it: calls without a pause would keep it from them. What lies in the inbox
+    /// was submitted before, and is started.
+    fn free_seat(&self) -> Option<MutexGuard<'_, Driver<T>>> {
+        if self.wanted.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        let mut driver = self.driver.try_lock().ok()?;
+        self.take_inbox(&mut driver);
+        Some(driver)
     }
 
     /// The driver's seat, taken from the progress thread if need be.
@@ -480,7 +494,12 @@ fn progress<T: Transports>(shared: &Shared<T>) {
             shared.rest();
             continue;
         }
-        let Ok(mut driver) = shared.driver.lock() else { return };
+        let mut driver = match shared.driver.try_lock() {
+            Ok(driver) => driver,
+            // Who drives wakes this thread again if anything is left (E2).
+            Err(TryLockError::WouldBlock) => continue,
+            Err(TryLockError::Poisoned(_)) => return,
+        };
         shared.thread_drives.store(true, Ordering::Release);
         driver.listen();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);

@@ -16,6 +16,16 @@ pub type Group = Communicator<MemoryTransports>;
 
 /// One communicator a rank, each with an engine of its own, as processes would have.
 pub fn groups(shape: &GroupShape, seed: u64, tuning: &Tuning) -> Vec<Group> {
+    groups_over(shape, seed, tuning, |node| node)
+}
+
+/// As [`groups`], over what `prepare` makes of their nodes' transports.
+pub fn groups_over(
+    shape: &GroupShape,
+    seed: u64,
+    tuning: &Tuning,
+    prepare: impl Fn(MemoryNode) -> MemoryNode,
+) -> Vec<Group> {
     let shape = Arc::new(shape.clone());
     let fabrics = MemoryFabric::new(shape.size(), seed);
     let mut nodes: Vec<Vec<Option<MemoryNode>>> = (0..shape.node_count())
@@ -37,7 +47,7 @@ pub fn groups(shape: &GroupShape, seed: u64, tuning: &Tuning) -> Vec<Group> {
             name: "test".into(),
             rank,
             shape: Arc::clone(&shape),
-            local: nodes[shape.node_of(rank)][shape.local_of(rank)].take().unwrap(),
+            local: prepare(nodes[shape.node_of(rank)][shape.local_of(rank)].take().unwrap()),
             routes: (0..shape.size()).map(|to| route(rank, to)).collect(),
         };
         Group::new(engine, seat, tuning.clone(), Duration::from_secs(60)).unwrap()
