@@ -44,7 +44,7 @@ impl Choice {
 /// by up to 3 %.
 const WORTH: f64 = 0.95;
 /// Handing lines back must take at most so much of the time without: where it gains nothing, what was written to leaves the caches
-/// once more, which makes large broadcasts a quarter slower.
+/// once more, and large broadcasts take up to a third longer.
 const WORTH_HANDING: f64 = 0.95;
 /// Slots must take at most so much of single copies' time: a machine that others use as well differs by a tenth from one moment to
 /// the next.
