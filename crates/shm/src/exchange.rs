@@ -18,7 +18,7 @@ use crate::pen::Pen;
 use crate::relay::Relay;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
-use crate::single_copy::SingleCopy;
+use crate::single_copy::{STRETCH, SingleCopy};
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +110,11 @@ impl Consuming {
                 }
             }
         }
-        self.next += 1;
+        self.step_to(self.next + 1);
+    }
+
+    fn step_to(&mut self, next: usize) {
+        self.next = next;
         self.done = 0;
     }
 }
@@ -361,7 +365,27 @@ impl<'a> Work<'a> {
             return Ok(None);
         }
         self.single_copy = Some(copy);
-        self.consume(at)
+        self.take_blocks(at)
+    }
+
+    /// Takes all blocks a stretch at a time: of this rank's own first, then of its peers' (C4).
+    fn take_blocks(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
+        let moves = moves_of(self.run);
+        let longest = moves.iter().map(|m| m.src.len).max().unwrap_or(0);
+        while at.next < 2 * longest.div_ceil(STRETCH) * moves.len() {
+            let (turn, m) = (at.next / moves.len(), &moves[at.next % moves.len()]);
+            let is_own = m.from == Who::One(self.me as u32);
+            if includes(m.to, self.me) && is_own == turn.is_multiple_of(2) {
+                let start = (turn / 2 * STRETCH).min(m.src.len);
+                match self.take(m, start, STRETCH.min(m.src.len - start), at) {
+                    Taken::All => {}
+                    Taken::Some => return Ok(Some(Step::Moved)),
+                    Taken::Failed => return Ok(None),
+                }
+            }
+            at.step_to(at.next + 1);
+        }
+        Ok(None)
     }
 
     /// As [`consume`](Self::consume), of a relay. A gather ends with its spread published.
@@ -498,7 +522,7 @@ impl<'a> Work<'a> {
             let stored_past = match m.from {
                 Who::One(from) => match &mut self.single_copy {
                     Some(copy) if from as usize != self.me => {
-                        if !copy.read(from as usize, m.src, self.run.shift, at.done, dst) {
+                        if !copy.read(from as usize, m.src, self.run.shift, start + at.done, dst) {
                             return Taken::Failed;
                         }
                         0

@@ -56,7 +56,7 @@ impl Geometry {
 /// What local rank 0 decides for its node's ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Agreed {
-    /// Large blocks of all_to_all are read from the peers' private memory.
+    /// Large blocks of all_to_all and all_gather are read from the peers' private memory.
     pub single_copy: bool,
     /// Who alone reads a piece hands its cache lines back ([`Region::take_from`](smddp_core::Region::take_from)).
     pub hands_back: bool,

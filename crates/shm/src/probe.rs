@@ -30,7 +30,7 @@ const BUCKETS: usize = 3;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 16 << 10;
 const PIECES: usize = 16;
-/// What each of two ranks gives to each in an all-to-all: what single copies are used for.
+/// What each of two ranks gives to each in an all-to-all and an all-gather: what single copies are used for.
 const BLOCK: usize = 512 << 10;
 const RANKS: usize = 2;
 /// Rounds of all candidates that must be over for the result to count.
@@ -67,14 +67,14 @@ pub fn slots(
     Ok(fastest.map(|times| times.into_iter().map(named).collect()))
 }
 
-/// Fastest times of an all-to-all of large blocks that were just written, in seconds: through `geometry`'s slots, and read from the
+/// Fastest times of an all-to-all and an all-gather of large blocks that were just written, in seconds: through `geometry`'s slots, and read from the
 /// peers' private memory. Otherwise as [`slots`].
 ///
 /// # Errors
 /// As [`slots`].
 pub fn blocks(geometry: Geometry, peer_cores: &[usize], limit: Duration) -> Result<Option<[f64; 2]>, Error> {
     let candidates = [(geometry, false), (geometry, true)];
-    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_to_all(node))?;
+    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.blocks(node))?;
     Ok(fastest.map(|times| [times[0][0], times[1][0]]))
 }
 
@@ -246,13 +246,19 @@ impl<'a> Rank<'a> {
         Ok(Some(times))
     }
 
-    fn all_to_all(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
-        self.blocks[0].fill(Line { _floats: [self.met as f32; 16] });
-        // SAFETY: as above.
-        let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
-        let buffers = Buffers { input, output, scratch: Region::EMPTY };
-        let work = Work { collective: Collective::AllToAll, len: BLOCK, shifts: &[0] };
-        Ok(self.run(node, work, buffers)?.map(|time| [time]))
+    fn blocks(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
+        let mut total = 0.0;
+        for collective in [Collective::AllToAll, Collective::AllGather] {
+            self.blocks[0].fill(Line { _floats: [self.met as f32; 16] });
+            // SAFETY: as above.
+            let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
+            let buffers = Buffers { input, output, scratch: Region::EMPTY };
+            let Some(time) = self.run(node, Work { collective, len: BLOCK, shifts: &[0] }, buffers)? else {
+                return Ok(None);
+            };
+            total += time;
+        }
+        Ok(Some([total]))
     }
 
     /// The work's calls, each when both ranks have come, as they are made between other work. All are made once before, untimed:
@@ -323,10 +329,22 @@ fn plan(collective: Collective, len: usize) -> Plan {
     let moves = match collective {
         Collective::AllReduce => all(Who::All),
         Collective::Broadcast => all(Who::One(0)),
+        Collective::AllGather => all_gather(len),
         _ => all_to_all(len),
     };
     plan.push(Op::Phase(moves), &[]);
     plan
+}
+
+fn all_gather(len: usize) -> Vec<Move> {
+    let moves = (0..RANKS).map(|from| Move {
+        from: Who::One(from as u32),
+        to: Who::All,
+        src: Span::input(0, len),
+        dst: Span::output(from * len, len),
+        finish: true,
+    });
+    moves.collect()
 }
 
 fn all_to_all(len: usize) -> Vec<Move> {

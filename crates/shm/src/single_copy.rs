@@ -12,6 +12,8 @@
 //!   have published the second: as D1 and D2 of `direct`.
 //! - **C3** A rank whose data would be written over while others may still read it, or be read when the phase runs again,
 //!   offers none and takes none.
+//! - **C4** A rank copies its own block before it reads its peers', a stretch at a time: what it wrote last leaves its core's second
+//!   cache on the way, out of which its peers would read it slowly; and two ranks are never at one block at once.
 
 use smddp_core::plan::{Buf, Move, Span, Who};
 use smddp_core::transport::{Buffers, PhaseRun};
@@ -25,6 +27,14 @@ pub(crate) const EXCHANGES: usize = 2;
 /// The smallest block that is faster so than through slots, on data that its rank has just written
 /// (docs/performance-log.md): a system call, and pages to be looked up, come before the first byte.
 const LEAST: usize = 512 << 10;
+
+/// The largest block of an all_gather that is: above it, what a rank and its peer read of it comes from main memory twice, and
+/// through slots once.
+const MOST_GATHERED: usize = 8 << 20;
+
+/// Bytes of a block that are copied before the next rank's (C4): less, and they stay in the second cache; more, and they leave
+/// the third as well.
+pub(crate) const STRETCH: usize = 4 << 20;
 
 /// Bytes one poll may copy so: a system call each. Smaller ones cost up to a quarter (docs/performance-log.md).
 pub(crate) const AT_ONCE: usize = 1 << 20;
@@ -42,7 +52,9 @@ impl Offer {
     /// C3.
     fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
         let at = |span: Span| run.buffers.at(span, run.shift);
-        let written = || moves.iter().filter(|m| includes(m.to, me)).map(|m| at(m.dst));
+        let is_there = |m: &Move| at(m.src).as_ptr() == at(m.dst).as_ptr() && m.from == Who::One(me as u32);
+        let writes = |m: &&Move| includes(m.to, me) && !is_there(m);
+        let written = || moves.iter().filter(writes).map(|m| at(m.dst));
         let lasting = |m: &Move| written().all(|target| !target.overlaps(at(m.src)));
         if moves.iter().filter(|m| travels(m, me)).all(lasting) {
             let Buffers { input, output, scratch } = run.buffers;
@@ -91,12 +103,19 @@ impl SingleCopy {
     /// they take from it, and there are large blocks.
     pub(crate) fn takes(&self, run: &PhaseRun, moves: &[Move]) -> bool {
         let size = self.pids.len();
+        let longest = moves.iter().map(|m| m.src.len).max().unwrap_or(0);
+        let is_faster = || match run.call.unpack().map(|call| call.collective) {
+            Some(Collective::AllToAll) => true,
+            // With more ranks, each block is read by several: a slot's lines come once to a cache that they share.
+            Some(Collective::AllGather) => size == 2 && longest <= MOST_GATHERED,
+            _ => false,
+        };
         self.tried
-            && run.call.unpack().is_some_and(|call| call.collective == Collective::AllToAll)
+            && longest >= LEAST
             && size > 1
             && run.arith.world as usize == size
             && moves.iter().all(|m| matches!(m.from, Who::One(_)))
-            && moves.iter().any(|m| m.src.len >= LEAST)
+            && is_faster()
     }
 
     /// The phase at hand is over.

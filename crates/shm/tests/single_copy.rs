@@ -19,6 +19,8 @@ use smddp_shm::{Membership, ShmNode};
 
 /// Above the least block, and no round number.
 const BLOCK: usize = (512 << 10) + 8 * 123;
+/// More than what is copied of a block at a time.
+const LONG: usize = (5 << 20) + 8 * 321;
 const WORD: Span = Span::output(0, 8);
 
 fn moves(size: usize, len: usize) -> Vec<Move> {
@@ -30,19 +32,26 @@ fn moves(size: usize, len: usize) -> Vec<Move> {
     ranks.clone().flat_map(|from| ranks.clone().map(move |to| sends(from, to))).collect()
 }
 
-fn phase(plan: &Arc<Plan>, buffers: Buffers, size: usize) -> PhaseRun {
-    let call = Call::new(Collective::AllToAll, DType::U8, BLOCK as u64).pack();
+fn gather_moves(size: usize, len: usize) -> Vec<Move> {
+    let gives = |from: usize| {
+        span_move(Who::One(from as u32), Who::All, Span::input(0, len), Span::output(from * len, len))
+    };
+    (0..size).map(gives).collect()
+}
+
+fn phase(collective: Collective, plan: &Arc<Plan>, buffers: Buffers, size: usize, len: usize) -> PhaseRun {
+    let call = Call::new(collective, DType::U8, len as u64).pack();
     run(plan, buffers, arith(DType::U8, ReduceOp::Sum, size), call, 1)
 }
 
 /// Block `block` of what `rank` has.
-fn content(rank: usize, block: usize) -> Vec<u8> {
-    (0..BLOCK).map(|i| ((i * 31 + rank * 101 + block * 7) % 251) as u8).collect()
+fn content(rank: usize, block: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|i| ((i * 31 + rank * 101 + block * 7) % 251) as u8).collect()
 }
 
 /// What `rank` ends with.
 fn wanted(rank: usize, size: usize) -> Vec<u8> {
-    (0..size).flat_map(|from| content(from, rank)).collect()
+    (0..size).flat_map(|from| content(from, rank, BLOCK)).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +71,7 @@ fn execute(ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
         ..membership(group, rank, size)
     };
     on_members(size, SMALL, member, |rank, mut node| {
-        let input: Vec<u8> = (0..size).flat_map(|block| content(rank, block)).collect();
+        let input: Vec<u8> = (0..size).flat_map(|block| content(rank, block, BLOCK)).collect();
         let mut memory = Memory { input, output: vec![0; size * BLOCK], scratch: vec![0; 16] };
         let mut buffers = memory.buffers();
         if ranks[rank].in_place {
@@ -74,7 +83,7 @@ fn execute(ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
             run(&word, words.buffers(), arith(DType::U8, ReduceOp::Sum, size), call(2), ctx)
         };
         node.submit(small(&mut words, 0)).unwrap();
-        node.submit(phase(&all, buffers, size)).unwrap();
+        node.submit(phase(Collective::AllToAll, &all, buffers, size, BLOCK)).unwrap();
         node.submit(small(&mut words, 2)).unwrap();
         let done = drive(&mut node, 3, 50).unwrap();
         assert_eq!(words.output[8..], [1; 8], "rank 0's word");
@@ -109,7 +118,7 @@ fn a_block_below_the_least_goes_through_slots() {
     let taken = on_ranks(2, SMALL, |rank, mut node| {
         let mut memory =
             Memory { input: vec![rank as u8; 2 * len], output: vec![9; 2 * len], scratch: vec![] };
-        node.submit(phase(&plan, memory.buffers(), 2)).unwrap();
+        node.submit(phase(Collective::AllToAll, &plan, memory.buffers(), 2, len)).unwrap();
         drive(&mut node, 1, 50).unwrap();
         assert!(memory.output[..len] == vec![0; len] && memory.output[len..] == vec![1; len]);
         node.copied_once()
@@ -117,26 +126,78 @@ fn a_block_below_the_least_goes_through_slots() {
     assert_eq!(taken, [0, 0]);
 }
 
+/// An all_gather of `size` ranks, of blocks of `len` bytes, in place or not: bytes that each took from its peers' memory.
+fn gather(size: usize, len: usize, in_place: bool) -> Vec<u64> {
+    let plan = one_phase(gather_moves(size, len));
+    on_ranks(size, SMALL, |rank, mut node| {
+        let input = content(rank, 0, len);
+        let mut memory = Memory { input, output: vec![0; size * len], scratch: vec![] };
+        let mut buffers = memory.buffers();
+        if in_place {
+            let own = buffers.output.slice(rank * len, len);
+            own.copy_from(buffers.input);
+            buffers.input = own;
+        }
+        node.submit(phase(Collective::AllGather, &plan, buffers, size, len)).unwrap();
+        drive(&mut node, 1, 50).unwrap();
+        let wanted: Vec<u8> = (0..size).flat_map(|from| content(from, 0, len)).collect();
+        assert!(memory.output == wanted, "rank {rank} of {size}, {len} bytes");
+        node.copied_once()
+    })
+}
+
+/// In place, too, no rank writes over what its peer reads.
+#[test]
+fn all_gathers_of_two_ranks_are_read_straight() {
+    for len in [BLOCK, LONG] {
+        assert_eq!(gather(2, len, false), [len as u64; 2]);
+        assert_eq!(gather(2, len, true), [len as u64; 2]);
+    }
+}
+
+#[test]
+fn other_all_gathers_go_through_slots() {
+    assert_eq!(gather(2, (512 << 10) - 8, false), [0; 2]);
+    assert_eq!(gather(2, (8 << 20) + 8, false), [0; 2]);
+    assert_eq!(gather(3, BLOCK, false), [0; 3]);
+}
+
+#[test]
+fn blocks_are_taken_a_stretch_at_a_time() {
+    let plan = one_phase(moves(3, LONG));
+    let taken = on_ranks(3, SMALL, |rank, mut node| {
+        let input = (0..3).flat_map(|block| content(rank, block, LONG)).collect();
+        let mut memory = Memory { input, output: vec![0; 3 * LONG], scratch: vec![] };
+        node.submit(phase(Collective::AllToAll, &plan, memory.buffers(), 3, LONG)).unwrap();
+        drive(&mut node, 1, 50).unwrap();
+        let wanted: Vec<u8> = (0..3).flat_map(|from| content(from, rank, LONG)).collect();
+        assert!(memory.output == wanted, "rank {rank}");
+        node.copied_once()
+    });
+    assert_eq!(taken, [2 * LONG as u64; 3]);
+}
+
 /// Two ranks polled by hand, of one all_to_all.
 struct Pair {
     nodes: Vec<ShmNode>,
     buffers: Vec<Buffers>,
     plan: Arc<Plan>,
+    len: usize,
     _memories: Vec<Memory>,
 }
 
 impl Pair {
-    fn new() -> Pair {
+    fn new(len: usize) -> Pair {
         let nodes = on_ranks(2, SMALL, |_, node| node);
-        let input = |rank| [content(rank, 0), content(rank, 1)].concat();
-        let memory = |rank| Memory { input: input(rank), output: vec![0; 2 * BLOCK], scratch: vec![] };
+        let input = |rank| [content(rank, 0, len), content(rank, 1, len)].concat();
+        let memory = |rank| Memory { input: input(rank), output: vec![0; 2 * len], scratch: vec![] };
         let mut memories: Vec<Memory> = (0..2).map(memory).collect();
         let buffers = memories.iter_mut().map(Memory::buffers).collect();
-        Pair { nodes, buffers, plan: one_phase(moves(2, BLOCK)), _memories: memories }
+        Pair { nodes, buffers, plan: one_phase(moves(2, len)), len, _memories: memories }
     }
 
     fn submit(&mut self, rank: usize) {
-        let run = phase(&self.plan, self.buffers[rank], 2);
+        let run = phase(Collective::AllToAll, &self.plan, self.buffers[rank], 2, self.len);
         self.nodes[rank].submit(run).unwrap();
     }
 
@@ -147,19 +208,24 @@ impl Pair {
         done
     }
 
-    /// Whether `rank` has what it is to end with.
-    fn is_right(&self, rank: usize) -> bool {
-        let mut bytes = vec![0; 2 * BLOCK];
+    /// Whether `rank` has what it is to end with from rank `from`.
+    fn has(&self, rank: usize, from: usize) -> bool {
+        let mut bytes = vec![0; self.len];
         // SAFETY: `bytes` outlives the call.
-        unsafe { Region::of(&mut bytes) }.copy_from(self.buffers[rank].output);
-        bytes == wanted(rank, 2)
+        unsafe { Region::of(&mut bytes) }
+            .copy_from(self.buffers[rank].output.slice(from * self.len, self.len));
+        bytes == content(from, rank, self.len)
+    }
+
+    fn is_right(&self, rank: usize) -> bool {
+        (0..2).all(|from| self.has(rank, from))
     }
 }
 
 /// C2: nobody reads a peer that has not come, and nobody is done while another may still read from it.
 #[test]
 fn a_rank_is_held_until_its_peers_have_read() {
-    let mut pair = Pair::new();
+    let mut pair = Pair::new(BLOCK);
     pair.submit(0);
     assert_eq!(pair.exhaust(0), []);
     assert_eq!((pair.nodes[0].copied_once(), pair.nodes[0].waiting_for()), (0, vec![1]));
@@ -177,7 +243,7 @@ fn a_rank_is_held_until_its_peers_have_read() {
 /// C2, of a rank that waits for the others to come: it says that it has read no earlier.
 #[test]
 fn a_rank_that_came_first_is_waited_for_too() {
-    let mut pair = Pair::new();
+    let mut pair = Pair::new(BLOCK);
     pair.submit(0);
     assert_eq!(pair.exhaust(0), []);
     pair.submit(1);
@@ -186,4 +252,19 @@ fn a_rank_that_came_first_is_waited_for_too() {
     assert_eq!(pair.exhaust(0), [Ctx(1)]);
     assert_eq!(pair.exhaust(1), [Ctx(1)]);
     assert!(pair.is_right(0));
+}
+
+/// C4. One poll takes less than a block.
+#[test]
+fn a_rank_copies_its_own_block_before_its_peers() {
+    let mut pair = Pair::new(4 << 20);
+    let mut done = Vec::new();
+    (0..2).for_each(|rank| pair.submit(rank));
+    for rank in [0, 1] {
+        while !(pair.has(rank, 0) || pair.has(rank, 1)) {
+            pair.nodes[1 - rank].poll(&mut done).unwrap();
+            pair.nodes[rank].poll(&mut done).unwrap();
+        }
+        assert!(pair.has(rank, rank), "rank {rank} has its own first");
+    }
 }

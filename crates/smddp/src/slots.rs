@@ -16,7 +16,7 @@ use smddp_shm::Geometry;
 use smddp_shm::probe::{self, SlotTimes};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 7;
+const VERSION: u32 = 8;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
@@ -29,7 +29,7 @@ const CANDIDATES: [Geometry; 4] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     pub geometry: Geometry,
-    /// Large blocks of all_to_all are read from the peers' private memory, where `SMDDP_SHM_SINGLE_COPY` allows it.
+    /// Large blocks of all_to_all and all_gather are read from the peers' private memory, where `SMDDP_SHM_SINGLE_COPY` allows it.
     pub single_copy: bool,
     /// Readers hand cache lines back, where `SMDDP_SHM_HAND_BACK` says nothing else.
     pub hands_back: bool,
