@@ -12,7 +12,9 @@ use crate::error::{Error, Result, Site};
 use crate::memory::{Owner, Region};
 use crate::plan::{Op, Who};
 use crate::reduce;
-use crate::transport::{Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, PhaseRun, Transports};
+use crate::transport::{
+    Bell, Ctx, Fabric, FabricFailure, Message, MsgKey, NodeLocal, Patience, PhaseRun, Transports,
+};
 
 /// The two transports of this module.
 pub struct MemoryTransports;
@@ -224,7 +226,7 @@ impl NodeLocal for MemoryNode {
     }
 
     /// Over at once where this rank is the last to come.
-    fn run_now(&mut self, run: &PhaseRun, _: u32) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, _: Patience<'_>) -> Result<bool> {
         let ctx = run.ctx;
         self.submit(run.clone())?;
         if self.slow_to_tell {

@@ -8,6 +8,7 @@
 //! - **T4** `poll` allocates nothing in steady state and returns soon (at most about one slot's copy).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::call::PackedCall;
@@ -91,6 +92,44 @@ pub struct Message {
     pub ctx: Ctx,
 }
 
+/// How long a phase that runs on the spot waits for its peers: some looks one behind the other, then some with the core yielded
+/// before each, for a peer that shares it; no longer than nobody else of this process waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience<'a> {
+    looks: u32,
+    yields: u32,
+    /// Who else waits meanwhile.
+    others: &'a AtomicUsize,
+}
+
+impl<'a> Patience<'a> {
+    pub fn new(looks: u32, yields: u32, others: &'a AtomicUsize) -> Patience<'a> {
+        Patience { looks, yields, others }
+    }
+
+    /// Without yields.
+    pub fn of_looks(looks: u32) -> Patience<'static> {
+        static NOBODY: AtomicUsize = AtomicUsize::new(0);
+        Patience { looks, yields: 0, others: &NOBODY }
+    }
+
+    /// Waits a little after a look in vain. False: it is at its end.
+    #[inline]
+    pub fn wait(&mut self) -> bool {
+        if self.looks > 0 {
+            self.looks -= 1;
+            std::hint::spin_loop();
+            return true;
+        }
+        if self.yields == 0 || self.others.load(Ordering::Relaxed) > 0 {
+            return false;
+        }
+        self.yields -= 1;
+        std::thread::yield_now();
+        true
+    }
+}
+
 /// Where a rank of a node sleeps, and what others ring to wake it. Cheap to share between threads.
 pub trait Bell: Send + Sync {
     /// The value to pass to `wait`; read it before the last poll that found nothing.
@@ -108,9 +147,9 @@ pub trait Bell: Send + Sync {
 pub trait NodeLocal: Send {
     /// Queues a phase. Phases run in the order submitted; several may be in flight.
     fn submit(&mut self, run: PhaseRun) -> Result<()>;
-    /// Runs a phase on the spot, polling at most `patience` times in vain; for callers whose group has nothing under way
+    /// Runs a phase on the spot, as far as `patience` goes; for callers whose group has nothing under way
     /// here. `Ok(false)`: it is under way as if submitted.
-    fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, patience: Patience<'_>) -> Result<bool> {
         let _ = patience;
         self.submit(run.clone())?;
         Ok(false)
@@ -207,4 +246,23 @@ pub trait Transports: 'static {
 pub struct FabricFailure {
     pub group: Option<u64>,
     pub error: Error,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waits(mut patience: Patience<'_>) -> usize {
+        (0..100).take_while(|_| patience.wait()).count()
+    }
+
+    #[test]
+    fn patience_is_looks_and_then_yields_while_nobody_else_waits() {
+        let others = AtomicUsize::new(0);
+        assert_eq!(waits(Patience::of_looks(0)), 0);
+        assert_eq!(waits(Patience::of_looks(3)), 3);
+        assert_eq!(waits(Patience::new(3, 4, &others)), 7);
+        others.store(1, Ordering::Relaxed);
+        assert_eq!(waits(Patience::new(3, 4, &others)), 3);
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::shared::Shared;
-use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun};
+use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, Patience, PhaseRun};
 use smddp_core::{Error, Result};
 
 use crate::doorbell::{self, Sleeper};
@@ -172,7 +172,12 @@ impl ShmNode {
     }
 
     /// Runs a phase that was taken up, as far as `patience` goes. How far that is; `None`: it is over.
-    fn exchange_now(&mut self, run: &PhaseRun, up: TakenUp, mut patience: u32) -> Result<Option<SoFar>> {
+    fn exchange_now(
+        &mut self,
+        run: &PhaseRun,
+        up: TakenUp,
+        mut patience: Patience<'_>,
+    ) -> Result<Option<SoFar>> {
         let ShmNode { me, ranks, segment, ring, phases, .. } = self;
         let notify = || doorbell::notify(&**segment, *me, ranks.len());
         let mut playing = phases.play(run, up, segment);
@@ -251,14 +256,12 @@ impl ShmNode {
     }
 }
 
-/// Whether `peer` publishes the next exchange within `patience` looks.
-fn look_for(peer: usize, patience: &mut u32, segment: &Segment, ring: &Ring) -> bool {
+/// Whether `peer` publishes the next exchange while `patience` lasts.
+fn look_for(peer: usize, patience: &mut Patience<'_>, segment: &Segment, ring: &Ring) -> bool {
     while !ring.has_published(segment, peer) {
-        if *patience == 0 || abort::is_raised(segment) {
+        if abort::is_raised(segment) || !patience.wait() {
             return false;
         }
-        *patience -= 1;
-        std::hint::spin_loop();
     }
     true
 }
@@ -273,7 +276,7 @@ impl NodeLocal for ShmNode {
         Ok(())
     }
 
-    fn run_now(&mut self, run: &PhaseRun, patience: u32) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, patience: Patience<'_>) -> Result<bool> {
         self.check()?;
         let up = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
         let Some(up) = up else {

@@ -8,7 +8,7 @@ use common::{Memory, arith, call, drive, membership, on_members, one_phase, run,
 use proptest::prelude::*;
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Span, Who};
-use smddp_core::transport::{Ctx, NodeLocal};
+use smddp_core::transport::{Ctx, NodeLocal, Patience};
 use smddp_shm::{Geometry, Membership};
 
 /// No multiple of a part.
@@ -44,7 +44,7 @@ proptest! {
                     Memory { input: content(number, rank, len), output: vec![0; givers * len], scratch: vec![] };
                 let phase =
                     run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, size), call(len), number as u64);
-                let over = at_once && node.run_now(&phase, 50).unwrap();
+                let over = at_once && node.run_now(&phase, Patience::of_looks(50)).unwrap();
                 if !at_once {
                     node.submit(phase).unwrap();
                 }

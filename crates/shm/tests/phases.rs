@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::*;
 use proptest::prelude::*;
@@ -13,7 +13,7 @@ use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
-use smddp_core::transport::{Arith, Ctx, NodeLocal, PhaseRun};
+use smddp_core::transport::{Arith, Ctx, NodeLocal, Patience, PhaseRun};
 use smddp_core::{Error, Region};
 use smddp_shm::{Geometry, Membership};
 
@@ -190,7 +190,9 @@ fn execute(case: &Case) -> Vec<Memory> {
                 let phase = run(&plans[next], buffers, arith, call(next), next as u64);
                 next += 1;
                 match case.now[rank].filter(|_| done.len() == next - 1) {
-                    Some(patience) if node.run_now(&phase, patience).unwrap() => done.push(phase.ctx),
+                    Some(patience) if node.run_now(&phase, Patience::of_looks(patience)).unwrap() => {
+                        done.push(phase.ctx)
+                    }
                     Some(_) => {}
                     None => node.submit(phase).unwrap(),
                 }
@@ -289,20 +291,40 @@ fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
         let phase = |i| run(&plan, buffers, arith(DType::U8, ReduceOp::Sum, 2), call(8), i);
         if rank == 1 {
             // Nobody answers yet.
-            assert_eq!(node.run_now(&phase(0), 3), Ok(false));
+            assert_eq!(node.run_now(&phase(0), Patience::of_looks(3)), Ok(false));
             assert_eq!(node.waiting_for(), [0]);
             assert_eq!(drive(&mut node, 1, 0).unwrap(), [Ctx(0)]);
         } else {
             std::thread::sleep(std::time::Duration::from_millis(50));
-            assert_eq!(node.run_now(&phase(0), 0), Ok(true), "the other has published");
+            assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true), "the other has published");
         }
         // Several exchanges are no matter of a moment.
         let long = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8)); 200]);
-        assert_eq!(node.run_now(&PhaseRun { plan: long, ..phase(1) }, 1_000_000), Ok(false));
+        assert_eq!(
+            node.run_now(&PhaseRun { plan: long, ..phase(1) }, Patience::of_looks(1_000_000)),
+            Ok(false)
+        );
         assert_eq!(drive(&mut node, 1, 50).unwrap(), [Ctx(1)]);
         memory.output
     });
     assert_eq!(over, [vec![2; 8], vec![2; 8]]);
+}
+
+/// Without a look to spare: the core that it gives away is what its peer needs.
+#[test]
+fn a_phase_on_the_spot_yields_until_its_peer_has_come() {
+    let plan = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8))]);
+    let nobody = AtomicUsize::new(0);
+    let come = on_ranks(2, SMALL, |rank, mut node| {
+        let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
+        let phase = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call(8), 0);
+        if rank == 1 {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        let over = node.run_now(&phase, Patience::new(0, u32::MAX, &nobody)).unwrap();
+        (over, memory.output)
+    });
+    assert_eq!(come, [(true, vec![2; 8]), (true, vec![2; 8])]);
 }
 
 #[test]
@@ -321,12 +343,12 @@ fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
             sender_is_through.store(true, Ordering::SeqCst);
         } else {
             std::thread::sleep(std::time::Duration::from_millis(100));
-            assert_eq!(node.run_now(&phase(0), 0), Ok(true));
+            assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true));
             let until = std::time::Instant::now() + SLEEP * 2;
             while !sender_is_through.load(Ordering::SeqCst) && std::time::Instant::now() < until {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
-            (1..phases).for_each(|i| assert_eq!(node.run_now(&phase(i), 0), Ok(true)));
+            (1..phases).for_each(|i| assert_eq!(node.run_now(&phase(i), Patience::of_looks(0)), Ok(true)));
         }
     });
 }
@@ -446,7 +468,7 @@ fn of_two_roots_one_at_least_finds_the_other_in_the_same_call() {
             let work = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call.pack(), 1);
             let result = if at_once {
                 // Nobody is waited for.
-                node.run_now(&work, 0).map(|over| assert!(over))
+                node.run_now(&work, Patience::of_looks(0)).map(|over| assert!(over))
             } else {
                 node.submit(work).and_then(|()| drive(&mut node, 1, 10)).map(drop)
             };

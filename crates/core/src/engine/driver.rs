@@ -9,7 +9,7 @@ use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
 use crate::error::{Error, Result};
-use crate::transport::{Bell, Ctx, Fabric, FabricFailure, NodeLocal, Transports};
+use crate::transport::{Bell, Ctx, Fabric, FabricFailure, NodeLocal, Patience, Transports};
 
 pub struct Driver<T: Transports> {
     groups: Vec<Option<Group<T::Local>>>,
@@ -125,7 +125,7 @@ impl<T: Transports> Driver<T> {
     }
 
     /// Runs a call of group `index` on the spot if nothing comes before it.
-    pub fn run_now(&mut self, index: usize, call: &Immediate<'_>, patience: u32) -> Tried {
+    pub fn run_now(&mut self, index: usize, call: &Immediate<'_>, patience: Patience<'_>) -> Tried {
         let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return Tried::NotNow };
         let (tried, result) = group.run_now(call, patience);
         if matches!(tried, Tried::Later(_)) && !self.busy.contains(&index) {

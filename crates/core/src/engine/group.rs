@@ -24,7 +24,7 @@ use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::topology::GroupShape;
-use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal, PhaseRun};
+use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal, Patience, PhaseRun};
 
 /// What the engine needs to know of a group.
 pub struct Seat<L> {
@@ -314,9 +314,9 @@ impl<L: NodeLocal> Group<L> {
         }
     }
 
-    /// Runs a call on the spot, where nothing is under way (G1); an error is the group's. The transport may poll
-    /// `patience` times in vain.
-    pub fn run_now(&mut self, call: &Immediate<'_>, patience: u32) -> (Tried, Result<()>) {
+    /// Runs a call on the spot, where nothing is under way (G1); an error is the group's. The transport waits
+    /// as long as `patience` lasts.
+    pub fn run_now(&mut self, call: &Immediate<'_>, patience: Patience<'_>) -> (Tried, Result<()>) {
         if self.failed.is_some() || self.is_busy() {
             return (Tried::NotNow, Ok(()));
         }

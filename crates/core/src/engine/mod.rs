@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::memory::Owner;
 use crate::process;
 use crate::settings::Settings;
-use crate::transport::{Bell, Fabric, Transports};
+use crate::transport::{Bell, Fabric, Patience, Transports};
 use callbacks::Callbacks;
 use driver::{Bed, Driver};
 use group::{Immediate, Seat, Tried};
@@ -45,6 +45,9 @@ const CALLER: Pace = Pace { spins: u32::MAX, yields: 500 };
 const THREAD: Pace = Pace { spins: 20, yields: 50 };
 /// A transport that looks for one thing alone looks so often in the time of a driver's turn.
 const LOOKS_PER_SPIN: u32 = 4;
+/// Yields of a call on its caller's stack before it becomes an operation: where ranks share cores, the peer that it waits for mostly
+/// needs one or two turns of the core, and an operation costs more than a yield (docs/performance-log.md).
+const YIELDS_AT_ONCE: u32 = 50;
 /// A clock read costs as much as a poll; a turn copies at most about a slot.
 const TURNS_PER_LOOK: u32 = 64;
 
@@ -240,7 +243,10 @@ impl<T: Transports> Engine<T> {
     /// under way; an operation that it becomes was helped as by [`run`](Self::run).
     pub fn run_now(&self, group: usize, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
         let Some(mut driver) = self.shared.free_seat() else { return Tried::NotNow };
-        let patience = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
+        let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
+        // What other groups have under way goes on meanwhile only if this call becomes an operation.
+        let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
+        let patience = Patience::new(looks, yields, &self.shared.wanted);
         let tried = driver.run_now(group, call, patience);
         match &tried {
             Tried::Later(op) => {
