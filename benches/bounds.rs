@@ -5,6 +5,8 @@
 //! - *private*: each thread copies S bytes that it has just written, as a rank must read its input. A core has so many lines under way
 //!   at a time, wherever they come from, so that this and the link overlap in part only.
 //! - *all_reduce*: the moves of a relay (docs/adr/0023) of data that was just written, between counters and nothing else.
+//! - *direct*: the same where each thread can address the other's data, as tensors in shared memory allow: each sums its half of both
+//!   and stores it to both.
 //! - *broadcast*: one thread fills slots from data that it has just written, the other copies out of them.
 //!
 //! `cargo bench -p smddp-shm --bench bounds` prints microseconds of a call in the fastest batch of about 1 ms, as `smddp-perf` does;
@@ -13,7 +15,7 @@
 #![allow(clippy::unwrap_used, reason = "a measurement that fails says where")]
 
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::time::Instant;
 
 use smddp_core::Region;
@@ -46,13 +48,15 @@ enum Work {
     Link,
     Private,
     AllReduce,
+    Direct,
     Broadcast,
 }
 
-const WORKS: [(Work, &str); 4] = [
+const WORKS: [(Work, &str); 5] = [
     (Work::Link, "link"),
     (Work::Private, "private"),
     (Work::AllReduce, "all_reduce"),
+    (Work::Direct, "direct"),
     (Work::Broadcast, "broadcast"),
 ];
 
@@ -75,6 +79,8 @@ struct Side {
     _memory: Vec<u8>,
     filled: Count,
     read: Count,
+    /// What its thread works with.
+    data: AtomicPtr<f32>,
 }
 
 impl Side {
@@ -82,7 +88,13 @@ impl Side {
         let mut memory = vec![0u8; RING.slot * RING.slots];
         // SAFETY: the vector stays with the region and is used through it alone; the counts keep writer and reader apart.
         let slots = unsafe { Region::of(&mut memory) };
-        Side { slots, _memory: memory, filled: Count::default(), read: Count::default() }
+        Side {
+            slots,
+            _memory: memory,
+            filled: Count::default(),
+            read: Count::default(),
+            data: AtomicPtr::default(),
+        }
     }
 
     fn slot(&self, number: u64) -> Region {
@@ -193,6 +205,19 @@ impl Rank<'_> {
         self.first += 2 * pieces;
     }
 
+    /// Sums this thread's half of both threads' data, into both.
+    fn direct(&self, data: Region) {
+        let (half, other) = (data.len() / 2, self.other.data.load(Ordering::Acquire));
+        // SAFETY: the other thread's data is as long, stays until both have met again, and each works on its own half.
+        let theirs =
+            unsafe { Region::of(std::slice::from_raw_parts_mut(other, data.len() / size_of::<f32>())) };
+        let [own, other] = [data, theirs].map(|all| all.slice(self.me * half, half));
+        for at in (0..half).step_by(RING.slot) {
+            let (own, other) = (piece(own, at), piece(other, at));
+            combine_and(Store::Twice(other), SUM, true, own, &[own, other]);
+        }
+    }
+
     /// Thread 0's `data` to the other's.
     fn broadcast(&mut self, data: Region) {
         let pieces = data.len().div_ceil(RING.slot) as u64;
@@ -215,17 +240,20 @@ impl Rank<'_> {
             data.fill((round + rank.me) as f32);
             // SAFETY: `memory` outlives the region, through which alone it is used meanwhile.
             let region = unsafe { Region::of(data) };
+            rank.own.data.store(region.as_ptr().cast(), Ordering::Release);
             rank.together.wait();
             let start = Instant::now();
             match work {
                 Work::Link => rank.link(bytes),
                 Work::Private => rank.private(region),
                 Work::AllReduce => rank.all_reduce(region),
+                Work::Direct => rank.direct(region),
                 Work::Broadcast => rank.broadcast(region),
             }
             let time = start.elapsed().as_secs_f64() * 1e6;
+            rank.together.wait();
             let wanted = match work {
-                Work::AllReduce => 2 * round + 1,
+                Work::AllReduce | Work::Direct => 2 * round + 1,
                 Work::Broadcast => round,
                 Work::Link | Work::Private => round + rank.me,
             };
@@ -267,7 +295,7 @@ fn main() {
         }
         return;
     }
-    let line = |size: &str, cells: [String; 4]| {
+    let line = |size: &str, cells: [String; 5]| {
         println!("{size:>10} {}", cells.map(|cell| format!("{cell:>14}")).join(" "));
     };
     line("us (GB/s)", WORKS.map(|(_, name)| name.to_owned()));

@@ -82,7 +82,7 @@ BOUNDS = """
 By `cargo bench -p smddp-shm --bench bounds` before and behind these rounds, two threads without a library: *link*,
 each fills slots and reads the other's, as much as an all_reduce must give and take; *private*, each copies what it
 has just written, as a rank must read its input; *least all_reduce* and *least broadcast*, the moves of those on data
-just written, and nothing else. µs, fastest batch.
+just written, and nothing else; *direct*, an all_reduce of data that both can address. µs, fastest batch.
 
 """
 
@@ -226,12 +226,12 @@ def bounds_table(folder: Path) -> str:
             if row["label"] == "smddp (Rust)"
         )
     lines = [
-        "| size | link | private | least all_reduce | smddp (Rust) | | least broadcast | smddp (Rust) | |",
-        "| --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| size | link | private | direct | least all_reduce | smddp (Rust) | | least broadcast | smddp (Rust) | |",
+        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for size in sorted({size for _, size in bound}):
         cells = [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"]
-        cells += [f"{bound[name, size]:.0f}" for name in ("link", "private")]
+        cells += [f"{bound[name, size]:.0f}" for name in ("link", "private", "direct")]
         for name, op in (("all_reduce", "allreduce"), ("broadcast", "broadcast")):
             least, taken = bound[name, size], ours[op, size]
             cells += [f"{least:.0f}", f"{taken:.0f}", f"{taken / least:.2f}x"]
