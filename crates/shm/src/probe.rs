@@ -67,8 +67,8 @@ pub fn slots(
     Ok(fastest.map(|times| times.into_iter().map(named).collect()))
 }
 
-/// Fastest times of an all-to-all and an all-gather of large blocks that were just written, in seconds: through `geometry`'s slots, and read from the
-/// peers' private memory. Otherwise as [`slots`].
+/// Fastest times of an all-to-all and an all-gather of large blocks that were just written, together, in seconds: through
+/// `geometry`'s slots, and read from the peers' private memory. Otherwise as [`slots`].
 ///
 /// # Errors
 /// As [`slots`].

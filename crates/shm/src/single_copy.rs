@@ -12,8 +12,8 @@
 //!   have published the second: as D1 and D2 of `direct`.
 //! - **C3** A rank whose data would be written over while others may still read it, or be read when the phase runs again,
 //!   offers none and takes none.
-//! - **C4** A rank copies its own block before it reads its peers', a stretch at a time: what it wrote last leaves its core's second
-//!   cache on the way, out of which its peers would read it slowly; and two ranks are never at one block at once.
+//! - **C4** A rank copies its own block before it reads its peers', a stretch at a time: two ranks are not at one block at once, and
+//!   what a rank wrote last may leave its core's second cache on the way, out of which others read it slowly.
 
 use smddp_core::plan::{Buf, Move, Span, Who};
 use smddp_core::transport::{Buffers, PhaseRun};
@@ -52,7 +52,8 @@ impl Offer {
     /// C3.
     fn of(run: &PhaseRun, moves: &[Move], me: usize) -> Offer {
         let at = |span: Span| run.buffers.at(span, run.shift);
-        let is_there = |m: &Move| at(m.src).as_ptr() == at(m.dst).as_ptr() && m.from == Who::One(me as u32);
+        // Another's block may be longer than this rank's buffers.
+        let is_there = |m: &Move| m.from == Who::One(me as u32) && at(m.src).as_ptr() == at(m.dst).as_ptr();
         let writes = |m: &&Move| includes(m.to, me) && !is_there(m);
         let written = || moves.iter().filter(writes).map(|m| at(m.dst));
         let lasting = |m: &Move| written().all(|target| !target.overlaps(at(m.src)));

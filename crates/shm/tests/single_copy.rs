@@ -155,6 +155,27 @@ fn all_gathers_of_two_ranks_are_read_straight() {
     }
 }
 
+/// Each rank's input is as long as its own block.
+#[test]
+fn blocks_of_different_lengths_are_read_straight() {
+    let lens = [BLOCK + 8, BLOCK];
+    let gives = |from: usize| {
+        let dst = Span::output(from * lens[0], lens[from]);
+        span_move(Who::One(from as u32), Who::All, Span::input(0, lens[from]), dst)
+    };
+    let plan = one_phase((0..2).map(gives).collect());
+    let taken = on_ranks(2, SMALL, |rank, mut node| {
+        let input = content(rank, 0, lens[rank]);
+        let mut memory = Memory { input, output: vec![0; lens[0] + lens[1]], scratch: vec![] };
+        node.submit(phase(Collective::AllGather, &plan, memory.buffers(), 2, lens[0])).unwrap();
+        drive(&mut node, 1, 50).unwrap();
+        let wanted = [content(0, 0, lens[0]), content(1, 0, lens[1])].concat();
+        assert!(memory.output == wanted, "rank {rank}");
+        node.copied_once()
+    });
+    assert_eq!(taken, [lens[1] as u64, lens[0] as u64]);
+}
+
 #[test]
 fn other_all_gathers_go_through_slots() {
     assert_eq!(gather(2, (512 << 10) - 8, false), [0; 2]);
