@@ -1,7 +1,7 @@
 //! What two cores allow: the least that calls of two ranks on ordinary tensors must do, without a library around it.
 //!
 //! - *link*: each thread fills slots and reads the other's, and does nothing else, in slots that they swap (docs/adr/0018). An
-//!   all_reduce of S bytes must give and take as many. No scheme through memory is faster.
+//!   all_reduce of S bytes must give and take as many.
 //! - *private*: each thread copies S bytes that it has just written, as a rank must read its input. A core has so many lines under way
 //!   at a time, wherever they come from, so that this and the link overlap in part only.
 //! - *all_reduce*: the moves of a relay (docs/adr/0023) of data that was just written, between counters and nothing else.

@@ -214,12 +214,12 @@ def fastest(rows: Iterable[tuple[str, int, float]]) -> dict[tuple[str, int], flo
 
 def bounds_table(folder: Path) -> str:
     """What two cores allow beside what the library takes, in microseconds."""
-    path = folder / "bounds.csv"
-    if not path.exists():
+    bounds, fresh = folder / "bounds.csv", folder / "mpi_fresh.csv"
+    if not (bounds.exists() and fresh.exists()):
         return ""
-    with path.open() as file:
+    with bounds.open() as file:
         bound = fastest((name, int(size), float(time)) for name, size, time in csv.reader(file))
-    with (folder / "mpi_fresh.csv").open() as file:
+    with fresh.open() as file:
         ours = fastest(
             (row["op"], int(row["bytes"]), float(row["min_us"]))
             for row in csv.DictReader(file)
@@ -229,7 +229,7 @@ def bounds_table(folder: Path) -> str:
         "| size | link | private | direct | least all_reduce | smddp (Rust) | | least broadcast | smddp (Rust) | |",
         "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for size in sorted({size for _, size in bound}):
+    for size in sorted({size for _, size in bound} & {size for _, size in ours}):
         cells = [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"]
         cells += [f"{bound[name, size]:.0f}" for name in ("link", "private", "direct")]
         for name, op in (("all_reduce", "allreduce"), ("broadcast", "broadcast")):

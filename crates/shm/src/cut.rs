@@ -188,7 +188,8 @@ impl Cutter {
         let most = self.bytes.iter().max().map_or(0, |extra| all_bytes + extra).max(0) as usize;
         group.inline = most <= INLINE;
         group.most = most;
-        group.rewrites = self.bytes.len() > 2 || group.givers.iter().count() == 1;
+        let one_gives = group.givers.iter().count() == 1;
+        group.rewrites = self.bytes.len() > 2 || one_gives;
         let has_one_reader = |m: &Move| self.bytes.len() <= 2 || m.to != Who::All;
         group.hands_back = self.hands_back
             && group.rewrites
@@ -197,7 +198,7 @@ impl Cutter {
             && moves[start..group.end].iter().all(has_one_reader);
         let room = if group.hands_back {
             self.slot_bytes.min(MOST_HANDED_BACK)
-        } else if most > self.slot_bytes && group.givers.iter().count() == 1 {
+        } else if most > self.slot_bytes && one_gives {
             self.slot_bytes.min((most / EXCHANGES_OF_ONE).max(SHORTEST_OF_ONE))
         } else {
             self.slot_bytes

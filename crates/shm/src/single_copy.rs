@@ -104,19 +104,17 @@ impl SingleCopy {
     /// they take from it, and there are large blocks.
     pub(crate) fn takes(&self, run: &PhaseRun, moves: &[Move]) -> bool {
         let size = self.pids.len();
-        let longest = moves.iter().map(|m| m.src.len).max().unwrap_or(0);
-        let is_faster = || match run.call.unpack().map(|call| call.collective) {
-            Some(Collective::AllToAll) => true,
+        if !self.tried || size < 2 || run.arith.world as usize != size {
+            return false;
+        }
+        let most = match run.call.unpack().map(|call| call.collective) {
+            Some(Collective::AllToAll) => usize::MAX,
             // With more ranks, each block is read by several: a slot's lines come once to a cache that they share.
-            Some(Collective::AllGather) => size == 2 && longest <= MOST_GATHERED,
-            _ => false,
+            Some(Collective::AllGather) if size == 2 => MOST_GATHERED,
+            _ => return false,
         };
-        self.tried
-            && longest >= LEAST
-            && size > 1
-            && run.arith.world as usize == size
-            && moves.iter().all(|m| matches!(m.from, Who::One(_)))
-            && is_faster()
+        let longest = moves.iter().map(|m| m.src.len).max().unwrap_or(0);
+        (LEAST..=most).contains(&longest) && moves.iter().all(|m| matches!(m.from, Who::One(_)))
     }
 
     /// The phase at hand is over.

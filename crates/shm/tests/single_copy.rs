@@ -126,6 +126,24 @@ fn a_block_below_the_least_goes_through_slots() {
     assert_eq!(taken, [0, 0]);
 }
 
+/// One call in which each rank begins with an input and ends with an output: bytes that each took from its peers' memory.
+fn taken_by<const N: usize>(
+    collective: Collective,
+    moves: Vec<Move>,
+    len: usize,
+    ranks: [(Vec<u8>, Vec<u8>); N],
+) -> Vec<u64> {
+    let plan = one_phase(moves);
+    on_ranks(N, SMALL, |rank, mut node| {
+        let (input, wanted) = &ranks[rank];
+        let mut memory = Memory { input: input.clone(), output: vec![0; wanted.len()], scratch: vec![] };
+        node.submit(phase(collective, &plan, memory.buffers(), N, len)).unwrap();
+        drive(&mut node, 1, 50).unwrap();
+        assert!(memory.output == *wanted, "rank {rank}");
+        node.copied_once()
+    })
+}
+
 /// An all_gather of `size` ranks, of blocks of `len` bytes, in place or not: bytes that each took from its peers' memory.
 fn gather(size: usize, len: usize, in_place: bool) -> Vec<u64> {
     let plan = one_phase(gather_moves(size, len));
@@ -163,16 +181,13 @@ fn blocks_of_different_lengths_are_read_straight() {
         let dst = Span::output(from * lens[0], lens[from]);
         span_move(Who::One(from as u32), Who::All, Span::input(0, lens[from]), dst)
     };
-    let plan = one_phase((0..2).map(gives).collect());
-    let taken = on_ranks(2, SMALL, |rank, mut node| {
-        let input = content(rank, 0, lens[rank]);
-        let mut memory = Memory { input, output: vec![0; lens[0] + lens[1]], scratch: vec![] };
-        node.submit(phase(Collective::AllGather, &plan, memory.buffers(), 2, lens[0])).unwrap();
-        drive(&mut node, 1, 50).unwrap();
-        let wanted = [content(0, 0, lens[0]), content(1, 0, lens[1])].concat();
-        assert!(memory.output == wanted, "rank {rank}");
-        node.copied_once()
-    });
+    let wanted = [content(0, 0, lens[0]), content(1, 0, lens[1])].concat();
+    let taken = taken_by(
+        Collective::AllGather,
+        (0..2).map(gives).collect(),
+        lens[0],
+        [0, 1].map(|rank| (content(rank, 0, lens[rank]), wanted.clone())),
+    );
     assert_eq!(taken, [lens[1] as u64, lens[0] as u64]);
 }
 
@@ -185,16 +200,11 @@ fn other_all_gathers_go_through_slots() {
 
 #[test]
 fn blocks_are_taken_a_stretch_at_a_time() {
-    let plan = one_phase(moves(3, LONG));
-    let taken = on_ranks(3, SMALL, |rank, mut node| {
+    let blocks = |rank: usize| {
         let input = (0..3).flat_map(|block| content(rank, block, LONG)).collect();
-        let mut memory = Memory { input, output: vec![0; 3 * LONG], scratch: vec![] };
-        node.submit(phase(Collective::AllToAll, &plan, memory.buffers(), 3, LONG)).unwrap();
-        drive(&mut node, 1, 50).unwrap();
-        let wanted: Vec<u8> = (0..3).flat_map(|from| content(from, rank, LONG)).collect();
-        assert!(memory.output == wanted, "rank {rank}");
-        node.copied_once()
-    });
+        (input, (0..3).flat_map(|from| content(from, rank, LONG)).collect())
+    };
+    let taken = taken_by(Collective::AllToAll, moves(3, LONG), LONG, [0, 1, 2].map(blocks));
     assert_eq!(taken, [2 * LONG as u64; 3]);
 }
 
