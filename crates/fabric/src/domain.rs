@@ -30,6 +30,8 @@ pub struct Caps {
     pub prov_key: bool,
     /// Memory of devices can be registered (FI_HMEM).
     pub devices: bool,
+    /// Messages go over connections of sockets, which lose what was not read when a packet reaches a closed end (E6).
+    pub sockets: bool,
     /// Largest single transfer in bytes.
     pub max_msg: usize,
     /// Largest message copied at once by the provider, in bytes.

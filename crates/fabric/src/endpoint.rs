@@ -11,6 +11,9 @@
 //! - **E3** bounce slots are taken only for bytes that both sides are ready to move, so they always come back.
 //! - **E4** arrivals are counted per transfer and per (group, peer), never "since": nothing relies on order (T2).
 //! - **E5** a user's region is touched only by operations in `pieces` (as source) and `grants` (as target).
+//! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when they have
+//!   said it too: after its own, nobody writes to the other. A packet that reaches a closed connection resets it, and what
+//!   the process that wrote it had not read yet would be thrown away: the last messages of one that was done.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -41,7 +44,11 @@ const CLOCK: u32 = 64;
 /// The longest sleep: probes must go out, and refused posts be tried again.
 const NAP: Duration = PROBE_EVERY;
 /// How long the last messages may take to leave when the endpoint goes.
-const LINGER: Duration = Duration::from_millis(200);
+/// (E6). Peers that compute look for news every 100 ms.
+const LINGER: Duration = Duration::from_millis(500);
+/// Why nothing can be sent to or awaited from a peer that said goodbye.
+pub(crate) const LEFT: &str = "it has left: its process groups are destroyed";
+const BYE_NAP: Duration = Duration::from_millis(1);
 const BLIND_NAP: Duration = Duration::from_micros(50);
 
 /// What does not change after opening.
@@ -303,7 +310,8 @@ impl<D: Domain> FabricEndpoint<D> {
         if p.lost.is_some() {
             return;
         }
-        tracing::warn!(peer = p.label, reason, "peer lost");
+        let (sent, received, talked) = (p.sent, p.received, p.talked);
+        tracing::warn!(peer = p.label, reason, talked, sent, received, "peer lost");
         p.lost = Some(reason);
         let mut hit: Vec<(u64, u32)> = Vec::new();
         let sends = self.sends.iter().filter(|(_, s)| !s.dead).map(|(_, s)| (s.id, s.rank));
@@ -325,7 +333,7 @@ impl<D: Domain> FabricEndpoint<D> {
             site: Site::unknown(),
             peer: rank as usize,
             node: p.label.clone(),
-            reason: p.lost.clone().unwrap_or_default(),
+            reason: p.lost.clone().unwrap_or_else(|| LEFT.to_owned()),
         }
     }
 
@@ -460,6 +468,9 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
 
     fn send(&mut self, message: Message) -> Result<()> {
         self.admit(&message)?;
+        if self.peers[message.peer as usize].left.is_some() {
+            return Err(self.lost_error(message.peer, message.peer_rank));
+        }
         self.start_send(&message)?;
         self.flush();
         Ok(())
@@ -467,6 +478,11 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
 
     fn recv(&mut self, message: Message) -> Result<()> {
         self.admit(&message)?;
+        let is_here = |early: &Early| matches!(early, Early::Data { .. });
+        let id = Match { peer: message.peer, key: message.key };
+        if self.peers[message.peer as usize].left.is_some() && !self.early.get(&id).is_some_and(is_here) {
+            return Err(self.lost_error(message.peer, message.peer_rank));
+        }
         self.start_recv(&message)?;
         self.flush();
         Ok(())
@@ -530,16 +546,23 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
 }
 
 impl<D: Domain> Drop for FabricEndpoint<D> {
-    /// Lets the last small messages out (their marks were reported when they were copied), then closes the domains
-    /// before the memory they were given goes.
+    /// Lets the last small messages out (their marks were reported when they were copied) and parts from the peers (E6), then
+    /// closes the domains before the memory they were given goes.
     fn drop(&mut self) {
         let start = self.rails[0].now();
         let all = self.staging.send.arena.count();
+        if self.config.caps.sockets {
+            (0..self.peers.len() as u32).for_each(|peer| self.tell_bye(peer));
+        }
         while self.broken.is_none()
-            && (self.staging.send.arena.free() < all || !self.tx.is_empty())
+            && (self.staging.send.arena.free() < all
+                || !self.tx.is_empty()
+                || self.peers.iter().any(Peer::owes_bye))
             && self.rails[0].now().saturating_sub(start) < LINGER
         {
-            self.progress();
+            if !self.progress() {
+                self.sleep(BYE_NAP);
+            }
         }
         for domain in &mut self.rails {
             domain.close();

@@ -1,5 +1,7 @@
 //! One peer process: its endpoints, the credits both ways, its counters.
 
+use std::time::Duration;
+
 use crate::domain::PeerAddr;
 use crate::wire::Address;
 
@@ -88,6 +90,11 @@ pub struct Peer {
     pub small: u32,
     pub probing: bool,
     pub lost: Option<String>,
+    /// Whether anything ever went to it or came from it: there is a connection.
+    pub talked: bool,
+    /// Whether it was told that nothing more goes to it, and since when it has said so itself (E6).
+    pub told_bye: bool,
+    pub left: Option<Duration>,
     /// Lost for what it said, not by its connection: it may still be there, and write.
     pub wild: bool,
     pub sent: u64,
@@ -109,11 +116,19 @@ impl Peer {
             small: 0,
             probing: false,
             lost: None,
+            talked: false,
+            told_bye: false,
+            left: None,
             wild: false,
             sent: 0,
             received: 0,
             full_in: 0,
         }
+    }
+
+    /// Whether its goodbye is still to come.
+    pub fn owes_bye(&self) -> bool {
+        self.told_bye && self.left.is_none() && self.lost.is_none()
     }
 }
 

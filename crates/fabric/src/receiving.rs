@@ -156,6 +156,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             return;
         };
+        self.peers[peer as usize].talked = true;
         self.peers[peer as usize].credits.hear(packet.given);
         self.take(peer, &packet);
     }
@@ -178,6 +179,7 @@ impl<D: Domain> FabricEndpoint<D> {
     fn take(&mut self, peer: u32, packet: &Packet<'_>) {
         match packet.body {
             Body::Credit => return,
+            Body::Bye => return self.heard_bye(peer),
             Body::Abort { quiet, text } => return self.aborted(peer, packet.key.group, quiet, text),
             Body::Settled => {
                 if self.settling == Some(packet.key.group) {
@@ -237,7 +239,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Grant(grant) => self.granted(id, packet, grant),
             Body::Probe { receiving } => self.probed_by(id, packet, receiving),
-            Body::Credit | Body::Abort { .. } | Body::Settled => {}
+            Body::Credit | Body::Abort { .. } | Body::Settled | Body::Bye => {}
         }
     }
 
@@ -263,6 +265,21 @@ impl<D: Domain> FabricEndpoint<D> {
         let mut bytes = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(self.config.eager));
         bytes.extend_from_slice(data);
         self.early.insert(id, Early::Data { bytes, call, permitted });
+    }
+
+    /// The peer's endpoint goes, and waits for our word that nothing more will be sent to it (E6).
+    fn heard_bye(&mut self, peer: u32) {
+        let now = self.rails[0].now();
+        self.peers[peer as usize].left.get_or_insert(now);
+        self.tell_bye(peer);
+    }
+
+    /// The last packet to the peer, unless that is under way.
+    pub(crate) fn tell_bye(&mut self, peer: u32) {
+        let p = &mut self.peers[peer as usize];
+        if p.talked && p.lost.is_none() && !std::mem::replace(&mut p.told_bye, true) {
+            self.tx.push_back(Tx::Bye { peer });
+        }
     }
 
     /// Lets a peer send unasked, as far as there is room for what might stay unexpected.

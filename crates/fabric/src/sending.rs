@@ -1,11 +1,13 @@
 //! Small messages out: the queue of things to say, slots and credits.
 
+use std::time::Duration;
+
 use smddp_core::call::PackedCall;
 use smddp_core::error::Result;
 use smddp_core::transport::{Message, MsgKey};
 
 use crate::domain::{Domain, Refused};
-use crate::endpoint::{FabricEndpoint, PROBE_EVERY};
+use crate::endpoint::{FabricEndpoint, LEFT, PROBE_EVERY};
 use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
@@ -14,6 +16,8 @@ use crate::wire::{Body, HEADER, Packet, encode};
 /// silence the others.
 const KEPT: usize = 8;
 const PEER_SLOTS: u32 = 24;
+/// How long a message that waits for a peer which has left may still be completed by what was under way.
+const AFTERGLOW: Duration = Duration::from_secs(1);
 /// Stuck messages whose peers are probed at a time.
 const PROBES: usize = 16;
 
@@ -122,6 +126,7 @@ impl<D: Domain> FabricEndpoint<D> {
                 let posted = self.groups.member(group, peer).posted;
                 self.say(peer, key, NO_CALL, posted, Body::Settled)
             }
+            Tx::Bye { peer } => self.say(peer, NO_KEY, NO_CALL, 0, Body::Bye),
         }
     }
 
@@ -199,7 +204,7 @@ impl<D: Domain> FabricEndpoint<D> {
     /// Puts one packet into a slot and posts it.
     fn say(&mut self, to: u32, key: MsgKey, call: PackedCall, total: u64, body: Body<'_>) -> Sent {
         let peer = &mut self.peers[to as usize];
-        if peer.lost.is_some() {
+        if peer.lost.is_some() || (peer.left.is_some() && body != Body::Bye) {
             return Sent::Void;
         }
         if peer.full_in == self.pass || peer.small >= PEER_SLOTS {
@@ -220,6 +225,7 @@ impl<D: Domain> FabricEndpoint<D> {
         ) {
             Ok(()) => {
                 peer.small += 1;
+                peer.talked = true;
                 peer.credits.told(given);
                 self.slot_owner[slot as usize] = (to, probe);
                 Sent::Yes
@@ -296,9 +302,16 @@ impl<D: Domain> FabricEndpoint<D> {
 
     fn probe_one(&mut self, peer: u32, item: Tx) {
         let p = &mut self.peers[peer as usize];
-        if !p.probing && p.lost.is_none() {
-            p.probing = true;
-            self.tx.push_back(item);
+        match p.left {
+            // What its NICs had taken may still arrive for a while.
+            Some(since) if self.rails[0].now().saturating_sub(since) >= AFTERGLOW => {
+                self.lose(peer, LEFT.to_owned());
+            }
+            None if !p.probing && p.lost.is_none() => {
+                p.probing = true;
+                self.tx.push_back(item);
+            }
+            _ => {}
         }
     }
 }

@@ -418,6 +418,7 @@ impl Domain for SimDomain {
             prov_key: c.prov_key,
             max_msg: c.max_msg,
             inject: 0,
+            sockets: false,
             devices: c.devices.is_some(),
         }
     }

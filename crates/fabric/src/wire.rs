@@ -82,6 +82,8 @@ pub enum Body<'a> {
     },
     /// No more pieces of this group will come; the header's `total` is how many ever were posted.
     Settled,
+    /// The last packet of an endpoint that goes, or the answer to one (E6): nothing follows.
+    Bye,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +107,7 @@ const PROBE: u8 = 5;
 const CREDIT: u8 = 6;
 const ABORT: u8 = 7;
 const SETTLED: u8 = 8;
+const BYE: u8 = 9;
 
 fn put<const N: usize>(out: &mut [u8], at: usize, bytes: [u8; N]) {
     out[at..at + N].copy_from_slice(&bytes);
@@ -122,6 +125,7 @@ pub fn encode(packet: &Packet<'_>, out: &mut [u8]) -> usize {
         Body::Credit => (CREDIT, false, 0, None),
         Body::Abort { quiet, .. } => (ABORT, *quiet, 0, None),
         Body::Settled => (SETTLED, false, 0, None),
+        Body::Bye => (BYE, false, 0, None),
     };
     put(out, 0, MAGIC.to_le_bytes());
     put(out, 4, [kind, u8::from(flag), rails, 0]);
@@ -157,7 +161,7 @@ fn payload(body: &Body<'_>, out: &mut [u8]) -> usize {
             out[..text.len()].copy_from_slice(text.as_bytes());
             text.len()
         }
-        Body::Announce | Body::Permit | Body::Probe { .. } | Body::Credit | Body::Settled => 0,
+        Body::Announce | Body::Permit | Body::Probe { .. } | Body::Credit | Body::Settled | Body::Bye => 0,
     }
 }
 
@@ -193,6 +197,7 @@ pub fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
         CREDIT => Body::Credit,
         ABORT => Body::Abort { quiet: flag, text: std::str::from_utf8(data).ok()? },
         SETTLED => Body::Settled,
+        BYE => Body::Bye,
         _ => return None,
     };
     Some(Packet {
@@ -326,7 +331,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded(
-            from: u64, given: u32, key in key(), call in call(), which in 0..8, flag: bool,
+            from: u64, given: u32, key in key(), call in call(), which in 0..9, flag: bool,
             data in prop::collection::vec(any::<u8>(), 0..300), text in ".{0,40}",
             (grant, total) in grants(),
         ) {
@@ -338,7 +343,8 @@ mod tests {
                 4 => (Body::Probe { receiving: flag }, total),
                 5 => (Body::Credit, 0),
                 6 => (Body::Abort { quiet: flag, text: &text }, 0),
-                _ => (Body::Settled, total),
+                7 => (Body::Settled, total),
+                _ => (Body::Bye, 0),
             };
             let packet = Packet { from, given, key, call, total, body };
             let mut out = [0xaa; HEADER + 400];
@@ -349,7 +355,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_refused_or_keep_the_rules(
-            mut bytes in prop::collection::vec(any::<u8>(), 0..300), honest: bool, kind in 0..10u8,
+            mut bytes in prop::collection::vec(any::<u8>(), 0..300), honest: bool, kind in 0..11u8,
         ) {
             if honest && bytes.len() >= HEADER {
                 bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());

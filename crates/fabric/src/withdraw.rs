@@ -10,7 +10,7 @@ use std::time::Duration;
 use smddp_core::error::Error as CoreError;
 
 use crate::domain::Domain;
-use crate::endpoint::FabricEndpoint;
+use crate::endpoint::{FabricEndpoint, LEFT};
 use crate::ops::{Early, Posted, Tx};
 use crate::sending::cut;
 use crate::slab::Handle;
@@ -31,10 +31,18 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         self.forget_unsent(group);
         let mut told: Vec<u32> = if why.is_some() { peers.to_vec() } else { Vec::new() };
-        told.extend(self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer));
+        let transfers: Vec<u32> =
+            self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer).collect();
+        for &peer in &transfers {
+            if self.peers[peer as usize].left.is_some() {
+                // It will not settle any more.
+                self.lose(peer, LEFT.to_owned());
+            }
+        }
+        told.extend(transfers);
         told.sort_unstable();
         told.dedup();
-        told.retain(|p| self.peers.get(*p as usize).is_some_and(|p| p.lost.is_none()));
+        told.retain(|p| self.peers.get(*p as usize).is_some_and(|p| p.lost.is_none() && p.left.is_none()));
         let text: Arc<str> = why.map(|e| Arc::from(cut(&e.to_string(), TEXT))).unwrap_or_default();
         for &peer in &told {
             self.tx.push_back(Tx::Abort { peer, group, quiet: why.is_none(), text: text.clone() });

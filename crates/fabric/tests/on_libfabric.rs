@@ -317,6 +317,69 @@ fn a_stopped_process_costs_the_endpoint_but_not_the_memory() {
     assert!(failure.group.is_none() && text.contains("node1 did not settle"), "{text}");
 }
 
+/// What a process sent before it left arrives, whatever was sent to it meanwhile.
+#[test]
+fn last_words_are_heard_though_somebody_talks_to_who_has_left() {
+    if !available() {
+        return;
+    }
+    for too_late in 0..3 {
+        last_words(too_late);
+    }
+}
+
+/// The other endpoint goes, and `too_late` messages are sent to it before its last one is read.
+fn last_words(too_late: usize) {
+    let loopback = [("SMDDP_NICS", "lo")];
+    let (mut a, mut b) = (open(&loopback).unwrap(), open(&loopback).unwrap());
+    a.connect(&b.address(), "node1").unwrap();
+    b.connect(&a.address(), "node0").unwrap();
+    let mut memory = vec![vec![1u8; 100]; 3 + too_late];
+    let [first, last, into, more @ ..] = &mut memory[..] else { unreachable!() };
+    let mut marks = Vec::new();
+    let started = Instant::now();
+    // Once, so that they are connected.
+    a.send(message(0, 0, region(first), 1)).unwrap();
+    b.recv(message(0, 0, region(into), 2)).unwrap();
+    while marks.len() < 2 {
+        assert!(started.elapsed() < LIMIT, "{marks:?}");
+        a.poll(&mut marks).unwrap();
+        b.poll(&mut marks).unwrap();
+    }
+    marks.clear();
+    into.fill(0);
+    b.recv(message(1, 0, region(into), 3)).unwrap();
+    a.send(message(1, 0, region(last), 4)).unwrap();
+    while marks.is_empty() {
+        assert!(started.elapsed() < LIMIT, "{marks:?}");
+        a.poll(&mut marks).unwrap();
+    }
+    marks.clear();
+    // Gone, or waiting for `b` to have heard.
+    let goes = std::thread::spawn(move || drop(a));
+    std::thread::sleep(Duration::from_millis(50));
+    for (i, memory) in more.iter_mut().enumerate() {
+        b.send(message(2 + i as u64, 0, region(memory), 10)).unwrap();
+    }
+    while !marks.contains(&Ctx(3)) {
+        assert!(started.elapsed() < LIMIT, "{marks:?}");
+        b.poll(&mut marks).unwrap();
+    }
+    assert_eq!(memory[2], memory[1]);
+    while !goes.is_finished() {
+        assert!(started.elapsed() < LIMIT, "{marks:?}");
+        b.poll(&mut marks).unwrap();
+    }
+    goes.join().unwrap();
+    let more = b.send(message(9, 0, region(&mut memory[0]), 1)).unwrap_err();
+    assert!(
+        matches!(&more, Error::PeerLost { peer: 1, reason, .. } if reason.contains("has left")),
+        "{more:?}"
+    );
+    let more = b.recv(message(9, 0, region(&mut memory[0]), 1)).unwrap_err();
+    assert!(matches!(more, Error::PeerLost { peer: 1, .. }), "{more:?}");
+}
+
 /// Counts this thread's allocations.
 struct Counting;
 

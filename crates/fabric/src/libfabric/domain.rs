@@ -46,7 +46,6 @@ pub struct LibfabricDomain {
     /// Keys are never used again, so that a late write finds no other transfer's memory.
     next_key: u64,
     /// Whether "again" may mean a lost connection (see [`RECONNECT`]).
-    over_sockets: bool,
     reach: Vec<Reach>,
     start: Instant,
     entries: [fi_cq_tagged_entry; BATCH],
@@ -71,8 +70,7 @@ impl LibfabricDomain {
         let mut opened = LibfabricDomain {
             library: library.clone(),
             // SAFETY: the info is owned by `raw`, with all attributes set by the library.
-            caps: unsafe { caps(&*raw.ptr) },
-            over_sockets: about.address.is_some(),
+            caps: unsafe { caps(&*raw.ptr, about.address.is_some()) },
             nic: about,
             fabric: ptr::null_mut(),
             domain: ptr::null_mut(),
@@ -152,7 +150,7 @@ impl LibfabricDomain {
             attr.size = QUEUE;
             attr.format = FI_CQ_FORMAT_TAGGED;
             attr.wait_obj = FI_WAIT_FD;
-            if self.over_sockets && calls::cq_open(self.domain, &mut attr, &mut self.cq) == 0 {
+            if self.caps.sockets && calls::cq_open(self.domain, &mut attr, &mut self.cq) == 0 {
                 let mut fd: c_int = -1;
                 let cq = &raw mut (*self.cq).fid;
                 if calls::control(cq, FI_GETWAIT, (&raw mut fd).cast()) == 0 && fd >= 0 {
@@ -178,7 +176,7 @@ impl LibfabricDomain {
     /// Turns the result of a post into ours; `to` is the peer, if it has one.
     fn posted(&mut self, code: isize, to: Option<PeerAddr>) -> Post {
         let reach = match to {
-            Some(to) if self.over_sockets => self.reach.get_mut(to as usize),
+            Some(to) if self.caps.sockets => self.reach.get_mut(to as usize),
             _ => None,
         };
         if code == 0 {
@@ -236,7 +234,7 @@ impl LibfabricDomain {
 
 /// # Safety
 /// All attributes of `info` are set.
-unsafe fn caps(info: &fi_info) -> Caps {
+unsafe fn caps(info: &fi_info, sockets: bool) -> Caps {
     // SAFETY: by the caller's word.
     let (ep, domain, tx) = unsafe { (&*info.ep_attr, &*info.domain_attr, &*info.tx_attr) };
     Caps {
@@ -247,6 +245,7 @@ unsafe fn caps(info: &fi_info) -> Caps {
         max_msg: ep.max_msg_size,
         inject: tx.inject_size,
         devices: info.caps & FI_HMEM != 0,
+        sockets,
     }
 }
 
