@@ -4,7 +4,8 @@
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use smddp_core::reduce::{Store, Variant, combine_with};
+use smddp_core::reduce::{Store, Variant, combine, combine_with};
+use smddp_core::threads::use_threads;
 use smddp_core::transport::Arith;
 use smddp_core::{DType, ReduceOp, Region};
 
@@ -29,6 +30,18 @@ fn small_f32(bencher: Bencher<'_, '_>, variant: Variant) {
     bencher.bench_local(|| {
         combine_with(variant, Store::Cached, arith, true, regions[2], divan::black_box(&regions[..2]))
     });
+}
+
+/// A reduction of two sources larger than the caches of a core, by one thread and by two: (threads, bytes).
+#[divan::bench(args = [(1, 256 << 10), (2, 256 << 10), (1, 512 << 10), (2, 512 << 10), (1, 1 << 20), (2, 1 << 20), (1, 4 << 20), (2, 4 << 20), (1, 64 << 20), (2, 64 << 20)])]
+fn large_f32(bencher: Bencher<'_, '_>, (threads, len): (usize, usize)) {
+    use_threads(threads);
+    let mut memory = [(); 3].map(|()| vec![Line([0; 64]); len / 64]);
+    // SAFETY: `memory` outlives the regions and is not touched while they are in use.
+    let regions = memory.each_mut().map(|m| unsafe { Region::of(m) });
+    let arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
+    bencher.counter(BytesCount::new(3 * len)).bench_local(|| combine(arith, true, regions[2], &regions[..2]));
+    use_threads(1);
 }
 
 /// One reduction of `SRCS` sources apart from the result.

@@ -21,6 +21,7 @@ pub mod settings;
 pub mod shared;
 pub mod store;
 pub mod testing;
+pub mod threads;
 pub mod topology;
 pub mod transport;
 

@@ -145,6 +145,12 @@ pub const TABLE: &[Row] = &[
         "reduction kernels: the fastest the CPU has, or the portable ones (same bits)",
     ),
     row(
+        "SMDDP_REDUCE_THREADS",
+        Kind::Count(1, 64),
+        "",
+        "threads of a rank for reductions of 1 MiB and more at once, as of large data in shared memory, the calling one among them (default: the cores it owns, of those it may run on an even share with the machine's other ranks, at most 4)",
+    ),
+    row(
         "SMDDP_CUDA",
         Kind::Choice(&["auto", "nccl", "staged"]),
         "auto",

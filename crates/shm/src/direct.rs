@@ -15,10 +15,13 @@
 //! - **D4** A rank combines in the order of local ranks, once an element, and copies the result: equal bits for all, and the
 //!   bits that the slots give.
 
+use std::ops::Range;
+
 use smddp_core::Region;
 use smddp_core::plan::{Move, Who};
 use smddp_core::reduce::{Store, combine_and};
 use smddp_core::shared::{Place, Shared, place};
+use smddp_core::threads;
 use smddp_core::transport::Arith;
 
 use crate::cut::{CUT_ALIGN, share};
@@ -104,34 +107,61 @@ impl Direct {
             (Who::All, Who::All) => me,
         };
         let mut left = budget;
+        if threads::in_use() > 1 {
+            left = left.max(threads::WORTH * ranks);
+        }
         while self.done < share {
             if left == 0 {
                 return false;
             }
-            // Two ranks' parts are stored at once: nothing is copied.
-            let step = if ranks > 2 { STEP } else { (left / ranks).max(STEP) / CUT_ALIGN * CUT_ALIGN };
-            let n = step.min(share - self.done);
+            let n = ((left / ranks).max(STEP) / CUT_ALIGN * CUT_ALIGN).min(share - self.done);
             let at = shift + m.dst.off + start + self.done;
-            self.parts.clear();
-            self.parts.extend(self.data.iter().map(|data| data.slice(at, n)));
-            let result = self.parts[first];
-            if m.from == Who::All {
-                // The next rank's part as well, if it is to have the result: that saves a pass.
-                let store = match m.to {
-                    Who::All if ranks > 1 => Store::Twice(self.parts[(first + 1) % ranks]),
-                    _ => Store::Cached,
-                };
-                combine_and(store, arith, m.finish, result, &self.parts);
-            }
-            if m.to == Who::All {
-                let has_it = |rank| m.from == Who::All && rank == (first + 1) % ranks;
-                let others = (0..ranks).filter(|&rank| !has_it(rank));
-                others.for_each(|rank| self.parts[rank].copy_from(result));
+            if n >= threads::WORTH && threads::in_use() > 1 {
+                let data = &self.data;
+                threads::split(n, |range| {
+                    let mut parts = Vec::with_capacity(ranks);
+                    piece(arith, m, first, data, &mut parts, at + range.start..at + range.end);
+                });
+            } else {
+                piece(arith, m, first, &self.data, &mut self.parts, at..at + n);
             }
             self.done += n;
             left = left.saturating_sub(n * ranks);
         }
         true
+    }
+}
+
+/// Combines the bytes `range` of all ranks' `data` into that of local rank `first` and copies them to whom else they are for.
+fn piece(
+    arith: Arith,
+    m: &Move,
+    first: usize,
+    data: &[Region],
+    parts: &mut Vec<Region>,
+    range: Range<usize>,
+) {
+    let ranks = data.len();
+    // Two ranks' parts are stored at once: nothing is copied.
+    let step = if ranks > 2 { STEP } else { range.len() };
+    for at in range.clone().step_by(step.max(1)) {
+        let n = step.min(range.end - at);
+        parts.clear();
+        parts.extend(data.iter().map(|data| data.slice(at, n)));
+        let result = parts[first];
+        if m.from == Who::All {
+            // The next rank's part as well, if it is to have the result: that saves a pass.
+            let store = match m.to {
+                Who::All if ranks > 1 => Store::Twice(parts[(first + 1) % ranks]),
+                _ => Store::Cached,
+            };
+            combine_and(store, arith, m.finish, result, parts);
+        }
+        if m.to == Who::All {
+            let has_it = |rank| m.from == Who::All && rank == (first + 1) % ranks;
+            let others = (0..ranks).filter(|&rank| !has_it(rank));
+            others.for_each(|rank| parts[rank].copy_from(result));
+        }
     }
 }
 

@@ -15,13 +15,14 @@ use smddp_core::engine::group::Seat;
 use smddp_core::plan::select::Tuning;
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
+use smddp_core::threads;
 use smddp_core::transport::Fabric;
 use smddp_core::{Error, GroupShape, Result};
 use smddp_fabric::FabricEndpoint;
 use smddp_shm::{Geometry, Listener, Membership, ShmNode};
 
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
-use crate::node::{NodeId, cores};
+use crate::node::{self, NodeId, cores};
 use crate::runtime::{self, HostTransports};
 use crate::slots::Choice;
 use crate::{Communicator, caches, library_dirs, slots};
@@ -31,6 +32,9 @@ use crate::{Communicator, caches, library_dirs, slots};
 const FULL_RINGS: usize = 12 << 20;
 /// Bytes of a slot in the groups after those.
 const SMALL_SLOT: usize = 64 << 10;
+
+/// Threads for large reductions that a rank of many cores takes unasked: the rest is the program's. More was not measured.
+const MOST_THREADS: usize = 4;
 
 /// How long a rank whose group cannot be made waits for the others to have read why.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -79,8 +83,15 @@ pub fn connect(options: GroupOptions) -> Result<Communicator> {
     let shape = Arc::new(GroupShape::from_labels(&labels));
     let party = Party { options: &options, deadline, hellos, shape, engine };
     let seat = party.join()?;
-    if party.is_crowded() {
+    let neighbours = party.neighbours();
+    if node::are_crowded(&neighbours) {
         party.engine.set_crowded();
+    }
+    // A process's first group is its largest: others may not know all ranks of the machine.
+    if party.engine.groups() == 0 {
+        let given = party.options.settings.number_set("SMDDP_REDUCE_THREADS");
+        let owned = || node::owned(&party.hellos[party.options.rank].cores, &neighbours);
+        threads::use_threads(given.unwrap_or_else(|| owned().min(MOST_THREADS)));
     }
     let communicator = Communicator::new(Arc::clone(&party.engine), seat, tuning, options.timeout)?;
     tracing::info!(group = options.name, rank = options.rank, "{}", communicator.describe());
@@ -263,16 +274,12 @@ impl Party<'_> {
         Ok(())
     }
 
-    /// Whether this machine's ranks outnumber the cores they may use. One machine may play several nodes: the boot id,
-    /// which a label begins with, tells machines apart.
-    fn is_crowded(&self) -> bool {
+    /// The cores that each rank of this machine may run on. One machine may play several nodes: the boot id, which a label
+    /// begins with, tells machines apart.
+    fn neighbours(&self) -> Vec<&[usize]> {
         let machine = |h: &Hello| h.node.split('/').next().unwrap_or_default().to_owned();
         let mine = machine(&self.hellos[self.options.rank]);
-        let neighbours: Vec<&Hello> = self.hellos.iter().filter(|h| machine(h) == mine).collect();
-        let mut cores: Vec<usize> = neighbours.iter().flat_map(|h| h.cores.iter().copied()).collect();
-        cores.sort_unstable();
-        cores.dedup();
-        neighbours.len() > cores.len()
+        self.hellos.iter().filter(|h| machine(h) == mine).map(|h| &*h.cores).collect()
     }
 }
 

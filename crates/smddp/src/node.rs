@@ -35,9 +35,39 @@ pub fn cores() -> Vec<usize> {
     }
 }
 
+/// Whether ranks outnumber the cores that they may run on. `ranks`: the cores of each.
+pub fn are_crowded(ranks: &[&[usize]]) -> bool {
+    let mut cores: Vec<usize> = ranks.iter().flat_map(|cores| cores.iter().copied()).collect();
+    cores.sort_unstable();
+    cores.dedup();
+    ranks.len() > cores.len()
+}
+
+/// How many of the cores `mine` their rank owns, when each is shared evenly by the ranks that may run on it. `ranks`: the
+/// cores of each, its own among them.
+pub fn owned(mine: &[usize], ranks: &[&[usize]]) -> usize {
+    let sharing = |core: &usize| ranks.iter().filter(|cores| cores.contains(core)).count().max(1);
+    let share: f64 = mine.iter().map(|core| 1.0 / sharing(core) as f64).sum();
+    // Thirds do not add up to one.
+    (share + 1e-6) as usize
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cores_are_shared_evenly_by_who_may_run_on_them() {
+        let all: Vec<usize> = (0..12).collect();
+        let (low, high) = all.split_at(8);
+        assert_eq!(owned(&all, &[&all]), 12);
+        assert_eq!(owned(&all, &[&all, &all, &all]), 4);
+        assert_eq!(owned(&all, &[&all[..]; 5]), 2);
+        assert_eq!(owned(&all, &[&all[..]; 13]), 0);
+        assert_eq!([low, high].map(|cores| owned(cores, &[low, high])), [8, 4]);
+        assert_eq!([low, &all[..]].map(|cores| owned(cores, &[low, &all])), [4, 8]);
+        assert!(are_crowded(&[low; 9]) && !are_crowded(&[low; 8]) && !are_crowded(&[low, high]));
+    }
 
     #[test]
     fn a_name_of_its_own_makes_a_node_of_its_own() {

@@ -87,6 +87,7 @@ fn worker() {
         "again" => again(),
         "settings" => settings(),
         "shared" => shared(),
+        "threads" => threads(),
         "shared or not" => shared_or_not(|world, data| world.all_reduce(data, ReduceOp::Sum)),
         "scattered, shared or not" => shared_or_not(|world, data| {
             let mut own = vec![0f32; data.len() / world.size()];
@@ -257,6 +258,36 @@ fn shared_memory_gives_the_same_bits() {
     // Rounds of a size that somebody has set.
     good_job("shared", &[2], &[("SMDDP_CHUNK", "20K")]);
     good_job("shared", &[2, 2], &[("SMDDP_CHUNK", "20K")]);
+}
+
+/// A large all_reduce in shared memory; says how many threads for reductions there are then.
+fn threads() {
+    let world = World::init().unwrap();
+    let (n, me) = (world.size(), world.rank());
+    let count = (9 << 20) / 4 + 5;
+    let memory = SharedMemory::new(&world, count * 4).unwrap();
+    let data = floats(&memory);
+    for (i, x) in data.iter_mut().enumerate() {
+        *x = value(me, i);
+    }
+    world.all_reduce(data, ReduceOp::Sum).unwrap();
+    assert!(data.iter().enumerate().all(|(i, &v)| v == (0..n).map(|r| value(r, i)).sum::<f32>()));
+    let names = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    println!("helpers={}", names.filter(|name| name.starts_with("smddp-reduce")).count());
+    world.shutdown();
+}
+
+#[test]
+fn large_reductions_in_shared_memory_use_the_cores_of_a_rank() {
+    for nodes in [&[2], &[3]] {
+        for threads in ["1", "3"] {
+            let outputs = good_job("threads", nodes, &[("SMDDP_REDUCE_THREADS", threads)]);
+            let helpers = threads.parse::<u64>().unwrap() - 1;
+            outputs.iter().for_each(|o| assert_eq!(figure(o, "helpers"), helpers, "{nodes:?}"));
+        }
+    }
 }
 
 fn shared_or_not(call: fn(&World, &mut [f32]) -> smddp::Result<()>) {

@@ -26,14 +26,13 @@ mod kernel;
 mod op;
 #[cfg(test)]
 mod tests;
-mod threads;
 
 use crate::dtype::{DType, ReduceOp};
 use crate::memory::Region;
+use crate::threads;
 use crate::transport::Arith;
 
 pub use isa::{Variant, use_portable, variant};
-pub use threads::use_threads;
 
 use kernel::Job;
 
@@ -106,7 +105,10 @@ pub fn combine_with(
 /// Not inlined: few elements need nothing of it.
 #[inline(never)]
 fn run(variant: Variant, arith: Arith, job: Job<'_>, count: usize) {
-    threads::split(count, arith.dtype.size(), |range| isa::run(variant, arith, job, range));
+    let element = arith.dtype.size();
+    threads::split(count * element, |bytes| {
+        isa::run(variant, arith, job, bytes.start / element..bytes.end / element);
+    });
 }
 
 /// The number of elements, once lengths have been compared.
