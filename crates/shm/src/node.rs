@@ -97,11 +97,6 @@ impl ShmNode {
         self.phases.streamed()
     }
 
-    /// Bytes of shared memory the group uses on this node.
-    pub fn shared_bytes(&self) -> usize {
-        self.segment.layout().total()
-    }
-
     fn check(&self) -> Result<()> {
         match &self.failed {
             None => Ok(()),

@@ -178,11 +178,6 @@ impl Rank {
         std::fs::rename(&part, self.folder.join(name)).expect("the test's folder can be written");
     }
 
-    /// Whether `name` has been published.
-    pub fn is_published(&self, name: &str) -> bool {
-        self.folder.join(name).exists()
-    }
-
     /// What some rank published under that name, once it has.
     ///
     /// # Panics
