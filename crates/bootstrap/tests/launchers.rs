@@ -1,7 +1,7 @@
 //! The example `who` under every mpirun there is, and by variables alone.
 //!
-//! `SMDDP_TEST_MPIRUNS=path1:path2` says which launchers to use; one that is missing fails the tests. Without it those
-//! found on PATH and in the active virtual environment are used, and what was not run is printed.
+//! `SMDDP_TEST_MPIRUNS=path1:path2` says which launchers to use; one that is missing fails the tests, as does an empty
+//! list. Without it those found on PATH and in the active virtual environment are used, and what was not run is printed.
 
 // A test file of its own counts as no test for clippy.toml.
 #![allow(clippy::unwrap_used)]
@@ -87,7 +87,8 @@ fn who() -> PathBuf {
 
 fn launchers() -> Vec<Launcher> {
     if let Some(list) = std::env::var_os("SMDDP_TEST_MPIRUNS") {
-        let programs: Vec<PathBuf> = std::env::split_paths(&list).collect();
+        let programs: Vec<PathBuf> =
+            std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect();
         for program in &programs {
             assert!(program.is_file(), "SMDDP_TEST_MPIRUNS names {}, which is not there", program.display());
         }
@@ -95,8 +96,10 @@ fn launchers() -> Vec<Launcher> {
         return programs.into_iter().map(Launcher::new).collect();
     }
     const NAMES: [&str; 4] = ["mpirun.openmpi", "mpirun.mpich", "mpirun", "mpiexec.hydra"];
+    // scripts/setup gives MPICH an environment of its own within the other.
+    let in_environment = |venv| ["bin", "mpich/bin"].map(|dir| Path::new(&venv).join(dir));
     let mut dirs: Vec<PathBuf> =
-        std::env::var_os("VIRTUAL_ENV").map(|v| Path::new(&v).join("bin")).into_iter().collect();
+        std::env::var_os("VIRTUAL_ENV").map(in_environment).into_iter().flatten().collect();
     dirs.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
