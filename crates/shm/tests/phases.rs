@@ -5,7 +5,8 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use common::*;
 use proptest::prelude::*;
@@ -282,9 +283,19 @@ fn large_results_go_past_the_caches_unless_they_were_read_before() {
     }
 }
 
+/// Waits until another thread has set the flag.
+fn wait_for(flag: &AtomicBool) {
+    let started = Instant::now();
+    while !flag.load(Ordering::SeqCst) {
+        assert!(started.elapsed() < PATIENCE, "the other thread does not come that far");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
     let plan = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8))]);
+    let published = AtomicBool::new(false);
     let over = on_ranks(2, SMALL, |rank, mut node| {
         let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
         let buffers = memory.buffers();
@@ -293,9 +304,10 @@ fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
             // Nobody answers yet.
             assert_eq!(node.run_now(&phase(0), Patience::of_looks(3)), Ok(false));
             assert_eq!(node.waiting_for(), [0]);
+            published.store(true, Ordering::SeqCst);
             assert_eq!(drive(&mut node, 1, 0).unwrap(), [Ctx(0)]);
         } else {
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            wait_for(&published);
             assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true), "the other has published");
         }
         // Several exchanges are no matter of a moment.
@@ -319,7 +331,7 @@ fn a_phase_on_the_spot_yields_until_its_peer_has_come() {
         let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
         let phase = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call(8), 0);
         if rank == 1 {
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
         let over = node.run_now(&phase, Patience::new(0, u32::MAX, &nobody)).unwrap();
         (over, memory.output)
@@ -330,7 +342,7 @@ fn a_phase_on_the_spot_yields_until_its_peer_has_come() {
 #[test]
 fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
     let to_1 = one_phase(vec![span_move(Who::One(0), Who::One(1), Span::input(0, 8), Span::output(0, 8))]);
-    let sender_is_through = std::sync::atomic::AtomicBool::new(false);
+    let (sender_is_armed, sender_is_through) = (AtomicBool::new(false), AtomicBool::new(false));
     on_ranks(2, SMALL, |rank, mut node| {
         let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
         let buffers = memory.buffers();
@@ -339,15 +351,22 @@ fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
         if rank == 0 {
             (0..phases).for_each(|i| node.submit(phase(i)).unwrap());
             // One more than there are slots: asleep until rank 1 has consumed the first.
-            drive(&mut node, phases as usize, 0).unwrap();
+            let (mut done, bell) = (vec![], node.bell());
+            while node.poll(&mut done).unwrap() {}
+            node.arm();
+            let value = bell.value();
+            assert!(!node.poll(&mut done).unwrap(), "rank 1 has consumed nothing");
+            sender_is_armed.store(true, Ordering::SeqCst);
+            let asleep = Instant::now();
+            bell.wait(value, SLEEP);
+            assert!(asleep.elapsed() < SLEEP, "nobody rang");
+            node.disarm();
+            drive(&mut node, phases as usize - done.len(), 0).unwrap();
             sender_is_through.store(true, Ordering::SeqCst);
         } else {
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            wait_for(&sender_is_armed);
             assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true));
-            let until = std::time::Instant::now() + SLEEP * 2;
-            while !sender_is_through.load(Ordering::SeqCst) && std::time::Instant::now() < until {
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
+            wait_for(&sender_is_through);
             (1..phases).for_each(|i| assert_eq!(node.run_now(&phase(i), Patience::of_looks(0)), Ok(true)));
         }
     });
