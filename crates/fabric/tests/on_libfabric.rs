@@ -7,7 +7,8 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use smddp_core::error::Error;
@@ -88,7 +89,8 @@ fn unhex(text: &str) -> Vec<u8> {
 /// The other process: this test program again, running only [`child`] in a role.
 struct Other {
     child: Child,
-    lines: BufReader<std::process::ChildStdout>,
+    /// Read by a thread, since a read has no time limit.
+    lines: Receiver<String>,
 }
 
 impl Other {
@@ -101,18 +103,35 @@ impl Other {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
+        let (said, lines) = channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
         Other { child, lines }
     }
 
     fn line(&mut self) -> String {
+        let deadline = Instant::now() + LIMIT;
         loop {
-            let mut line = String::new();
-            assert!(self.lines.read_line(&mut line).unwrap() > 0, "the other process ended");
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self
+                .lines
+                .recv_timeout(left)
+                .unwrap_or_else(|why| panic!("nothing from the other process: {why}"));
             // The test harness prints in front of our first line.
             if let Some((_, text)) = line.split_once("@@") {
                 return text.trim().to_owned();
             }
+        }
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < LIMIT, "the other process does not end");
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -205,7 +224,7 @@ fn exchange_with(env: &[(&str, &str)]) {
     eprintln!("{}", end.describe());
     other.meet(&mut end);
     exchange(&mut end, 0);
-    assert!(other.child.wait().unwrap().success());
+    assert!(other.end().success());
     let total: usize = SIZES.iter().sum();
     assert_eq!(end.traffic(), [(0, 3 * total as u64, 3 * total as u64)]);
 }
@@ -455,9 +474,11 @@ fn the_last_message_before_closing_arrives() {
     b.recv(message(0, 0, region(&mut into), 1)).unwrap();
     a.send(message(0, 0, region(&mut from), 0)).unwrap();
     let (mut sent, mut got) = (Vec::new(), Vec::new());
+    let start = Instant::now();
     while sent.is_empty() {
         a.poll(&mut sent).unwrap();
         b.poll(&mut got).unwrap();
+        assert!(start.elapsed() < LIMIT);
     }
     drop(a);
     let start = Instant::now();

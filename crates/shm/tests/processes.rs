@@ -6,8 +6,9 @@
 #[path = "common/mod.rs"]
 mod common;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -51,56 +52,69 @@ fn main() {
     }
 }
 
+/// A rank as a process, which does not outlive its test.
+struct Rank {
+    child: Child,
+    /// What it says, a line each. Read by a thread, since a read has no time limit.
+    lines: Receiver<String>,
+}
+
+impl Rank {
+    fn start(scenario: &str, rank: usize, names: &str) -> Rank {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .env("SHM_TEST_ROLE", scenario)
+            .env("SHM_TEST_RANK", rank.to_string())
+            .env("SHM_TEST_NAMES", names)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (said, lines) = channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| said.send(line)));
+        Rank { child, lines }
+    }
+
+    /// Its next line; `None` when it ends or the time is over before.
+    fn line(&self, deadline: Instant) -> Option<String> {
+        self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
+    }
+
+    fn ends(&mut self, deadline: Instant) -> bool {
+        while Instant::now() < deadline {
+            if self.child.try_wait().unwrap().is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Starts the ranks of a scenario; what each said last.
 fn play(scenario: &str) -> Vec<String> {
-    let mut first = start(scenario, 0, "");
-    let mut lines = BufReader::new(first.stdout.take().unwrap());
-    let mut names = String::new();
-    lines.read_line(&mut names).unwrap();
-    let others: Vec<Child> = (1..SIZE).map(|rank| start(scenario, rank, names.trim())).collect();
     let deadline = Instant::now() + LIMIT;
-    let mut outputs: Vec<Box<dyn Read>> = vec![Box::new(lines)];
-    let mut children = vec![first];
-    for mut child in others {
-        outputs.push(Box::new(child.stdout.take().unwrap()));
-        children.push(child);
-    }
-    let hangs = children.iter_mut().any(|child| !ends(child, deadline));
-    if hangs {
-        for child in &mut children {
-            // It may have ended by itself.
-            let _ = child.kill();
-        }
-    }
-    let said = outputs.into_iter().map(|mut output| {
-        let mut text = String::new();
-        output.read_to_string(&mut text).unwrap();
-        text.trim().to_owned()
+    let first = Rank::start(scenario, 0, "");
+    let Some(names) = first.line(deadline) else { panic!("rank 0 does not say where the others find it") };
+    let mut ranks = vec![first];
+    ranks.extend((1..SIZE).map(|rank| Rank::start(scenario, rank, names.trim())));
+    let hangs = ranks.iter_mut().any(|rank| !rank.ends(deadline));
+    let said = ranks.into_iter().map(|mut rank| {
+        // One that hangs would never end its output.
+        let _ = rank.child.kill();
+        rank.lines.iter().collect::<Vec<_>>().join("\n").trim().to_owned()
     });
     let said: Vec<String> = said.collect();
     assert!(!hangs, "{scenario} hangs; said {said:?}");
     said
-}
-
-fn start(scenario: &str, rank: usize, names: &str) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .env("SHM_TEST_ROLE", scenario)
-        .env("SHM_TEST_RANK", rank.to_string())
-        .env("SHM_TEST_NAMES", names)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-fn ends(child: &mut Child, deadline: Instant) -> bool {
-    while Instant::now() < deadline {
-        if child.try_wait().unwrap().is_some() {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    false
 }
 
 // What the ranks do.
