@@ -5,7 +5,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::io::Read;
 use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use smddp::{Error, ReduceOp, Settings, SharedMemory, World};
@@ -20,16 +22,36 @@ struct End {
     output: String,
 }
 
+/// A process that does not outlive its test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Reads to the end beside the test: a rank never waits for somebody to read what it says.
+fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
 /// Runs `role` on ranks spread over nodes of these sizes.
 fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
     let size: usize = nodes.iter().sum();
     // Held until the job has ended: it tells this job from those of tests beside it (our store listens elsewhere).
     let master = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = master.local_addr().unwrap().port().to_string();
-    let mut children: Vec<Child> = Vec::new();
+    let (mut ranks, mut outputs) = (Vec::new(), Vec::new());
     for (node, &locals) in nodes.iter().enumerate() {
         for local in 0..locals {
-            let rank = children.len();
+            let rank = ranks.len();
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["--exact", "worker", "--ignored", "--nocapture", "--test-threads=1"]);
             command.envs([("JOB_ROLE", role), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)]);
@@ -37,24 +59,27 @@ fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
             command.env("LOCAL_RANK", local.to_string()).env("LOCAL_WORLD_SIZE", locals.to_string());
             command.env("SMDDP_NODE_ID", format!("node{node}")).env("SMDDP_TIMEOUT", "60");
             command.envs(more.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
-            children.push(command.spawn().unwrap());
+            let mut child = Running(command.spawn().unwrap());
+            let (out, err) = (child.0.stdout.take().unwrap(), child.0.stderr.take().unwrap());
+            outputs.push([drain(out), drain(err)]);
+            ranks.push(child);
         }
     }
     let deadline = Instant::now() + LIMIT;
-    let ends = children.into_iter().enumerate().map(|(rank, child)| {
-        let id = child.id();
-        let watch = std::thread::spawn(move || child.wait_with_output().unwrap());
-        while !watch.is_finished() && Instant::now() < deadline {
+    let ended = ranks.into_iter().zip(outputs).enumerate().map(|(rank, (mut child, output))| {
+        let code = loop {
+            if let Some(status) = child.0.try_wait().unwrap() {
+                break status.code();
+            }
+            if Instant::now() > deadline {
+                break None;
+            }
             std::thread::sleep(Duration::from_millis(5));
-        }
-        if !watch.is_finished() {
-            Command::new("kill").args(["-9", &id.to_string()]).status().unwrap();
-        }
-        let output = watch.join().unwrap();
-        let text = [output.stdout, output.stderr].map(|o| String::from_utf8_lossy(&o).into_owned()).concat();
-        End { rank, code: output.status.code(), output: text }
+        };
+        drop(child);
+        End { rank, code, output: output.map(|text| text.join().unwrap()).concat() }
     });
-    ends.collect()
+    ended.collect()
 }
 
 /// Runs a job in which every rank must end well; their outputs.
@@ -445,13 +470,13 @@ fn killed() {
     if world.rank() == 1 {
         std::process::abort();
     }
-    let started = Instant::now();
     let error = loop {
         if let Err(error) = world.all_reduce(&mut vec![1f32; 10_000], ReduceOp::Sum) {
             break error;
         }
     };
-    assert!(started.elapsed() < Duration::from_secs(20), "{error} after {:?}", started.elapsed());
+    // Not a timeout: nobody has to wait for the limit.
+    assert!(matches!(error, Error::PeerLost { .. } | Error::Aborted { .. }), "{error}");
     println!("said: {error}");
 }
 
