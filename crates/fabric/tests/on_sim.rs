@@ -457,27 +457,73 @@ impl Drop for Stop<'_> {
     }
 }
 
+/// Messages of every length under way between two processes, in both directions.
+struct Traffic {
+    mine: Vec<Vec<u8>>,
+    here: Vec<Vec<u8>>,
+    _theirs: Vec<Vec<u8>>,
+    there: Vec<Vec<u8>>,
+}
+
+impl Traffic {
+    /// All of process 0's targets but the first `plain` are registered.
+    fn start(world: &mut World, plain: usize) -> Traffic {
+        let buffers = |value: u8| -> Vec<Vec<u8>> {
+            [10, 1000, 5000, 300_000, 700_000].iter().map(|n| vec![value; *n]).collect()
+        };
+        let (mut mine, mut here, mut theirs, mut there) = (buffers(1), buffers(0), buffers(2), buffers(0));
+        for buffer in here.iter_mut().skip(plain) {
+            world.ends[0].register(region(buffer), Owner::Host).unwrap();
+        }
+        for i in 0..mine.len() {
+            world.ends[0].send(message(key(i), 1, region(&mut mine[i]), i)).unwrap();
+            world.ends[0].recv(message(key(10 + i), 1, region(&mut here[i]), 10 + i)).unwrap();
+            world.ends[1].recv(message(key(i), 0, region(&mut there[i]), i)).unwrap();
+            world.ends[1].send(message(key(10 + i), 0, region(&mut theirs[i]), 10 + i)).unwrap();
+        }
+        Traffic { mine, here, _theirs: theirs, there }
+    }
+
+    /// Writes to the memory of process 0: whatever still touched it would show.
+    fn overwrite(&mut self) {
+        self.here.iter_mut().for_each(|buffer| buffer.fill(0x55));
+        self.mine.iter_mut().for_each(|buffer| buffer.fill(0x66));
+    }
+
+    fn check_unwritten(&self) {
+        assert!(self.here.iter().all(|b| b.iter().all(|x| *x == 0x55)), "written after withdraw");
+    }
+
+    fn check_unsent(&self) {
+        assert!(self.there.iter().all(|b| b.iter().all(|x| *x != 0x66)), "sent after withdraw");
+    }
+}
+
+/// Polls until `stop`, and sets `told` at a failure; the failures.
+fn poll_until(
+    end: &mut FabricEndpoint<SimDomain>,
+    stop: &AtomicBool,
+    told: &AtomicBool,
+) -> Vec<FabricFailure> {
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    while !stop.load(Ordering::Relaxed) {
+        if let Err(failure) = end.poll(&mut done) {
+            failures.push(failure);
+            told.store(true, Ordering::Relaxed);
+        }
+        std::thread::yield_now();
+    }
+    failures
+}
+
 /// Two processes with everything in flight; one withdraws while the other goes on polling.
 fn withdrawn(config: SimConfig, steps: usize, why: bool) {
     let small = settings(&[("SMDDP_STAGING", "2M"), ("SMDDP_STRIPE", "4K"), ("SMDDP_EAGER", "1K")]);
     let mut world = World::new(2, 2, config, &small);
     let other = MsgKey { group: GROUP + 1, ..key(0) };
-    let lens = [10, 1000, 5000, 300_000, 700_000];
-    let mut mine: Vec<Vec<u8>> = lens.iter().map(|n| vec![1; *n]).collect();
-    let mut here: Vec<Vec<u8>> = lens.iter().map(|n| vec![0; *n]).collect();
-    let mut theirs: Vec<Vec<u8>> = lens.iter().map(|n| vec![2; *n]).collect();
-    let mut there: Vec<Vec<u8>> = lens.iter().map(|n| vec![0; *n]).collect();
-    let (mut o1, mut o2) = (vec![9u8; 400_000], vec![0u8; 400_000]);
     // Registered staging cannot be taken back from a NIC: only settling protects it.
-    for buffer in here.iter_mut().skip(steps % 2) {
-        world.ends[0].register(region(buffer), Owner::Host).unwrap();
-    }
-    for i in 0..lens.len() {
-        world.ends[0].send(message(key(i), 1, region(&mut mine[i]), i)).unwrap();
-        world.ends[0].recv(message(key(10 + i), 1, region(&mut here[i]), 10 + i)).unwrap();
-        world.ends[1].recv(message(key(i), 0, region(&mut there[i]), i)).unwrap();
-        world.ends[1].send(message(key(10 + i), 0, region(&mut theirs[i]), 10 + i)).unwrap();
-    }
+    let mut traffic = Traffic::start(&mut world, steps % 2);
+    let (mut o1, mut o2) = (vec![9u8; 400_000], vec![0u8; 400_000]);
     world.ends[1].send(message(other, 0, region(&mut o1), 50)).unwrap();
     for _ in 0..steps {
         world.poll_all();
@@ -491,27 +537,13 @@ fn withdrawn(config: SimConfig, steps: usize, why: bool) {
     std::thread::scope(|scope| {
         let (stop, told) = (&stop, &told);
         let stopping = Stop(stop);
-        let poller = scope.spawn(move || {
-            let (mut done, mut failures) = (Vec::new(), Vec::new());
-            while !stop.load(Ordering::Relaxed) {
-                if let Err(failure) = peer.poll(&mut done) {
-                    failures.push(failure);
-                    told.store(true, Ordering::Relaxed);
-                }
-                std::thread::yield_now();
-            }
-            (peer, failures)
-        });
+        let peer = &mut peer;
+        let poller = scope.spawn(move || poll_until(peer, stop, told));
         let me = &mut ends[0];
         let reason = Error::Internal("enough".to_owned());
         me.withdraw(GROUP, &[1], why.then_some(&reason));
-        // From here on the memory is ours: whatever still touched it would show.
-        for buffer in &mut here {
-            buffer.fill(0x55);
-        }
-        for buffer in &mut mine {
-            buffer.fill(0x66);
-        }
+        // From here on the memory is ours.
+        traffic.overwrite();
         me.recv(message(other, 1, region(&mut o2), 51)).unwrap();
         let mut rounds = 0;
         while !done[0].contains(&Ctx(51)) || (why && !told.load(Ordering::Relaxed)) {
@@ -520,11 +552,11 @@ fn withdrawn(config: SimConfig, steps: usize, why: bool) {
             assert!(rounds < 500_000, "the other group is stuck, or the peer was not told");
             std::thread::yield_now();
         }
-        assert!(here.iter().all(|b| b.iter().all(|x| *x == 0x55)), "written after withdraw");
+        traffic.check_unwritten();
         assert!(me.waiting_for(GROUP).is_empty());
         drop(stopping);
         net.pace(Duration::from_millis(10));
-        let (_peer, failures) = poller.join().unwrap();
+        let failures = poller.join().unwrap();
         if why {
             let text = format!("{failures:?}");
             assert!(text.contains("Aborted") && text.contains("enough"), "{text}");
@@ -532,7 +564,7 @@ fn withdrawn(config: SimConfig, steps: usize, why: bool) {
         } else {
             assert!(failures.is_empty(), "{failures:?}");
         }
-        assert!(there.iter().all(|b| b.iter().all(|x| *x != 0x66)), "sent after withdraw");
+        traffic.check_unsent();
     });
     assert_eq!(o1, o2);
 }
