@@ -646,14 +646,23 @@ def test_the_world_outlives_all_that(carrier: str) -> None:
 
 def allowed() -> dict[str, object]:
     """By name, what must be true of each."""
-    import torch
     import torch.distributed as dist
 
     import smdistributed_rs  # noqa: F401
 
     warnings.simplefilter("ignore")
     dist.init_process_group("smddp", timeout=timedelta(seconds=20))
-    ones, n = torch.ones, dist.get_world_size()
+    found = odd_tensors() | odd_factors() | no_members() | gone_groups()
+    found["the world is well"] = works(None) == ""
+    dist.destroy_process_group()
+    return found
+
+
+def odd_tensors() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    ones = torch.ones
     found: dict[str, object] = {}
 
     leaf = ones(3, requires_grad=True)
@@ -679,29 +688,45 @@ def allowed() -> dict[str, object]:
     found["an expanded input"] = output.tolist() == [1] * 8
 
     output = torch.zeros(4)
-    dist.all_gather([output] * n, ones(4))
+    dist.all_gather([output] * dist.get_world_size(), ones(4))
     found["one output twice"] = output.tolist() == [1] * 4
 
     tensor = ones(2)
     dist.group.WORLD.allreduce((tensor,), Group(None).options("Allreduce")).wait()
     found["tuples, of the group itself"] = tensor.tolist() == [2] * 2
+    return found
 
+
+def odd_factors() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    found: dict[str, object] = {}
     for factor in (2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0], dtype=torch.float64)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            tensor = ones(3, dtype=dtype)
+            tensor = torch.ones(3, dtype=dtype)
             got = caught(lambda: dist.all_reduce(tensor, dist._make_nccl_premul_sum(factor)))["text"]  # noqa: B023
             found[f"premul_sum of {dtype} with {factor}"] = tensor.tolist() == [4] * 3 or got
+    return found
 
-    # Who is not in a group is told so by torch, and does nothing.
-    other = dist.new_group([0])
-    if dist.get_rank() == 1:
-        results = [
-            dist.all_reduce(ones(1), group=other),
-            dist.barrier(group=other),
-            dist.isend(ones(1), 0, group=other),
-        ]
-        found["not a member"] = results == [None] * 3 and dist.get_rank(other) == -1
 
+def no_members() -> dict[str, object]:
+    """Who is not in a group is told so by torch, and does nothing."""
+    import torch
+    import torch.distributed as dist
+
+    other, one = dist.new_group([0]), torch.ones(1)
+    if dist.get_rank() == 0:
+        return {}
+    results = [dist.all_reduce(one, group=other), dist.barrier(group=other), dist.isend(one, 0, group=other)]
+    return {"not a member": results == [None] * 3 and dist.get_rank(other) == -1}
+
+
+def gone_groups() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    ones, n = torch.ones, dist.get_world_size()
     gone = dist.new_group()
     dist.destroy_process_group(gone)
     calls = {
@@ -711,12 +736,11 @@ def allowed() -> dict[str, object]:
         "barrier": lambda: gone.barrier(),
         "all_gather": lambda: gone.allgather([[ones(1)] * n], [ones(1)], Group(None).options("Allgather")),
     }
+    found: dict[str, object] = {}
     for name, call in calls.items():
         report = caught(call)
         told = name == "dist" or "destroyed" in report["text"]
         found[f"after destroy: {name}"] = (report["good"] and told) or str(report)
-    found["the world is well"] = works(None) == ""
-    dist.destroy_process_group()
     return found
 
 
