@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 
 import conftest
+from common import loader_knows, start
 from torch_versions import monitored_barrier
 
 
@@ -29,14 +30,6 @@ def caught(call: Callable[[], object]) -> dict:
         seconds = time.monotonic() - start
         return {"type": type(error).__name__, "ours": ours, "text": str(error), "seconds": seconds, **facts}
     return {"type": "", "ours": False, "text": "no error", "seconds": time.monotonic() - start}
-
-
-def start(seconds: float = 20) -> None:
-    import torch.distributed as dist
-
-    import smdistributed_rs  # noqa: F401
-
-    dist.init_process_group("smddp", timeout=timedelta(seconds=seconds))
 
 
 def only_init(seconds: float = 20, late: dict[str, float] | None = None) -> dict:
@@ -415,8 +408,7 @@ def test_a_libfabric_that_is_not_there() -> None:
 
 
 def test_no_libfabric_at_all_names_ways_to_install_it() -> None:
-    known = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
-    if "libfabric.so.1" in known:
+    if loader_knows("libfabric.so.1"):
         pytest.skip("this machine's loader knows a libfabric: its absence cannot be tried")
     env = {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "LD_LIBRARY_PATH": ""}
     ranks = conftest.run(without_library_dirs, 2, nodes=[0, 1], env=env, limit=60)

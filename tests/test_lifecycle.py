@@ -13,15 +13,8 @@ from pathlib import Path
 import pytest
 
 import conftest
+from common import start
 from torch_versions import SAYS_WHAT_IS_SYNCHRONOUS, needs, set_timeout
-
-
-def start(seconds: float = 30) -> None:
-    import torch.distributed as dist
-
-    import smdistributed_rs  # noqa: F401
-
-    dist.init_process_group("smddp", timeout=timedelta(seconds=seconds))
 
 
 def summed(group: object = None) -> float:
