@@ -173,13 +173,11 @@ def test_what_dead_attempts_left_is_not_believed(store: object) -> None:
 
 @pytest.mark.parametrize("late", [{}, {1: 0.5}], ids=["together", "one late"])
 def test_a_wrong_size_is_named_to_all(store: object, late: dict[int, float]) -> None:
-    start = time.monotonic()
     results = meet_all(store, 3, 20, sizes={2: 5}, late=late)
     assert len(results) == 3
     for error in results.values():
         assert isinstance(error, smdistributed_rs.BootstrapError), results
         assert "rank 0 was given 3, rank 2 was given 5" in str(error)
-    assert time.monotonic() - start < 15
 
 
 # ---- what a meeting leaves
