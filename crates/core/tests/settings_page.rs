@@ -14,7 +14,8 @@ UPDATE_DOCS=1 cargo test -p smddp-core --test settings_page -->
 
 Settings are environment variables, read once when the library starts. All ranks of a job should have equal ones,
 but for those that name parts of a node. An unknown name that begins with `SMDDP_`, or a value outside those given
-here, is an error that says what was expected. `smddp-perf info` prints the values in force.
+here, is an error that says what was expected; names that begin with `SMDDP_AG_` (AWS's library), `SMDDP_STANDIN_` or
+`SMDDP_TEST_` (tests) are left alone. `smddp-perf info` prints the values in force.
 
 Numbers of bytes may end in `K`, `M` or `G` (powers of 1024).
 
