@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,6 +161,7 @@ def test_what_dead_attempts_left_is_not_believed(store: object) -> None:
     results = meet_all(store, 3, 0.5, skip={2})
     assert {type(r) for r in results.values()} == {smdistributed_rs.TimeoutError}
     assert all(r.missing == [2] for r in results.values()), results
+    assert all((r.op, r.seq) == ("", 0) and r.waited >= 0.5 for r in results.values()), results
     # One whose rank 0 never came; and a writer that died between its number and its entry.
     results = meet_all(store, 3, 0.5, skip={0})
     assert all(r.missing == [0] for r in results.values()), results
@@ -169,6 +171,16 @@ def test_what_dead_attempts_left_is_not_believed(store: object) -> None:
         results = meet_all(store, 3, 20)
         assert len(results) == 3
         assert len(set(map(str, results.values()))) == 1, results
+
+
+def test_a_barrier_without_time_says_what_other_late_ones_do() -> None:
+    from smdistributed_rs.monitored import monitored_barrier
+
+    with pytest.raises(smdistributed_rs.TimeoutError, match="above 0") as caught:
+        monitored_barrier(SimpleNamespace(rank=1, name="g"), 0, wait_all_ranks=False)
+    error = caught.value
+    assert (error.rank, error.group, error.op, error.seq) == (1, "g", "monitored_barrier", 0)
+    assert (error.waited, error.missing) == (0, [])
 
 
 @pytest.mark.parametrize("late", [{}, {1: 0.5}], ids=["together", "one late"])

@@ -168,6 +168,7 @@ def misuse() -> dict[str, str]:
     said = {}
     for name, call in {
         "nothing": lambda: shared.empty(0, 5),
+        "less": lambda: shared.empty(-5),
         "group": lambda: shared.empty(5, group=dist.new_group(backend="gloo")),
         "too much": lambda: shared.empty(1 << 50),
     }.items():
@@ -185,6 +186,7 @@ def misuse() -> dict[str, str]:
 def test_misuse_is_told() -> None:
     for said in conftest.run(misuse, 2, limit=120).check().reports:
         assert "expected elements from 1, given (0, 5)" in said["nothing"]
+        assert "empty: argument 'size': expected elements from 1, given (-5,)" in said["less"]
         assert "a group of backend smddp" in said["group"]
         assert "memory" in said["too much"]
         assert "rank 0 called all_reduce(float32[100000], sum, in shared memory)" in said["mixed"]
@@ -289,6 +291,8 @@ def plain_arrays() -> float:
     import smdistributed_rs
 
     with smdistributed_rs.init() as world:
+        with pytest.raises(smdistributed_rs.ArgumentError, match="shared_memory: argument 'nbytes'"):
+            world.shared_memory(0)
         memory = world.shared_memory(400_000)
         array = numpy.frombuffer(memory, dtype=numpy.float32)
         array[:] = world.rank + 1

@@ -47,11 +47,8 @@ class View(NamedTuple):
         if self.dtype in ("complex64", "complex128"):
             if reduction in ("sum", "avg"):
                 return DTYPES["float32" if self.dtype == "complex64" else "float64"], 2
-            raise UnsupportedError.of(op, reduction, self.dtype, "complex numbers can be summed and averaged only")
-        supported = ", ".join([*DTYPES, "complex64", "complex128"])
-        raise UnsupportedError.of(
-            op, reduction, self.dtype, f"not a dtype reductions are defined for; these are: {supported}"
-        )
+            raise UnsupportedError.of_dtype(op, reduction, self.dtype, is_complex=True)
+        raise UnsupportedError.of_dtype(op, reduction, self.dtype, is_complex=False)
 
 
 def view(op: str, argument: str, array: Any, *, written: bool) -> View:

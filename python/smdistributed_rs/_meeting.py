@@ -40,6 +40,9 @@ def meet(store: Store, rank: int, size: int, limit: float, name: str) -> tuple[s
     log, end = _Log(store), start + limit
     try:
         token = _lead(log, size, end, name) if rank == 0 else _follow(log, rank, size, end, name)
+    except TimeoutError as late:
+        late.waited = time.monotonic() - start
+        raise
     except SmddpError:
         raise
     except RuntimeError as error:
@@ -217,5 +220,5 @@ def _late(name: str, rank: int, what: str, missing: list[int]) -> TimeoutError:
     error = TimeoutError(
         f"rank {rank} of group '{name}': joining: {what}. Look at what those processes do, or raise the timeout"
     )
-    error.rank, error.group, error.op, error.missing = rank, name, "", missing
+    error.rank, error.group, error.op, error.seq, error.missing = rank, name, "", 0, missing
     return error

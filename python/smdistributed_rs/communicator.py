@@ -4,7 +4,7 @@ protocol: NumPy arrays, torch tensors, array.array, bytearray.
 Arrays must be contiguous in C order and on the CPU. Collectives are called by all ranks of the group, in one order,
 with the same dtype, reduction, root and counts; ranks that disagree get MismatchError. Counts are in elements.
 Everything accepts `async_op=True` (returns a `Handle` at once; the arrays must not be touched until its `wait()` has
-returned) and `timeout` in seconds (None: the group's).
+returned) and `timeout` in seconds (None: the group's). Algorithms are chosen by shape and size: docs/how-to/measure.md.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Communicator:
 
     def shared_memory(self, nbytes: int) -> ctypes.Array[ctypes.c_char]:
         """`nbytes` bytes of zeros that collectives work on without copies, for numpy.frombuffer; see `shared`."""
-        return allocate(self._inner, nbytes)
+        return allocate("shared_memory", self._inner, nbytes)
 
     def all_reduce(
         self, array: Any, op: str = "sum", *, async_op: bool = False, timeout: float | None = None
@@ -74,9 +74,7 @@ class Communicator:
         """Reduces `array` over all ranks, in place.
 
         op: sum, avg, product, min, max, band, bor, bxor. avg of integers truncates toward zero; sum of bool is or;
-        complex arrays can be summed and averaged. 16-bit floats are summed in float32 and rounded once per hop.
-        Small arrays by recursive doubling, large ones by reduce-scatter and all-gather inside the node around an
-        exchange of balanced shards between nodes."""
+        complex arrays can be summed and averaged. 16-bit floats are summed in float32 and rounded once per hop."""
         one = view("all_reduce", "array", array, written=True)
         dtype, each = one.reducer("all_reduce", op)
         call = (codes.ALL_REDUCE, dtype, _reduction("all_reduce", op), 0, one.numel * each)
@@ -334,11 +332,13 @@ class World(Communicator):
 
     @property
     def how(self) -> str:
-        """How the ranks found each other: "mpi (…)", "launcher variables", "single process"."""
+        """How the ranks found each other, for people: "MPI", "launcher variables and TCP", "a job of one rank", or
+        "single process" and why."""
         return self._world.how
 
     def new_group(self, ranks: Sequence[int]) -> Communicator | None:
-        """A group of `ranks` in this order; None on ranks outside it. Its members call it together."""
+        """A group of `ranks` in this order; None on ranks outside it. Every rank of the world calls it, with the same
+        list: groups are told apart by how many were made before."""
         made = self._world.new_group(list(ranks))
         return None if made is None else Communicator(made)
 

@@ -1,11 +1,14 @@
-"""Everything this package raises. All are `SmddpError`, hence `RuntimeError`, as torch's own backends raise.
+"""The errors of this package. All are `SmddpError`, hence `RuntimeError`, as torch's own backends raise.
 
-The text says what was wrong, what was expected, what was given, and what to do; the same facts are attributes.
+The text says what was wrong, what was expected, what was given, and what to do; the same facts are attributes. Besides
+these, arguments of a wrong Python type may raise TypeError, and a Work's `source_rank()` without a source RuntimeError.
 """
 
 from __future__ import annotations
 
 import builtins
+
+from ._codes import DTYPES
 
 __all__ = [
     "AbortedError",
@@ -57,6 +60,13 @@ class UnsupportedError(SmddpError, ValueError):
         error.op, error.reduction, error.dtype = op, reduction, str(dtype)
         return error
 
+    @classmethod
+    def of_dtype(cls, op: str, reduction: str, dtype: object, *, is_complex: bool) -> UnsupportedError:
+        """The error of a dtype that reductions, or of complex ones this reduction, are not defined for."""
+        supported = ", ".join([*DTYPES, "complex64", "complex128"])
+        other = f"not a dtype reductions are defined for; these are: {supported}"
+        return cls.of(op, reduction, dtype, "complex numbers can be summed and averaged only" if is_complex else other)
+
 
 def _pair(reduction: str, dtype: object) -> str:
     return f"reduction '{reduction}' with dtype {dtype}" if reduction else f"dtype {dtype}"
@@ -75,7 +85,8 @@ class MismatchError(SmddpError):
 
 
 class TimeoutError(SmddpError, builtins.TimeoutError):
-    """A time limit passed: attributes rank, group, op, seq, waited (seconds), missing (the ranks waited for)."""
+    """A time limit passed: attributes rank, group, op, seq, waited (seconds), missing (the ranks waited for). While a
+    group is made, op is empty and seq 0. A monitored_barrier has no number: its seq is 0."""
 
     rank: int
     group: str

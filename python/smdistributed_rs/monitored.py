@@ -20,7 +20,8 @@ def monitored_barrier(group: Communicator, seconds: float, wait_all_ranks: bool)
     """Returns when all ranks have come. Raises on all ranks when one has not within `seconds`: on rank 0 naming the
     first that is missing, or all with `wait_all_ranks`."""
     if seconds <= 0:
-        raise TimeoutError(f"Rank {group.rank} timed out in monitoredBarrier after 0 ms. Give it a time limit above 0")
+        text = f"Rank {group.rank} timed out in monitoredBarrier after 0 ms. Give it a time limit above 0"
+        raise _late(group, text, 0.0, [])
     if group.rank == 0:
         _lead(group, seconds, wait_all_ranks)
     else:
@@ -44,10 +45,8 @@ def _lead(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
     who = f"Rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
     text = f"{who} failed to pass monitoredBarrier in {seconds * 1000:.0f} ms"
     group.abort(text)
-    error = TimeoutError(f"[Rank 0]: {text}: {causes[named[0]]}")
-    error.rank, error.group, error.op, error.seq = 0, group.name, "monitored_barrier", 0
-    error.waited, error.missing = time.monotonic() - start, list(causes)
-    raise error from causes[named[0]]
+    cause = causes[named[0]]
+    raise _late(group, f"[Rank 0]: {text}: {cause}", time.monotonic() - start, list(causes)) from cause
 
 
 def _follow(group: Communicator, seconds: float) -> None:
@@ -63,6 +62,13 @@ def _follow(group: Communicator, seconds: float) -> None:
         )
         error.args = (text,)
         raise
+
+
+def _late(group: Communicator, text: str, waited: float, missing: list[int]) -> TimeoutError:
+    error = TimeoutError(text)
+    error.rank, error.group, error.op, error.seq = group.rank, group.name, "monitored_barrier", 0
+    error.waited, error.missing = waited, missing
+    return error
 
 
 class _Byte:

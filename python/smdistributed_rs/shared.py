@@ -35,10 +35,12 @@ _known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """What keeps shared memory, by the memory's address."""
 
 
-def allocate(communicator: _core.Communicator, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """`nbytes` bytes that the group's ranks share, as an object with the buffer protocol. Every rank calls this."""
+def allocate(op: str, communicator: _core.Communicator, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    """`nbytes` bytes that the group's ranks share, as an object with the buffer protocol. Every rank calls this.
+
+    op: what the user called."""
     if nbytes <= 0:
-        raise ArgumentError.of("allocate", "nbytes", "bytes from 1", str(nbytes), "Every rank gives its own number")
+        raise ArgumentError.of(op, "nbytes", "bytes from 1", str(nbytes), "Every rank gives its own number")
     kept = _core.SharedMemory.allocate(communicator, nbytes)
     kind = type("Memory", (ctypes.Array,), {"_type_": ctypes.c_char, "_length_": nbytes})
     memory = kind.from_address(kept.address)
@@ -60,9 +62,9 @@ def empty(
     shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)  # type: ignore[arg-type]
     dtype = dtype or torch.get_default_dtype()
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
+    if nbytes <= 0:
         raise ArgumentError.of("empty", "size", "elements from 1", str(tuple(shape)), "Use torch.empty for none")
-    return torch.frombuffer(allocate(_communicator("empty", group), nbytes), dtype=dtype).view(shape)
+    return torch.frombuffer(allocate("empty", _communicator("empty", group), nbytes), dtype=dtype).view(shape)
 
 
 def is_shared(tensor: torch.Tensor) -> bool:
