@@ -1,7 +1,8 @@
 """The collectives of torch.distributed over one native communicator.
 
 Methods carry torch's names, old and new: `_allgather_base` became `all_gather_single` in torch 2.14, and so on. Each
-does the same: describe the memory, start the call, return a `Work`. Counts are compared, never shapes.
+does the same: describe the memory, start the call, return a `Work`. Counts are compared, never shapes. Algorithms are
+the native half's to choose: docs/how-to/measure.md.
 
 The short way (`run_tensors`, `start_tensors`) takes a call whose tensors are dense, of a known dtype and of fitting
 counts, in one step into native code; everything else comes back and goes the long way, which copies or
@@ -116,10 +117,7 @@ class Collectives:
     # ---- all_reduce, broadcast, reduce: one buffer, in place
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None, timeout: timedelta | None = None) -> Work:
-        """Reduces one tensor over all ranks, in place. AVG of integers truncates toward zero; SUM of bool is or.
-
-        Small messages: recursive doubling; large ones: reduce-scatter and all-gather inside the node around an
-        exchange of balanced shards between nodes."""
+        """Reduces one tensor over all ranks, in place. AVG of integers truncates toward zero; SUM of bool is or."""
         if type(opts) is not AllreduceOptions:
             tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
         op = opts.reduceOp
@@ -152,7 +150,7 @@ class Collectives:
         return self._reduce_in_place("reduce", codes.REDUCE, tensors, op, root, opts)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
-        """Copies the root's tensor to all ranks. Any dtype. Binomial tree over nodes, then inside them."""
+        """Copies the root's tensor to all ranks. Any dtype."""
         (tensor,) = _one("broadcast", "tensor", tensors)
         root = self._root("broadcast", opts)
         work = self._short(codes.BROADCAST, 0, root, tensor, None, opts)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,13 +22,13 @@ from ._compat import survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import ArgumentError
-from .work import DONE, Together
+from .work import DONE, NO_LIMIT, Together, seconds_of
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from ._core import Communicator, DeviceHandle
     from .tensors import Span
-
-_NO_LIMIT = timedelta(0)
 
 
 def choose_device(local_rank: int) -> None:
@@ -241,13 +240,12 @@ class CudaWork(Work):
         self._stream = stream
         self._future: torch.futures.Future[list[Tensor]] | None = None
 
-    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Makes the current stream wait; raises the error of a call known to have failed. With a `timeout` the host
         waits too, and after so long raises TimeoutError."""
-        if not isinstance(timeout, timedelta):
-            raise TypeError(f"wait: argument 'timeout': expected a datetime.timedelta, given {timeout!r}")
-        if timeout:
-            self._native.wait(self._handle, timeout.total_seconds())
+        seconds = seconds_of(timeout)
+        if seconds is not None:
+            self._native.wait(self._handle, seconds)
         error = self._handle.error()
         if error is not None:
             raise error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from ._codes import DTYPES, MOVERS
+from ._codes import DTYPES, MOVERS, OPS
 from .errors import ArgumentError, UnsupportedError
 
 _NATIVE = {getattr(torch, name): code for name, code in DTYPES.items()}
@@ -174,25 +174,12 @@ def reducer(op: str, tensor: Tensor, reduction: ReduceOp) -> tuple[int, int, int
     real = _COMPLEX.get(dtype)
     if real is not None and code <= 1:
         return real, 2, code, factor
-    name = _REDUCTION_NAMES.get(code, str(reduction))
-    if real is not None:
-        raise UnsupportedError.of(op, name, dtype, "complex numbers can be summed and averaged only")
-    supported = ", ".join([*DTYPES, "complex64", "complex128"])
-    raise UnsupportedError.of(op, name, dtype, f"not a dtype reductions are defined for; these are: {supported}")
+    raise UnsupportedError.of_dtype(op, _REDUCTION_NAMES[code], dtype, is_complex=real is not None)
 
 
 _SUM = ReduceOp.SUM
-REDUCTIONS = {
-    ReduceOp.SUM: 0,
-    ReduceOp.AVG: 1,
-    ReduceOp.PRODUCT: 2,
-    ReduceOp.MIN: 3,
-    ReduceOp.MAX: 4,
-    ReduceOp.BAND: 5,
-    ReduceOp.BOR: 6,
-    ReduceOp.BXOR: 7,
-}
-_REDUCTION_NAMES = {code: str(op).rpartition(".")[2] for op, code in REDUCTIONS.items()}
+REDUCTIONS = {getattr(ReduceOp, name.upper()): code for name, code in OPS.items()}
+_REDUCTION_NAMES = {code: name.upper() for name, code in OPS.items()}
 
 
 def reduction_code(op: str, reduction: ReduceOp, tensor: object) -> tuple[int, float | Tensor | None]:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from ._core import Handle
     from .tensors import Once
 
-_NO_LIMIT = timedelta(0)
+NO_LIMIT = timedelta(0)
+"""How torch says that a `wait` was given no time limit of its own."""
+
+
+def seconds_of(timeout: timedelta) -> float | None:
+    """How long a `wait` may take; None: it was given no limit."""
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"wait: argument 'timeout': expected a datetime.timedelta, given {timeout!r}")
+    return timeout.total_seconds() if timeout else None
 
 
 @survives_halving
@@ -35,12 +43,10 @@ class SmddpWork(Work):
         self._finish = finish
         self._future: torch.futures.Future[list[Tensor]] | None = None
 
-    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Waits until the operation is over and raises its error. `timeout`: TimeoutError after so long; 0: the
         group's time limit decides."""
-        if not isinstance(timeout, timedelta):
-            raise TypeError(f"wait: argument 'timeout': expected a datetime.timedelta, given {timeout!r}")
-        self._handle.wait(timeout.total_seconds() if timeout else None)
+        self._handle.wait(seconds_of(timeout))
         if self._finish is not None:
             self._finish()
         return True
@@ -131,7 +137,7 @@ class Together(Work):
         Work.__init__(self)
         self._works = works
 
-    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Waits for all of them, for at most `timeout` each, and raises the first error."""
         return all(work.wait(timeout) for work in self._works)
 
@@ -173,7 +179,7 @@ class DoneWork(Work):
         Work.__init__(self)
         self._results = results
 
-    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         return True
 
     def synchronize(self) -> None:
