@@ -33,7 +33,9 @@ pub enum Error {
     Listen { addresses: String, reason: String },
 
     /// The ranks contradict each other about the job.
-    #[error("the ranks disagree about the job: {what}")]
+    #[error(
+        "the ranks disagree about the job: {what}. Every rank must be started for the same job, each with its own rank"
+    )]
     Disagree { what: String },
 
     /// Ranks did not come in time.
@@ -55,11 +57,14 @@ pub enum Error {
     Lost { rank: usize, address: String, op: String, reason: String },
 
     /// More than the store takes.
-    #[error("the store refused '{key}': {reason}")]
+    #[error(
+        "the store refused '{key}': {reason}. Only this job's ranks may use it, for short keys and small values"
+    )]
     Refused { key: String, reason: String },
 
     /// A wait on one key ended without a value.
-    #[error("no value for '{key}' within {:.1} s", waited.as_secs_f64())]
+    #[error("no value for '{key}' within {:.1} s. Look at what the rank that sets it does, or raise the timeout",
+        waited.as_secs_f64())]
     Timeout { key: String, waited: Duration },
 
     /// A store that is not ours (torch's) failed, or gave what no rank of this job wrote.
@@ -126,13 +131,8 @@ impl From<Error> for smddp_core::Error {
 /// Core's error keeps the advice apart; ours ends with it.
 fn split_hint(error: &Error) -> smddp_core::Error {
     let text = error.to_string();
-    match text.rsplit_once(". ") {
-        Some((what, hint)) => smddp_core::Error::Bootstrap { what: what.to_owned(), hint: hint.to_owned() },
-        None => smddp_core::Error::Bootstrap {
-            what: text,
-            hint: "Every rank must be started for the same job, each with its own rank".to_owned(),
-        },
-    }
+    let (what, hint) = text.rsplit_once(". ").unwrap_or((&text, ""));
+    smddp_core::Error::Bootstrap { what: what.to_owned(), hint: hint.to_owned() }
 }
 
 #[cfg(test)]

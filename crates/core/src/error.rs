@@ -49,10 +49,10 @@ pub enum Error {
         waited.as_secs_f64(), ranks(missing))]
     Timeout { site: Site, waited: Duration, missing: Vec<usize> },
 
-    #[error("{site}: lost rank {peer} on node {node}: {reason}")]
+    #[error("{site}: lost rank {peer} on node {node}: {reason}. Look at that rank's own output")]
     PeerLost { site: Site, peer: usize, node: String, reason: String },
 
-    #[error("{site}: aborted: {reason}")]
+    #[error("{site}: aborted: {}", with_advice(reason))]
     Aborted { site: Site, reason: String },
 
     #[error("setting {name}={given}: {expected}. {hint}")]
@@ -83,6 +83,12 @@ fn ranks(missing: &[usize]) -> String {
             format!("ranks {}", list.join(", "))
         }
     }
+}
+
+/// Peers quote each other's words, advice and all: once is enough.
+fn with_advice(reason: &str) -> String {
+    const ADVICE: &str = ". To go on, make a new group";
+    format!("{reason}{}", if reason.ends_with(ADVICE) { "" } else { ADVICE })
 }
 
 impl Error {
@@ -132,5 +138,18 @@ impl Site {
     /// A site to be completed by the engine (see [`Error::at`]).
     pub fn unknown() -> Site {
         Site { rank: 0, group: String::new(), op: String::new(), seq: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_abort_that_is_passed_on_gives_its_advice_once() {
+        let aborted = |reason: String| Error::Aborted { site: Site::unknown(), reason }.to_string();
+        let first = aborted("abort() was called".to_owned());
+        assert!(first.ends_with("abort() was called. To go on, make a new group"), "{first}");
+        assert_eq!(aborted(format!("rank 1: {first}")).matches("make a new group").count(), 1);
     }
 }

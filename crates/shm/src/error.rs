@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use smddp_core::error::Site;
 
-/// Every variant says what to do next; it becomes a [`smddp_core::Error`].
+/// It becomes a [`smddp_core::Error`], which says what to do next where anybody can do something.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ShmError {
     /// The kernel has no memory left for the group, or a limit forbids it.
