@@ -31,4 +31,5 @@ pub use device::Device;
 #[doc(hidden)]
 pub use device::use_driver;
 pub use group::{DeviceCall, DeviceGroup, DeviceMessage, DeviceOptions, Memory, Path, Started};
+pub use nccl::found as nccl_found;
 pub use past::Past;

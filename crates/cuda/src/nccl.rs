@@ -1,10 +1,12 @@
 //! One NCCL communicator.
 
 use std::ffi::{c_int, c_void};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 
+use smddp_core::settings::Settings;
 use smddp_core::{Collective, DType, Error, ReduceOp, Result};
 use smddp_cuda_sys::Stream;
 use smddp_nccl_sys as sys;
@@ -19,7 +21,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 static LIBRARY: Mutex<Option<Arc<Nccl>>> = Mutex::new(None);
 
 /// NCCL, loaded at first use.
-pub(crate) fn library(named: &str, dirs: &[std::path::PathBuf]) -> Result<Arc<Nccl>> {
+pub(crate) fn library(named: &str, dirs: &[PathBuf]) -> Result<Arc<Nccl>> {
     let mut place = LIBRARY.lock().map_err(|_| Error::Internal("loading NCCL panicked before".to_owned()))?;
     if let Some(nccl) = place.as_ref() {
         return Ok(Arc::clone(nccl));
@@ -33,6 +35,12 @@ pub(crate) fn library(named: &str, dirs: &[std::path::PathBuf]) -> Result<Arc<Nc
     let nccl = Arc::new(nccl);
     *place = Some(Arc::clone(&nccl));
     Ok(nccl)
+}
+
+/// Version and file of the NCCL that would be used; for `smddp-perf info`.
+pub fn found(settings: &Settings, dirs: &[PathBuf]) -> Result<String> {
+    let nccl = library(settings.text("SMDDP_NCCL"), dirs)?;
+    Ok(format!("{} ({})", sys::shown(nccl.version), nccl.path))
 }
 
 /// A new communicator's identity, made by one rank for all.

@@ -29,14 +29,8 @@ impl Section {
 
 pub fn run(options: &InfoArgs) -> Result<(), Failure> {
     let settings = Settings::from_env()?;
-    let sections = [
-        node(&settings),
-        processor(&settings),
-        network(),
-        libraries(&settings),
-        job(&settings),
-        in_force(&settings),
-    ];
+    let sections =
+        [node(&settings), processor(&settings), network(), libraries(&settings), job(), in_force(&settings)];
     if options.json { print(&format!("{:#}\n", as_json(&sections))) } else { print(&as_text(&sections)) }
 }
 
@@ -199,7 +193,7 @@ fn libraries(settings: &Settings) -> Section {
         Ok(text) => s.add("MPI", text),
         Err(e) => s.add("MPI", format!("none: {e}")),
     }
-    s.add("NCCL", nccl(&dirs));
+    s.add("NCCL", nccl(settings, &dirs));
     let shown: Vec<String> = dirs.iter().map(|d| d.display().to_string()).collect();
     s.add("looked in", format!("the system's folders, {}", shown.join(", ")));
     s
@@ -245,28 +239,24 @@ fn nic(info: &smddp::fabric::NicInfo, provider_used: bool) -> String {
     text
 }
 
-/// The file torch's CUDA builds bring, or the system's.
-fn nccl(dirs: &[PathBuf]) -> String {
+/// The one that would be used, and how many GPUs there are. Torch's copy lies in a wheel, and
+/// nobody has loaded it here.
+fn nccl(settings: &Settings, dirs: &[PathBuf]) -> String {
     let in_wheels = dirs
         .iter()
         .flat_map(|d| entries(d))
         .filter(|p| name_of(p).starts_with("python3"))
-        .map(|p| p.join("site-packages/nvidia/nccl/lib/libnccl.so.2"));
-    let in_system =
-        ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/local/lib"]
-            .iter()
-            .map(|d| Path::new(d).join("libnccl.so.2"));
-    let found = in_wheels.chain(in_system).find(|p| p.exists());
+        .map(|p| p.join("site-packages/nvidia/nccl/lib"));
+    let places: Vec<PathBuf> = in_wheels.chain(dirs.iter().cloned()).collect();
     let gpus = entries(Path::new("/proc/driver/nvidia/gpus")).len();
-    match found {
-        Some(path) => format!("{}; {gpus} NVIDIA GPUs; not used by this version", path.display()),
-        None => format!("not found; {gpus} NVIDIA GPUs; not used by this version"),
+    match smddp::cuda::nccl_found(settings, &places) {
+        Ok(text) => format!("{text}; {gpus} NVIDIA GPUs"),
+        Err(e) => format!("none: {e}; {gpus} NVIDIA GPUs"),
     }
 }
 
-fn job(settings: &Settings) -> Section {
+fn job() -> Section {
     let mut s = Section::new("Launcher");
-    let _ = settings;
     for name in [
         "RANK",
         "WORLD_SIZE",
