@@ -8,6 +8,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Error, Result};
 use smddp_fabric::FabricEndpoint;
 use smddp_shm::ShmNode;
+use tracing_subscriber::EnvFilter;
 
 /// Host memory: shared memory in a node, libfabric between nodes.
 pub struct HostTransports;
@@ -27,7 +28,7 @@ pub fn engine(settings: &Settings) -> Result<Arc<Engine<HostTransports>>> {
     if let Some(engine) = place.upgrade().filter(|e| e.is_ours()) {
         return Ok(engine);
     }
-    start_log(settings);
+    start_log(settings)?;
     smddp_core::reduce::use_portable(settings.text("SMDDP_SIMD") == "portable");
     let engine = Arc::new(Engine::new(settings)?);
     *place = Arc::downgrade(&engine);
@@ -35,14 +36,34 @@ pub fn engine(settings: &Settings) -> Result<Arc<Engine<HostTransports>>> {
 }
 
 /// Logs go to standard error, filtered by SMDDP_LOG, unless the program has its own subscriber.
-fn start_log(settings: &Settings) {
+fn start_log(settings: &Settings) -> Result<()> {
     static STARTED: Once = Once::new();
+    let given = settings.text("SMDDP_LOG");
+    let filter = EnvFilter::try_new(given).map_err(|e| Error::Setting {
+        name: "SMDDP_LOG".to_owned(),
+        given: given.to_owned(),
+        expected: format!("expected a log filter: {e}"),
+        hint: "Write a level (error, warn, info, debug, trace), or target=level, separated by commas"
+            .to_owned(),
+    })?;
     STARTED.call_once(|| {
-        let filter = tracing_subscriber::EnvFilter::try_new(settings.text("SMDDP_LOG"));
-        let subscriber = tracing_subscriber::fmt()
-            .with_writer(std::io::stderr)
-            .with_env_filter(filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")));
+        let subscriber = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
         // A program that has set up its own subscriber keeps it.
         let _ = subscriber.try_init();
     });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_filter_that_makes_no_sense_is_refused() {
+        let mut settings = Settings::default();
+        settings.set("SMDDP_LOG", "smddp_core=loud").unwrap();
+        let error = start_log(&settings).unwrap_err();
+        assert!(matches!(&error, Error::Setting { name, .. } if name == "SMDDP_LOG"), "{error}");
+        assert!(error.to_string().contains("smddp_core=loud"), "{error}");
+    }
 }
