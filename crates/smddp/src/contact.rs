@@ -6,11 +6,11 @@ use smddp_core::settings::Settings;
 use smddp_core::{Error, Result};
 
 /// Ranks with different numbers cannot work together.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
-/// Settings that must be equal on all ranks of a group, or their plans would differ.
-const SHARED: [&str; 6] =
-    ["SMDDP_CHUNK", "SMDDP_ALGORITHM", "SMDDP_SHM_SLOT", "SMDDP_STAGING", "SMDDP_EAGER", "SMDDP_STRIPE"];
+/// Settings that must be equal on all ranks of a group: plans, and how messages travel between nodes, follow from them. Not
+/// those of shared memory, whose slots a node's first rank chooses for all of it.
+const SHARED: [&str; 5] = ["SMDDP_CHUNK", "SMDDP_ALGORITHM", "SMDDP_STAGING", "SMDDP_EAGER", "SMDDP_STRIPE"];
 
 /// First round: who is who.
 #[derive(Serialize, Deserialize, Clone, Debug)]
