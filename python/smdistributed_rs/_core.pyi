@@ -25,7 +25,8 @@ class Handle:
     def source(self) -> int | None:
         """The rank a message comes from, once that is known; None of everything but a receive."""
     def on_done(self, callback: Callable[[BaseException | None], object]) -> None:
-        """Calls `callback(error or None)` once the operation is over, on the package's callback thread."""
+        """Calls `callback(error or None)` once the operation is over: at once, on this thread, if it is; else on a
+        callback thread."""
 
 @final
 class SharedMemory:

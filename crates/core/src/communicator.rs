@@ -169,7 +169,7 @@ impl<T: Transports> Handle<T> {
         }
     }
 
-    /// Calls `f` when the operation is done: at once if it is, else on the thread that completes it.
+    /// Calls `f` once the operation is over: at once, on this thread, if it is; else on a callback thread.
     pub fn on_done(&self, f: Callback) {
         self.op.on_done(f);
     }

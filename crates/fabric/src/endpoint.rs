@@ -10,7 +10,8 @@
 //!   sides can deadlock on credits.
 //! - **E3** bounce slots are taken only for bytes that both sides are ready to move, so they always come back.
 //! - **E4** arrivals are counted per transfer and per (group, peer), never "since": nothing relies on order (T2).
-//! - **E5** a user's region is touched only by operations in `pieces` (as source) and `grants` (as target).
+//! - **E5** a user's region is touched only for an operation in `sends` or `recvs`, when a small message is copied out or in, and
+//!   by those in `pieces` (as source) and `grants` (as target).
 //! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when they have
 //!   said it too: after its own, nobody writes to the other. A packet that reaches a closed connection resets it, and what
 //!   the process that wrote it had not read yet would be thrown away: the last messages of one that was done.
@@ -337,7 +338,8 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    /// Checks common to `send` and `recv`; true when the group takes the message.
+    /// Checks common to `send` and `recv`. A disagreement, or an abort that came before the group was known, fails the group,
+    /// not this call.
     fn admit(&mut self, m: &Message) -> Result<()> {
         if let Some(reason) = &self.broken {
             return Err(Self::broken_error(reason));

@@ -70,7 +70,7 @@ impl Handle {
         self.inner.source()
     }
 
-    /// Calls `callback(error or None)` once the operation is over, on a thread for callbacks.
+    /// Calls `callback(error or None)` once the operation is over: at once, on this thread, if it is; else on a callback thread.
     fn on_done(&self, callback: Py<PyAny>) {
         self.inner.on_done(Box::new(move |result| callback::run(&callback, result)));
     }

@@ -166,7 +166,7 @@ impl OpState {
         }
     }
 
-    /// Runs `callback` when done: now if it is, else by the thread that makes it so.
+    /// Runs `callback` once the operation is over: at once, on this thread, if it is; else on a callback thread.
     pub fn on_done(&self, callback: Callback) {
         if let Ok(mut list) = self.callbacks.lock() {
             list.push(callback);
