@@ -239,8 +239,7 @@ fn nic(info: &smddp::fabric::NicInfo, provider_used: bool) -> String {
     text
 }
 
-/// The one that would be used, and how many GPUs there are. Torch's copy lies in a wheel, and
-/// nobody has loaded it here.
+/// The one that would be used, and how many GPUs there are. Torch's copy lies in a wheel, and nobody has loaded it here.
 fn nccl(settings: &Settings, dirs: &[PathBuf]) -> String {
     let in_wheels = dirs
         .iter()
