@@ -144,8 +144,8 @@ fn what_cannot_be_done_is_said_with_a_status() {
 fn info_and_plan_need_no_job() {
     let info = run("info");
     assert!(text(&info).contains("SMDDP_TIMEOUT") && text(&info).contains("Processor"), "{}", text(&info));
-    let named = smddp_standin::paths().nccl;
-    let info = command("info").env("SMDDP_NCCL", &named).output().unwrap();
+    let named = &smddp_standin::paths().nccl;
+    let info = command("info").env("SMDDP_NCCL", named).output().unwrap();
     let told = text(&info);
     let line = told.lines().find(|line| line.starts_with("  NCCL ")).unwrap_or_default();
     assert!(line.contains(&format!("({})", named.display())) && line.contains("NVIDIA GPUs"), "{told}");
