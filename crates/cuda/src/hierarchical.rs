@@ -18,7 +18,9 @@
 //! ```
 //!
 //! With `d` slots, the first part of chunk `k + d` comes behind the last of chunk `k`, since it is its slot that it needs;
-//! so a slot's event is waited for before it is recorded anew. All ranks cut alike and make NCCL's calls in the same order.
+//! so a slot's event is waited for before it is recorded anew. Calls may come from several streams: a first part that writes
+//! to a slot's device memory comes behind the call before that used the slot, whichever stream it was enqueued on. All ranks
+//! cut alike and make NCCL's calls in the same order.
 
 use std::collections::VecDeque;
 
@@ -54,6 +56,8 @@ pub(crate) fn by_nccl(call: &DeviceCall) -> bool {
 /// A chunk's way.
 struct Chunk {
     before: Vec<DeviceCall>,
+    /// Whether `before` writes to the slot's device memory.
+    is_in_slot: bool,
     /// On the rail.
     exchange: DeviceCall,
     /// Where each row goes that comes from the rail.
@@ -93,6 +97,7 @@ impl<T: Transports> Hierarchy<'_, T> {
             let mine = call.output.part(call, first * local + me * count, count);
             Chunk {
                 before: vec![call.with(Collective::ReduceScatter, count, whole, mine)],
+                is_in_slot: false,
                 exchange: call.with(Collective::AllReduce, count, mine, mine),
                 outputs: vec![mine.address],
                 after: vec![call.with(Collective::AllGather, count, mine, whole)],
@@ -116,6 +121,7 @@ impl<T: Transports> Hierarchy<'_, T> {
             let gather = call.with(Collective::AllGather, count, mine, whole);
             Chunk {
                 before: if is_from_here { vec![spread] } else { Vec::new() },
+                is_in_slot: false,
                 exchange: call.with(Collective::Broadcast, count, mine, mine).from(from_node),
                 outputs: vec![mine.address],
                 after: if is_from_here { Vec::new() } else { vec![gather] },
@@ -152,7 +158,7 @@ impl<T: Transports> Hierarchy<'_, T> {
             let rows = Memory { address: scratch, bytes: nodes * count * size };
             let output = call.output.part(call, first, count);
             let exchange = call.with(Collective::ReduceScatter, count, rows, output);
-            Chunk { before, exchange, outputs: vec![output.address], after: Vec::new() }
+            Chunk { before, is_in_slot: true, exchange, outputs: vec![output.address], after: Vec::new() }
         })
     }
 
@@ -177,6 +183,7 @@ impl<T: Transports> Hierarchy<'_, T> {
             let input = call.input.part(call, first, count);
             Chunk {
                 before: Vec::new(),
+                is_in_slot: false,
                 exchange: call.with(Collective::AllGather, count, input, call.output),
                 outputs: (0..nodes).map(|node| mine(node).address).collect(),
                 after,
@@ -201,6 +208,9 @@ impl<T: Transports> Hierarchy<'_, T> {
                 self.finish(slot, &after)?;
             }
             let chunk = chunk_of(first, width.min(total - first), self.stager.scratch());
+            if chunk.is_in_slot {
+                self.stager.join_next(self.stream)?;
+            }
             self.nccl.enqueue_all(&chunk.before, self.stream)?;
             let (slot, handle) = self.stager.fork(self.rail, &chunk.exchange, &chunk.outputs, self.stream)?;
             last = Some(handle);

@@ -253,6 +253,11 @@ impl Stager {
         wait(&self.device, stream, &self.slots[slot].free)
     }
 
+    /// Lets `stream` wait for what was last in the slot that is next; nothing, where that is free.
+    pub(crate) fn join_next(&self, stream: sys::Stream) -> Result<()> {
+        self.join(self.next, stream)
+    }
+
     /// Copies come behind what `stream` was given so far.
     fn follow(&self, stream: sys::Stream) -> Result<()> {
         self.begin.record(stream)?;

@@ -1,6 +1,7 @@
 //! One rank: its driver, its device, its groups.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use smddp::bootstrap::tcp_store::{Identity, Listen, TcpStore};
@@ -28,6 +29,21 @@ pub struct Job {
     device: i32,
     context: Context,
     pub stream: Stream,
+}
+
+#[derive(Default)]
+#[repr(align(4096))]
+struct Page(AtomicU32);
+
+/// What a stream waits for.
+pub struct Hold {
+    page: &'static Page,
+}
+
+impl Hold {
+    pub fn release(self) {
+        self.page.0.store(1, Ordering::Release);
+    }
 }
 
 pub struct Group {
@@ -91,6 +107,32 @@ impl Job {
         self.stream.addr() as u64
     }
 
+    /// Another stream of the rank's device.
+    pub fn new_stream(&self) -> Stream {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: a place for the stream.
+        assert_eq!(unsafe { (self.driver.stream_create)(&raw mut stream, 1, 0) }, SUCCESS);
+        stream
+    }
+
+    pub fn end_stream(&self, stream: Stream) {
+        // SAFETY: made by `new_stream`, used no more.
+        assert_eq!(unsafe { (self.driver.stream_destroy)(stream) }, SUCCESS);
+    }
+
+    /// The rank's stream waits here until it is released.
+    pub fn hold(&self) -> Hold {
+        let page: &'static Page = Box::leak(Box::default());
+        let (word, mut address) = (std::ptr::from_ref(page).cast_mut().cast(), 0);
+        // SAFETY: a page that is never freed, and a place for its address.
+        unsafe {
+            assert_eq!((self.driver.host_register)(word, size_of::<Page>(), 3), SUCCESS);
+            assert_eq!((self.driver.host_device_pointer)(&raw mut address, word, 0), SUCCESS);
+            assert_eq!((self.driver.stream_wait_value)(self.stream, address, 1, 0), SUCCESS);
+        }
+        Hold { page }
+    }
+
     /// The device's context, to be entered by other threads.
     pub fn context(&self) -> usize {
         self.context.addr()
@@ -148,8 +190,12 @@ impl Job {
 
     /// Waits until the device has done what this rank's stream was given.
     pub fn synchronize(&self) {
-        // SAFETY: our stream.
-        assert_eq!(unsafe { (self.driver.stream_synchronize)(self.stream) }, SUCCESS);
+        self.synchronize_stream(self.stream);
+    }
+
+    pub fn synchronize_stream(&self, stream: Stream) {
+        // SAFETY: a stream of ours.
+        assert_eq!(unsafe { (self.driver.stream_synchronize)(stream) }, SUCCESS);
     }
 
     /// Whether the stream is idle within the limit; a test that fails says so instead of hanging.
@@ -182,6 +228,16 @@ impl Job {
             unsafe { (self.driver.copy_to_device)(address, bytes.as_ptr().cast(), bytes.len(), self.stream) };
         assert!(status == SUCCESS || bytes.is_empty());
         Memory { address, bytes: bytes.len() }
+    }
+
+    /// Writes memory once the rank's stream comes there.
+    pub fn write(&self, memory: Memory, bytes: &[u8]) {
+        assert_eq!(bytes.len(), memory.bytes);
+        // SAFETY: a copy from pageable memory has read it when the call returns.
+        let status = unsafe {
+            (self.driver.copy_to_device)(memory.address, bytes.as_ptr().cast(), bytes.len(), self.stream)
+        };
+        assert_eq!(status, SUCCESS);
     }
 
     /// What device memory holds when the stream is past all it was given.

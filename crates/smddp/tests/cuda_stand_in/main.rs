@@ -10,6 +10,7 @@ mod job;
 mod messages;
 mod misuse;
 mod reference;
+mod streams;
 mod ways;
 
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Calls whose result every rank can compute by itself.
 
 use smddp::cuda::{DeviceCall, Memory};
-use smddp::{Collective, DType, ReduceOp, Result};
+use smddp::{Collective, DType, ReduceOp, Result, StartedOnDevice};
 
 use crate::job::{Group, Job};
 
@@ -81,8 +81,8 @@ pub struct Case {
 
 /// Where a case's data lies.
 pub struct Placed {
-    input: Memory,
-    output: Memory,
+    pub input: Memory,
+    pub output: Memory,
 }
 
 impl Case {
@@ -173,17 +173,34 @@ impl Case {
 
     /// Enqueues the call behind the copies of its data.
     pub fn try_start(&self, job: &Job, group: &Group) -> Result<Placed> {
-        let dtype = self.call.dtype;
-        let output = job.memory(&bytes(dtype, &self.before));
-        let input = if self.in_place { output } else { job.memory(&bytes(dtype, &self.input)) };
-        let call = DeviceCall { input, output, ..self.call.clone() };
-        // SAFETY: freed only after the stream was waited for.
-        let started = unsafe { group.device.start(&call, job.stream_address(), None) };
-        let placed = Placed { input, output };
+        let placed = self.place(job);
+        let started = self.launch(group, &placed, job.stream_address(), None);
         if started.is_err() {
             self.free(job, &placed);
         }
         started.map(|_| placed)
+    }
+
+    /// Memory with the call's data in it once the rank's stream comes there.
+    pub fn place(&self, job: &Job) -> Placed {
+        let dtype = self.call.dtype;
+        let output = job.memory(&bytes(dtype, &self.before));
+        let input = if self.in_place { output } else { job.memory(&bytes(dtype, &self.input)) };
+        Placed { input, output }
+    }
+
+    /// Enqueues the call alone.
+    pub fn launch(
+        &self,
+        group: &Group,
+        placed: &Placed,
+        stream: u64,
+        behind: Option<u64>,
+    ) -> Result<StartedOnDevice> {
+        let Placed { input, output } = *placed;
+        let call = DeviceCall { input, output, ..self.call.clone() };
+        // SAFETY: freed only after the stream was waited for.
+        unsafe { group.device.start(&call, stream, behind) }
     }
 
     /// Compares with the reference, and frees.
