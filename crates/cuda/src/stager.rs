@@ -36,6 +36,13 @@ struct Slot {
     value: u32,
 }
 
+/// Memory of a call of its own.
+struct Borrowed {
+    memory: Pinned,
+    /// Behind the call's last copy; none: only a part of the call was enqueued, which may be at work until the stager's end.
+    past: Option<Event>,
+}
+
 /// Which rows of a piece are copied in and out, and what the operation between sees.
 pub(crate) struct Rows {
     /// Of the operation.
@@ -89,8 +96,8 @@ pub(crate) struct Stager {
     to_device: Stream,
     begin: Event,
     end: Event,
-    /// Memory of calls that did not fit a slot, until its event is past.
-    borrowed: Vec<(Event, Pinned)>,
+    /// Memory of calls that did not fit a slot.
+    borrowed: Vec<Borrowed>,
     /// Whether words can be written and waited for from streams; else the host waits for the device.
     by_words: bool,
 }
@@ -375,8 +382,13 @@ impl Stager {
         self.give_back()?;
         let (slot, gate) = self.take_slot();
         let memory = Pinned::new(&self.device, call.input.bytes + call.output.bytes + ALIGN)?;
-        let input = memory.region().slice(0, call.input.bytes);
-        let output = memory.region().slice(call.input.bytes.next_multiple_of(ALIGN), call.output.bytes);
+        let region = memory.region();
+        let (input, output) = (
+            region.slice(0, call.input.bytes),
+            region.slice(call.input.bytes.next_multiple_of(ALIGN), call.output.bytes),
+        );
+        // Before anything uses it, whatever fails below.
+        self.borrowed.push(Borrowed { memory, past: None });
         self.to_host.wait(&self.slots[slot].free)?;
         self.to_host.copy_to_host(input.as_ptr(), call.input.address, input.len())?;
         let handle = self.exchange(host, &call.request(call.count, input, output), gate)?;
@@ -384,16 +396,19 @@ impl Stager {
         self.slots[slot].free.record(self.to_device.raw)?;
         let past = Event::new(&self.device)?;
         past.record(self.to_device.raw)?;
-        self.borrowed.push((past, memory));
+        if let Some(borrowed) = self.borrowed.last_mut() {
+            borrowed.past = Some(past);
+        }
         Ok(Some(handle))
     }
 
     /// Frees borrowed memory the device is done with.
     fn give_back(&mut self) -> Result<()> {
         let mut failed = Ok(());
-        self.borrowed.retain(|(past, _)| match past.is_done() {
-            Ok(done) => !done,
-            Err(error) => {
+        self.borrowed.retain(|borrowed| match borrowed.past.as_ref().map(Event::is_done) {
+            None => true,
+            Some(Ok(done)) => !done,
+            Some(Err(error)) => {
                 failed = Err(error);
                 true
             }
@@ -458,8 +473,8 @@ impl Stager {
         for slot in self.slots.drain(..) {
             std::mem::forget(slot.memory);
         }
-        for (_, memory) in self.borrowed.drain(..) {
-            std::mem::forget(memory);
+        for borrowed in self.borrowed.drain(..) {
+            std::mem::forget(borrowed.memory);
         }
         std::mem::forget((self.direct.take(), self.scratch.take()));
         self.words.leave_behind();

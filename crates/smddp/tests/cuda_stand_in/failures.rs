@@ -14,7 +14,7 @@ pub fn sum(job: &Job, count: usize) -> Case {
 }
 
 /// Calls until one is refused: the failure of an earlier call, known at the latest when the stream has passed it.
-fn told(job: &Job, group: &Group) -> Error {
+pub fn told(job: &Job, group: &Group) -> Error {
     let until = Instant::now() + Duration::from_secs(30);
     while Instant::now() < until {
         let case = sum(job, 500);

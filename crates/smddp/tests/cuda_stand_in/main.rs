@@ -7,6 +7,7 @@ mod direct;
 mod failures;
 mod hierarchical;
 mod job;
+mod memory;
 mod messages;
 mod misuse;
 mod reference;
