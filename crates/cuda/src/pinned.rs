@@ -2,6 +2,7 @@
 
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use smddp_core::communicator::Communicator;
@@ -123,6 +124,12 @@ impl SharedWords {
     /// The device's address of a slot's "output is there".
     pub(crate) fn done(&self, slot: usize) -> u64 {
         self.base + ptr::from_ref(self.words.done(slot)).addr() as u64 - self.page()
+    }
+
+    /// Whether the operation of a slot's use, by its value, is over: it has stored "output is there" (W1, W2).
+    pub(crate) fn is_left(&self, slot: usize, value: u32) -> bool {
+        let done = self.words.done(slot).load(Ordering::Acquire);
+        done.wrapping_sub(value).cast_signed() >= 0
     }
 
     fn page(&self) -> u64 {

@@ -4,6 +4,7 @@
 //! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
 //! length pass as one piece through memory of their own.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ struct Slot {
     free: Event,
     /// Uses so far (W1).
     value: u32,
+    /// The last use in which an operation was started, by its value.
+    started: Cell<u32>,
 }
 
 /// Memory of a call of its own.
@@ -113,7 +116,7 @@ impl Stager {
         let count = count.clamp(1, SLOTS);
         let slot = |_| {
             let memory = Pinned::new(device, bytes)?.registered(host);
-            Ok(Slot { memory, free: Event::new(device)?, value: 0 })
+            Ok(Slot { memory, free: Event::new(device)?, value: 0, started: Cell::new(0) })
         };
         let mut stager = Stager {
             device: Arc::clone(device),
@@ -435,14 +438,16 @@ impl Stager {
         if self.by_words {
             self.to_host.write_word(self.words.ready(slot), value)?;
             let request = Request { gate: Some(gate), ..request.clone() };
-            // SAFETY: slots live until the stager's end, which waits for the operations; C4 keeps others out.
+            // SAFETY: the memory, a slot's or borrowed, is freed at the stager's end only when this use's `done` says that
+            // the operation has left it, or, if borrowed, behind the copy that waits for `done`; C4 keeps others out.
             let handle = unsafe { host.start(&request)? };
+            self.slots[slot].started.set(value);
             let arrival = self.direct.as_ref().map_or(Arrival::InOrder, Direct::arrival);
             self.to_device.wait_word(self.words.done(slot), value, arrival)?;
             return Ok(handle);
         }
         self.to_host.synchronize()?;
-        // SAFETY: as above.
+        // SAFETY: the memory stays until the operation is over, which is waited for here; C4 keeps others out.
         let handle = unsafe { host.start(request)? };
         handle.wait(None)?;
         Ok(handle)
@@ -450,24 +455,37 @@ impl Stager {
 }
 
 impl Drop for Stager {
-    /// The group behind has ended or failed, so every wait is released (W2); what is enqueued soon runs out.
+    /// The group behind has ended or failed, so every wait is released (W2); what is enqueued soon runs out. Where that is
+    /// not known the memory is not freed.
     fn drop(&mut self) {
         if self.device.enter().is_err() {
             return self.leave_behind();
         }
         let until = Instant::now() + DRAIN_LIMIT;
-        let idle = |s: &Stream| s.is_idle().unwrap_or(true);
-        while !(idle(&self.to_host) && idle(&self.to_device)) {
-            if Instant::now() > until {
-                tracing::warn!("the device did not finish; its staging memory is left behind");
-                return self.leave_behind();
+        loop {
+            match self.is_at_rest() {
+                Ok(true) => return,
+                Ok(false) if Instant::now() <= until => std::thread::sleep(Duration::from_micros(100)),
+                Ok(false) => {
+                    tracing::warn!("the device did not finish; its staging memory is left behind");
+                    return self.leave_behind();
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the device does not answer; its staging memory is left behind");
+                    return self.leave_behind();
+                }
             }
-            std::thread::sleep(Duration::from_micros(100));
         }
     }
 }
 
 impl Stager {
+    /// Whether neither the device nor an operation uses the memory any more.
+    fn is_at_rest(&self) -> Result<bool> {
+        let is_left = |(at, slot): (usize, &Slot)| self.words.is_left(at, slot.started.get());
+        Ok(self.to_host.is_idle()? && self.to_device.is_idle()? && self.slots.iter().enumerate().all(is_left))
+    }
+
     /// Memory the device may still write to is never freed.
     fn leave_behind(&mut self) {
         for slot in self.slots.drain(..) {

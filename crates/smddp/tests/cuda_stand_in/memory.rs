@@ -1,6 +1,6 @@
 //! Pinned memory: it stays as long as a device or an operation may use it, and no longer.
 
-use crate::failures::told;
+use crate::failures::{sum, told};
 use crate::job::{Job, children};
 use crate::reference::Case;
 
@@ -32,6 +32,28 @@ fn memory_of_a_call_that_fails_midway_stays() {
             assert_eq!(job.control.lasting_error(), None, "{step}");
             case.free(&job, &placed);
         }
+        rank.barrier("over");
+    });
+}
+
+/// A stream that does not answer may be at work.
+#[test]
+fn memory_of_a_stream_that_does_not_answer_stays() {
+    children("memory::memory_of_a_stream_that_does_not_answer_stays", NODES, &[]).run(|rank| {
+        let job = Job::start(rank, NODES);
+        let group = job.group("world", &[]);
+        let case = sum(&job, 1000);
+        let placed = case.place(&job);
+        let hold = job.hold();
+        case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        rank.barrier("started");
+        for nth in [1, 2] {
+            job.control.fail("cuStreamQuery", nth, 999);
+        }
+        group.device.abort("a test");
+        hold.release();
+        assert!(job.comes_to_rest(), "the stream still waits");
+        assert_eq!(job.control.lasting_error(), None);
         rank.barrier("over");
     });
 }
