@@ -393,7 +393,7 @@ fn a_gated_call_begins_when_its_word_is_written_and_says_when_it_is_over() {
         let groups = groups(&shape, 3, &small_rounds());
         let sum = (1..=shape.size() as i64).sum::<i64>();
         on_all(&groups, |g| {
-            let words = Arc::new(Words::default());
+            let words = Arc::new(Words::new().unwrap());
             let mut data: Vec<Vec<i64>> = (0..3).map(|_| vec![0; 100]).collect();
             let gates: Vec<Gate> =
                 (0..3).map(|slot| Gate { words: Arc::clone(&words), slot, value: 1 }).collect();
@@ -425,7 +425,7 @@ fn a_failed_group_releases_whoever_waits_for_its_gated_calls() {
     let shape = GroupShape::even(2, 2);
     let groups = groups(&shape, 5, &small_rounds());
     on_all(&groups, |g| {
-        let words = Arc::new(Words::default());
+        let words = Arc::new(Words::new().unwrap());
         let mut data: Vec<Vec<i64>> = (0..2).map(|_| vec![1; 100]).collect();
         let gates: Vec<Gate> =
             (0..2).map(|slot| Gate { words: Arc::clone(&words), slot, value: 7 }).collect();

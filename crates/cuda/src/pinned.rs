@@ -1,8 +1,8 @@
 //! Host memory a device can reach.
 
+use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use smddp_core::communicator::Communicator;
@@ -26,6 +26,24 @@ fn unpinned(bytes: usize, reason: &str) -> Error {
     }
 }
 
+/// A forked child must not take the pages' place while the device writes to them.
+///
+/// # Safety
+/// Whole pages that no child uses.
+unsafe fn keep_from_children(start: *mut c_void, len: usize) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { madvise(start, len, Advice::LinuxDontFork) }
+        .map_err(|e| unpinned(len, &format!("keeping it from forked children: {e}")))
+}
+
+/// # Safety
+/// Memory that stays mapped until it has been unregistered.
+unsafe fn register(device: &Device, start: *mut c_void, len: usize) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let status = unsafe { (device.driver.host_register)(start, len, sys::HOST_REGISTER_PORTABLE_MAPPED) };
+    if status == sys::SUCCESS { Ok(()) } else { Err(unpinned(len, &device.driver.explain(status))) }
+}
+
 /// A mapping registered with the device. Cached as ordinary memory: the host reads every byte of it.
 pub(crate) struct Pinned {
     device: Arc<Device>,
@@ -43,15 +61,12 @@ impl Pinned {
             mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
         }
         .map_err(|e| unpinned(len, &e.to_string()))?;
-        // A forked child must not take the pages' place while the device writes to them.
-        // SAFETY: the mapping just made.
-        let advised = unsafe { madvise(start, len, Advice::LinuxDontFork) };
-        // SAFETY: as above; unregistered in drop, before it is unmapped.
-        let status = unsafe { (device.driver.host_register)(start, len, sys::HOST_REGISTER_PORTABLE_MAPPED) };
-        if advised.is_err() || status != sys::SUCCESS {
-            // SAFETY: mapped above, used by nobody.
+        // SAFETY: the mapping just made, which is unregistered in drop before it is unmapped.
+        let made = unsafe { keep_from_children(start, len).and_then(|()| register(device, start, len)) };
+        if let Err(error) = made {
+            // SAFETY: mapped above, registered with nobody, used by nobody.
             let _ = unsafe { munmap(start, len) };
-            return Err(unpinned(len, &device.driver.explain(status)));
+            return Err(error);
         }
         // SAFETY: mapped until drop (R1); the stager hands out disjoint pieces.
         let region = unsafe { Region::new(start.cast(), len) };
@@ -100,15 +115,10 @@ pub(crate) struct SharedWords {
 impl SharedWords {
     /// The device must have been entered.
     pub(crate) fn new(device: &Arc<Device>) -> Result<SharedWords> {
-        let words = Arc::new(Words::default());
-        let page = Arc::as_ptr(&words).cast_mut().cast();
-        // SAFETY: a page of its own by its alignment, kept by the Arc until drop has unregistered it.
-        let status = unsafe {
-            (device.driver.host_register)(page, size_of::<Words>(), sys::HOST_REGISTER_PORTABLE_MAPPED)
-        };
-        if status != sys::SUCCESS {
-            return Err(unpinned(size_of::<Words>(), &device.driver.explain(status)));
-        }
+        let words = Arc::new(Words::new().map_err(|e| unpinned(Words::BYTES, &e.to_string()))?);
+        let page = words.start().cast();
+        // SAFETY: a page of its own, kept by the Arc until drop has unregistered it, or for good.
+        unsafe { register(device, page, Words::BYTES)? };
         let mut shared = SharedWords { device: Arc::clone(device), words, base: 0, is_left: false };
         // SAFETY: registered just now; a place for the address.
         let status = unsafe { (device.driver.host_device_pointer)(&raw mut shared.base, page, 0) };
@@ -126,14 +136,8 @@ impl SharedWords {
         self.base + ptr::from_ref(self.words.done(slot)).addr() as u64 - self.page()
     }
 
-    /// Whether the operation of a slot's use, by its value, is over: it has stored "output is there" (W1, W2).
-    pub(crate) fn is_left(&self, slot: usize, value: u32) -> bool {
-        let done = self.words.done(slot).load(Ordering::Acquire);
-        done.wrapping_sub(value).cast_signed() >= 0
-    }
-
     fn page(&self) -> u64 {
-        Arc::as_ptr(&self.words).addr() as u64
+        self.words.start().addr() as u64
     }
 }
 
@@ -147,10 +151,26 @@ impl SharedWords {
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        if !self.is_left && self.device.enter().is_ok() {
-            // SAFETY: registered in `new`; the stager's streams are idle by now.
-            let _ =
-                unsafe { (self.device.driver.host_unregister)(Arc::as_ptr(&self.words).cast_mut().cast()) };
+        if self.is_left {
+            return;
         }
+        if self.device.enter().is_err() {
+            return self.leave_behind();
+        }
+        // SAFETY: registered in `new`; the stager's streams are idle by now.
+        let _ = unsafe { (self.device.driver.host_unregister)(self.words.start().cast()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_cannot_be_kept_from_children_says_so() {
+        // SAFETY: no page begins there, so nothing is changed.
+        let refused =
+            unsafe { keep_from_children(ptr::without_provenance_mut(1), PAGE) }.unwrap_err().to_string();
+        assert!(refused.contains("forked children") && refused.contains("4096 bytes"), "{refused}");
     }
 }

@@ -57,3 +57,36 @@ fn memory_of_a_stream_that_does_not_answer_stays() {
         rank.barrier("over");
     });
 }
+
+/// Bytes of mappings whose contents a forked child does not get.
+fn kept_from_children() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut bytes, mut found) = (0, 0);
+    for line in maps.lines() {
+        if let Some(size) = line.strip_prefix("Size:") {
+            bytes = 1024 * size.trim_end_matches("kB").trim().parse::<usize>().unwrap();
+        }
+        if line.strip_prefix("VmFlags:").is_some_and(|flags| flags.split(' ').any(|flag| ["dc", "wf"].contains(&flag))) {
+            found += bytes;
+        }
+    }
+    found
+}
+
+/// Else a child that is forked while the device writes takes the pages with it, and what is written is lost.
+#[test]
+fn all_that_devices_write_to_is_kept_from_children() {
+    children("memory::all_that_devices_write_to_is_kept_from_children", NODES, &[]).run(|rank| {
+        let job = Job::start(rank, NODES);
+        let host = job.host("host", &[]);
+        let before = kept_from_children();
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA_SLOTS", "2")]);
+        let (slots, words) = (2 * (64 << 10), 4096);
+        assert_eq!(kept_from_children() - before, slots + words);
+        rank.barrier("over");
+        group.end();
+        assert_eq!(kept_from_children(), before);
+        host.shutdown();
+        job.end();
+    });
+}
