@@ -139,3 +139,38 @@ def test_errors_of_any_part_are_those_of_the_whole() -> None:
     whole = work.Together([Failed()])
     assert isinstance(whole.exception(), ValueError)
     assert not whole.is_success()
+
+
+class _OnDevice(torch.Tensor):
+    """Counts what keeps its memory for a stream."""
+
+    is_cuda = True
+    kept = 0
+
+    def record_stream(self, stream: object) -> None:  # type: ignore[override]
+        self.kept += 1
+
+
+def test_memory_of_a_call_that_fails_is_kept_for_its_stream(side: CudaSide) -> None:
+    class Full(Exception):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise Full
+
+    native: Any = side._native
+    native.start = native.start_tensors = native.exchange = refuse
+    made = [torch.zeros(4).as_subclass(_OnDevice) for _ in range(5)]
+    spans = [Span((100, 16), 4, tensor, None, 0) for tensor in made]
+    with pytest.raises(Full):
+        side.issue("all_gather", 0, (), spans[0], spans[1], [], True)
+    with pytest.raises(Full):
+        side.short(2, 0, 0, made[2], made[3], None, True)
+    with pytest.raises(Full):
+        side.message("send", Message(1, True, spans[4], made[4]))
+    assert all(tensor.kept for tensor in made), [tensor.kept for tensor in made]
+    # On the caller's own stream the allocator knows by itself.
+    alone = torch.zeros(4).as_subclass(_OnDevice)
+    with pytest.raises(Full):
+        side.short(2, 0, 0, alone, None, None, False)
+    assert not alone.kept

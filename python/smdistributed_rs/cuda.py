@@ -115,6 +115,8 @@ class CudaSide:
 
     def _exchange(self, messages: list[Message]) -> Work:
         native, stream = self._connected("send and recv", self._device), self._streams(self._device, True)
+        tensors = [m.tensor for m in messages]
+        self._keep([m.span.keep for m in messages], tensors)
         handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
         finishes = [m.span.finish for m in messages if m.span.finish is not None]
         if finishes:
@@ -122,9 +124,6 @@ class CudaSide:
                 for finish in finishes:
                     finish()
             handle.extend(stream[0])
-        tensors = [m.tensor for m in messages]
-        for tensor in _tensors([[m.span.keep for m in messages], tensors]):
-            tensor.record_stream(self._stream)
         return CudaWork(native, handle, tensors, self._stream)
 
     def issue(
@@ -140,16 +139,14 @@ class CudaSide:
         """Enqueues one call; `call` is what `DeviceGroup.start` takes after the streams."""
         native = self._connected(name, device)
         stream, current = self._streams(device, is_async)
+        if is_async:
+            self._keep(source.keep, target.keep, results)
         handle = native.start(stream, current, *call)
         if target.finish is not None:
             with torch.cuda.stream(self._stream if is_async else torch.cuda.current_stream(device)):
                 target.finish()
             handle.extend(stream)
-        if not is_async:
-            return DONE
-        for tensor in _tensors((source.keep, target.keep, results)):
-            tensor.record_stream(self._stream)
-        return CudaWork(native, handle, results, self._stream)
+        return CudaWork(native, handle, results, self._stream) if is_async else DONE
 
     def short(
         self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, limit: float | None,
@@ -160,7 +157,12 @@ class CudaSide:
         if native is None:
             return None
         stream, current = self._streams(self._device, is_async)
-        handle = native.start_tensors(stream, current, collective, code, root, output, input, limit)
+        try:
+            handle = native.start_tensors(stream, current, collective, code, root, output, input, limit)
+        except BaseException:
+            if is_async:
+                self._keep(output, input)
+            raise
         if handle is None:
             return None
         if not is_async:
@@ -169,6 +171,12 @@ class CudaSide:
         if input is not None:
             input.record_stream(self._stream)
         return CudaWork(native, handle, [output], self._stream)
+
+    def _keep(self, *tensors: object) -> None:
+        """Their memory is given to nobody else before what the group's stream holds is over: of a call that fails too,
+        since a part of it may be enqueued."""
+        for tensor in _tensors(tensors):
+            tensor.record_stream(self._stream)
 
     def _streams(self, device: int, is_async: bool) -> tuple[int, int | None]:
         """(the one a call runs on, another it runs behind)"""

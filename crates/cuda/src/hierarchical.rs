@@ -80,12 +80,16 @@ impl<T: Transports> Hierarchy<'_, T> {
     /// Enqueues a call; one whose result has its input's place has the input there. The handle is that of the last
     /// exchange; none: there was nothing to exchange.
     pub(crate) fn enqueue(&mut self, call: &DeviceCall) -> Result<Option<Handle<T>>> {
-        match call.collective {
+        let enqueued = match call.collective {
             Collective::ReduceScatter => self.reduce_scatter(call),
             Collective::AllGather => self.all_gather(call),
             Collective::Broadcast => self.broadcast(call),
             _ => self.all_reduce(call),
+        };
+        if enqueued.is_err() {
+            self.stager.leave_to(self.stream);
         }
+        enqueued
     }
 
     /// What does not divide by the node's ranks is reduced on all of them and exchanged on every rail, with equal results.

@@ -180,15 +180,43 @@ impl Stager {
         call: &DeviceCall,
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {
+        let enqueued = self.enqueue_all(host, call, stream);
+        if enqueued.is_err() {
+            self.leave_to(stream);
+        }
+        enqueued
+    }
+
+    fn enqueue_all<T: Transports>(
+        &mut self,
+        host: &Communicator<T>,
+        call: &DeviceCall,
+        stream: sys::Stream,
+    ) -> Result<Option<Handle<T>>> {
         self.follow(stream)?;
         let last = if call.counts.is_some() || call.splits.is_some() {
             self.whole(host, call)?
         } else {
             self.pieces(host, call)?
         };
-        self.end.record(self.to_device.raw)?;
-        wait(&self.device, stream, &self.end)?;
+        self.order(stream, &self.to_device)?;
         Ok(last)
+    }
+
+    /// A call has failed midway: what was enqueued of it comes before what `stream` is given next, such as the next use of
+    /// the call's memory. Where the driver fails in that too there is nothing left to do.
+    pub(crate) fn leave_to(&self, stream: sys::Stream) {
+        for ours in [&self.to_host, &self.to_device] {
+            if let Err(error) = self.order(stream, ours) {
+                tracing::warn!(%error, "copies of a call that failed are not ordered: its memory may be written later");
+            }
+        }
+    }
+
+    /// Lets `stream` wait for what `ours` was given so far.
+    fn order(&self, stream: sys::Stream, ours: &Stream) -> Result<()> {
+        self.end.record(ours.raw)?;
+        wait(&self.device, stream, &self.end)
     }
 
     /// How many pieces may be under way at once.

@@ -1,6 +1,6 @@
 //! What is ordered behind what, and what a call leaves as it found it.
 
-use smddp::{Collective, DType, ReduceOp};
+use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Job, children};
 use crate::reference::Case;
@@ -29,4 +29,45 @@ fn calls_on_two_streams_keep_off_each_others_slots() {
         group.end();
         job.end();
     });
+}
+
+/// What a call that failed midway has enqueued comes before what the caller enqueues next: its memory may be used anew.
+fn a_failed_call_is_past(test: &str, nodes: &[usize], (function, nth): (&str, u64)) {
+    // The copies to the device come late.
+    children(test, nodes, &[("SMDDP_STANDIN_DELAY_US", "20000")]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
+        let case = Case::of(Collective::AllReduce, DType::F32, 60_000, 0, &job);
+        let placed = case.place(&job);
+        let new: Vec<u8> = (0..placed.output.bytes).map(|i| (i % 251) as u8).collect();
+        // Until all of it is enqueued nothing of the call runs.
+        let hold = job.hold();
+        if rank.rank == 0 {
+            job.control.fail(function, nth, 1);
+        }
+        let outcome = case.launch(&group, &placed, job.stream_address(), None);
+        if rank.rank == 0 {
+            let error = outcome.err().unwrap();
+            assert!(matches!(error, Error::Transport { .. }), "{error}");
+            job.write(placed.output, &new);
+        }
+        hold.release();
+        assert!(job.comes_to_rest(), "the stream still waits");
+        group.end();
+        if rank.rank == 0 {
+            assert!(job.read(placed.output) == new, "written by a call that has failed");
+        }
+        assert_eq!(job.control.lasting_error(), None);
+        rank.barrier("over");
+    });
+}
+
+#[test]
+fn a_failed_call_of_pieces_is_past() {
+    a_failed_call_is_past("streams::a_failed_call_of_pieces_is_past", &[1, 1], ("cuMemcpyHtoDAsync_v2", 8));
+}
+
+#[test]
+fn a_failed_call_of_chunks_is_past() {
+    a_failed_call_is_past("streams::a_failed_call_of_chunks_is_past", &[2, 2], ("ncclReduceScatter", 4));
 }
