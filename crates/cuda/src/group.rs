@@ -392,15 +392,10 @@ impl<T: Transports> DeviceGroup<T> {
     fn enter(&self, op: &str, stream: sys::Stream, behind: Option<u64>) -> Result<MutexGuard<'_, Parts<T>>> {
         let parts = self.lock()?;
         self.device.enter()?;
-        if self.path != Path::Nccl && self.device.is_capturing(stream)? {
-            return Err(Error::Argument {
-                op: op.to_owned(),
-                argument: "stream",
-                expected: "one that captures no graph".to_owned(),
-                given: "one that does".to_owned(),
-                hint: "A replayed graph would not wait for other nodes: call it outside of the graph"
-                    .to_owned(),
-            });
+        let behind = behind.map(|other| other as sys::Stream);
+        if self.path != Path::Nccl {
+            // A stream that comes behind one that captures takes part in the capture.
+            [Some(stream), behind].into_iter().flatten().try_for_each(|s| self.refuse_capture(op, s))?;
         }
         if let Some(Err(error)) = parts.last.as_ref().and_then(Handle::result) {
             return Err(error);
@@ -410,10 +405,23 @@ impl<T: Transports> DeviceGroup<T> {
             return Err(error);
         }
         if let Some(other) = behind {
-            parts.before.record(other as sys::Stream)?;
+            parts.before.record(other)?;
             wait(&self.device, stream, &parts.before)?;
         }
         Ok(parts)
+    }
+
+    fn refuse_capture(&self, op: &str, stream: sys::Stream) -> Result<()> {
+        if !self.device.is_capturing(stream)? {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            op: op.to_owned(),
+            argument: "stream",
+            expected: "one that captures no graph".to_owned(),
+            given: "one that does".to_owned(),
+            hint: "A replayed graph would not wait for other nodes: call it outside of the graph".to_owned(),
+        })
     }
 
     fn alone(&self, call: &DeviceCall, stream: sys::Stream) -> Result<()> {

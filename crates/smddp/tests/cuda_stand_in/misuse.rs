@@ -14,6 +14,32 @@ fn still_works(job: &Job, group: &Group) {
     case.check(job, &memory);
 }
 
+/// A graph's replay would not wait for the other nodes, whichever of the call's streams it is captured from.
+#[test]
+fn streams_that_capture_a_graph_are_refused_between_nodes() {
+    let nodes = &[1, 1];
+    children("misuse::streams_that_capture_a_graph_are_refused_between_nodes", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let other = job.new_stream();
+        let (ours, theirs) = (job.stream_address(), other.addr() as u64);
+        let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
+        let placed = case.place(&job);
+        for captures in [job.stream, other] {
+            job.control.capture(captures.addr(), true).unwrap();
+            let refused = case.launch(&group, &placed, ours, Some(theirs)).err();
+            job.control.capture(captures.addr(), false).unwrap();
+            assert!(matches!(refused, Some(Error::Argument { argument: "stream", .. })), "{refused:?}");
+        }
+        case.launch(&group, &placed, ours, Some(theirs)).unwrap();
+        case.check(&job, &placed);
+        job.end_stream(other);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
 fn memory_of_the_wrong_length(test: &str, nodes: &[usize]) {
     children(test, nodes, &[]).run(|rank| {
         let job = Job::start(rank, nodes);

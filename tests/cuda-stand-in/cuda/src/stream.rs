@@ -6,7 +6,7 @@ use crate::entry::{self, lock};
 use crate::queue::{Op, Queue, wait_parked};
 use smddp_standin::switches::Switches;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub struct Stream {
     queue: Arc<Queue>,
     progress: Mutex<Progress>,
     changed: Condvar,
+    /// Only said: what it is given runs all the same.
+    captures: AtomicBool,
 }
 
 impl fmt::Display for Stream {
@@ -49,7 +51,16 @@ fn shared_queue() -> &'static Arc<Queue> {
 impl Stream {
     pub fn new(handle: usize, device: i32, kind: Kind, priority: i32) -> Self {
         let queue = if Switches::get().one_queue { Arc::clone(shared_queue()) } else { Arc::default() };
-        Self { handle, device, kind, priority, queue, progress: Mutex::default(), changed: Condvar::new() }
+        Self {
+            handle,
+            device,
+            kind,
+            priority,
+            queue,
+            progress: Mutex::default(),
+            changed: Condvar::new(),
+            captures: AtomicBool::new(false),
+        }
     }
 
     pub fn handle(&self) -> usize {
@@ -95,6 +106,14 @@ impl Stream {
         self.queue.push(op);
         drop(order);
         seq
+    }
+
+    pub fn is_capturing(&self) -> bool {
+        self.captures.load(Ordering::SeqCst)
+    }
+
+    pub fn set_capturing(&self, captures: bool) {
+        self.captures.store(captures, Ordering::SeqCst);
     }
 
     /// The place of what was queued last.

@@ -19,6 +19,7 @@ static TABLE: Table = Table {
     lasting_error,
     adopt,
     disown,
+    capture,
     executed,
     current_device,
     launch,
@@ -99,6 +100,10 @@ unsafe extern "C" fn adopt(ptr: *mut c_void, len: usize, device: c_int) -> c_int
 
 unsafe extern "C" fn disown(ptr: *mut c_void) -> c_int {
     to_c(memory::remove(Kind::Adopted, ptr as u64, Code::INVALID_VALUE))
+}
+
+unsafe extern "C" fn capture(stream: *mut c_void, captures: bool) -> c_int {
+    to_c(context::stream(stream as usize).map(|stream| stream.set_capturing(captures)))
 }
 
 unsafe extern "C" fn current_device(out: *mut c_int) -> c_int {

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_void};
 pub const TABLE_SYMBOL: &[u8] = b"smddpStandinTable\0";
 
 /// Grows with every change of [`Table`]: libraries of two builds must not meet.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A piece of work for a stream. Returns 0, or the error that the whole context shall have from then on.
 pub type Work = unsafe extern "C" fn(data: *mut c_void) -> c_int;
@@ -46,6 +46,8 @@ pub struct Table {
     /// Labels host memory as memory of `device`.
     pub adopt: unsafe extern "C" fn(ptr: *mut c_void, len: usize, device: c_int) -> c_int,
     pub disown: unsafe extern "C" fn(ptr: *mut c_void) -> c_int,
+    /// Says from now on that a graph is captured from `stream`, or that none is.
+    pub capture: unsafe extern "C" fn(stream: *mut c_void, captures: bool) -> c_int,
     /// Operations that run, and have run, on streams.
     pub executed: extern "C" fn() -> u64,
 

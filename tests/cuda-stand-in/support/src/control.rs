@@ -70,6 +70,12 @@ impl Control {
         (self.table.executed)()
     }
 
+    /// Says from now on that a graph is captured from `stream`, or that none is; what it is given runs all the same.
+    pub fn capture(&self, stream: usize, captures: bool) -> Result<(), i32> {
+        // SAFETY: a handle, which is looked up; what is no stream is refused.
+        code(unsafe { (self.table.capture)(std::ptr::without_provenance_mut(stream), captures) })
+    }
+
     /// The error that every call gives since an operation failed on a stream, and its text.
     pub fn lasting_error(&self) -> Option<(i32, String)> {
         let mut text = [0u8; 512];

@@ -98,13 +98,12 @@ api! {
         out.set(context::stream(stream)?.serial())
     }
 
-    /// Capture is not there: no stream captures.
+    /// Capture is not there: a stream captures when a test says that it does.
     fn cuStreamIsCapturing(stream: usize, out: Out<c_int>) {
-        context::stream(stream)?;
-        out.set(0)
+        out.set(c_int::from(context::stream(stream)?.is_capturing()))
     }
 
-    /// Where no stream captures, the mode makes no difference; the one asked for is the one before.
+    /// Where nothing is captured, the mode makes no difference; the one asked for is the one before.
     fn cuThreadExchangeStreamCaptureMode(mode: Out<c_int>) {
         mode.set(0)
     }
