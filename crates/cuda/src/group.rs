@@ -34,6 +34,21 @@ pub struct Memory {
     pub bytes: usize,
 }
 
+impl Memory {
+    fn check(self, op: &str, argument: &'static str) -> Result<()> {
+        if self.address != 0 || self.bytes == 0 {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            op: op.to_owned(),
+            argument,
+            expected: "memory of the group's device".to_owned(),
+            given: format!("{} bytes at address 0", self.bytes),
+            hint: "Its memory was given back (FSDP does so with what it can gather again)".to_owned(),
+        })
+    }
+}
+
 /// A collective call on device memory; fields as in [`smddp_core::request::Request`].
 #[derive(Clone, Debug)]
 pub struct DeviceCall {
@@ -228,8 +243,10 @@ impl<T: Transports> DeviceGroup<T> {
     pub unsafe fn start(&self, call: &DeviceCall, stream: u64, behind: Option<u64>) -> Result<Started<T>> {
         let request = call.request(call.count, Region::EMPTY, Region::EMPTY);
         self.host.check_call(&request, call.input.bytes, call.output.bytes)?;
+        let name = call.collective.name();
+        call.input.check(name, "input").and_then(|()| call.output.check(name, "output"))?;
         let stream = stream as sys::Stream;
-        let mut parts = self.enter(call.collective.name(), stream, behind)?;
+        let mut parts = self.enter(name, stream, behind)?;
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
@@ -277,6 +294,7 @@ impl<T: Transports> DeviceGroup<T> {
                     hint: "Copy instead".to_owned(),
                 });
             }
+            message.memory.check(op, "tensor")?;
         }
         let stream = stream as sys::Stream;
         let _parts = self.enter(OP.name(), stream, behind)?;

@@ -232,6 +232,10 @@ pub fn tensors(
     if from.dtype != into.dtype || from.device != into.device {
         return None;
     }
+    // As of a tensor whose storage was given back.
+    if [into, from].iter().any(|tensor| tensor.address == 0 && tensor.count > 0) {
+        return None;
+    }
     let (count, from_count) = (into.count, from.count);
     // The short way takes only what is beyond doubt; the long way says what is wrong with the rest.
     let fits = match Collective::from_code(collective) {

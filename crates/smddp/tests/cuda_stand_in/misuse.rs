@@ -1,10 +1,10 @@
 //! Bad input: a clear error on every rank, nothing enqueued, nothing hangs.
 
-use smddp::cuda::{DeviceCall, Memory};
+use smddp::cuda::{DeviceCall, DeviceMessage, Memory};
 use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Group, Job, children};
-use crate::reference::{COLLECTIVES, Case};
+use crate::reference::{COLLECTIVES, Case, Placed};
 
 /// A group that a refused call has left as it was.
 fn still_works(job: &Job, group: &Group) {
@@ -12,6 +12,55 @@ fn still_works(job: &Job, group: &Group) {
     let memory = case.start(job, group);
     job.synchronize();
     case.check(job, &memory);
+}
+
+/// As of a tensor whose memory was given back.
+fn memory_that_is_none(test: &str, nodes: &[usize]) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let none = Memory { address: 0, bytes: 400 };
+        for collective in [Collective::AllReduce, Collective::AllGather] {
+            let case = Case::of(collective, DType::F32, 100, 0, &job);
+            let placed = case.place(&job);
+            for (name, wrong) in [
+                ("input", Placed { input: none, ..placed }),
+                ("output", Placed { output: Memory { address: 0, ..placed.output }, ..placed }),
+            ] {
+                let refused = case.launch(&group, &wrong, job.stream_address(), None).err().unwrap();
+                let named = matches!(&refused, Error::Argument { argument, .. } if *argument == name);
+                assert!(named, "{collective}, {name}: {refused}");
+            }
+            job.synchronize();
+            case.free(&job, &placed);
+        }
+        if group.device.carries_messages() {
+            let message = DeviceMessage { peer: 1 - rank.rank, memory: none, is_sent: rank.rank == 0 };
+            // SAFETY: nothing is enqueued.
+            let refused = unsafe { group.device.exchange(&[message], None, job.stream_address(), None) };
+            assert!(matches!(refused, Err(Error::Argument { .. })), "{:?}", refused.err());
+        }
+        // Nothing at nowhere is no mistake.
+        let empty = Case::of(Collective::AllReduce, DType::F32, 0, 0, &job);
+        let nothing = Memory { address: 0, bytes: 0 };
+        empty
+            .launch(&group, &Placed { input: nothing, output: nothing }, job.stream_address(), None)
+            .unwrap();
+        still_works(&job, &group);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
+#[test]
+fn memory_that_is_none_is_refused_by_nccl() {
+    memory_that_is_none("misuse::memory_that_is_none_is_refused_by_nccl", &[2]);
+}
+
+#[test]
+fn memory_that_is_none_is_refused_between_nodes() {
+    memory_that_is_none("misuse::memory_that_is_none_is_refused_between_nodes", &[1, 1]);
 }
 
 /// A graph's replay would not wait for the other nodes, whichever of the call's streams it is captured from.
