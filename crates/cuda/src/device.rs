@@ -73,10 +73,23 @@ impl Device {
         Ok(Arc::new(Device { driver, ordinal, handle, context }))
     }
 
-    /// Makes the device's context this thread's, as all calls below need.
+    /// Makes the device's context this thread's, as all calls below need. For threads of our own: the program's have a
+    /// current device, which [`visit`](Self::visit) leaves as it was.
     pub(crate) fn enter(&self) -> Result<()> {
         // SAFETY: the context is held as long as this object lives.
         self.check("entering the device's context", unsafe { (self.driver.ctx_set)(self.context) })
+    }
+
+    /// Makes the device's context this thread's until what it gives is dropped.
+    pub(crate) fn visit(&self) -> Result<Visit> {
+        let mut before = std::ptr::null_mut();
+        // SAFETY: a place for the context.
+        self.check("asking for the thread's context", unsafe { (self.driver.ctx_current)(&raw mut before) })?;
+        if before == self.context {
+            return Ok(Visit { driver: Arc::clone(&self.driver), before: None });
+        }
+        self.enter()?;
+        Ok(Visit { driver: Arc::clone(&self.driver), before: Some(before) })
     }
 
     pub(crate) fn check(&self, what: &str, status: Status) -> Result<()> {
@@ -137,6 +150,24 @@ impl Device {
         // SAFETY: the caller of the group's `start` vouches for both ranges until the stream is past this.
         let status = unsafe { (self.driver.copy_on_device)(to, from, bytes, stream) };
         self.check("copying on the device", status)
+    }
+}
+
+/// A device's context on a thread of the program's.
+#[must_use]
+pub(crate) struct Visit {
+    driver: Arc<Driver>,
+    /// The thread's context before, where it was another, or none (null).
+    before: Option<sys::Context>,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // SAFETY: the thread's own context when the visit began (the pointer keeps it on that thread); the driver
+            // refuses one that has been destroyed since.
+            let _ = unsafe { (self.driver.ctx_set)(before) };
+        }
     }
 }
 
@@ -272,7 +303,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if let Ok(_visit) = self.device.visit() {
             // SAFETY: allocated in `new`; its user drops it only when the device is done with it.
             let _ = unsafe { (self.device.driver.memory_free)(self.address) };
         }

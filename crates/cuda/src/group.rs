@@ -12,7 +12,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, DType, Error, ReduceOp, Region, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::{Device, Event, wait};
+use crate::device::{Device, Event, Visit, wait};
 use crate::hierarchical::Hierarchy;
 use crate::meeting;
 use crate::nccl::{self, NcclComm};
@@ -160,8 +160,8 @@ impl<T: Transports> DeviceGroup<T> {
     pub fn new(options: DeviceOptions<T>) -> Result<DeviceGroup<T>> {
         let DeviceOptions { host, rail, device, settings, library_dirs } = options;
         let selection = agreed(&host, Selection::new(&settings), "reading its settings")?;
-        let opened = Device::open(device).and_then(|d| Ok((d.bus_id()?, d)));
-        let (bus_id, device) = agreed(&host, opened, "opening its CUDA device")?;
+        let opened = Device::open(device).and_then(|d| Ok((d.bus_id()?, d.visit()?, d)));
+        let (bus_id, _visit, device) = agreed(&host, opened, "opening its CUDA device")?;
         let path = choose(&host, rail.is_some(), settings.text("SMDDP_CUDA"));
         if matches!(path, Path::Nccl | Path::Hierarchical) {
             refuse_shared_device(&host, &bus_id)?;
@@ -246,7 +246,7 @@ impl<T: Transports> DeviceGroup<T> {
         let name = call.collective.name();
         call.input.check(name, "input").and_then(|()| call.output.check(name, "output"))?;
         let stream = stream as sys::Stream;
-        let mut parts = self.enter(name, stream, behind)?;
+        let (mut parts, _visit) = self.enter(name, stream, behind)?;
         let started = match self.path {
             Path::Alone => self.alone(call, stream).map(|()| None),
             Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
@@ -297,7 +297,7 @@ impl<T: Transports> DeviceGroup<T> {
             message.memory.check(op, "tensor")?;
         }
         let stream = stream as sys::Stream;
-        let _parts = self.enter(OP.name(), stream, behind)?;
+        let (_parts, _visit) = self.enter(OP.name(), stream, behind)?;
         let exchanged = self.nccl()?.exchange_messages(messages, stream);
         self.end_of(OP, timeout, stream, exchanged.map(|()| None))
     }
@@ -407,9 +407,14 @@ impl<T: Transports> DeviceGroup<T> {
     }
 
     /// What every call begins with: nothing has failed so far, and `stream` comes behind `behind`.
-    fn enter(&self, op: &str, stream: sys::Stream, behind: Option<u64>) -> Result<MutexGuard<'_, Parts<T>>> {
+    fn enter(
+        &self,
+        op: &str,
+        stream: sys::Stream,
+        behind: Option<u64>,
+    ) -> Result<(MutexGuard<'_, Parts<T>>, Visit)> {
         let parts = self.lock()?;
-        self.device.enter()?;
+        let visit = self.device.visit()?;
         let behind = behind.map(|other| other as sys::Stream);
         if self.path != Path::Nccl {
             // A stream that comes behind one that captures takes part in the capture.
@@ -426,7 +431,7 @@ impl<T: Transports> DeviceGroup<T> {
             parts.before.record(other)?;
             wait(&self.device, stream, &parts.before)?;
         }
-        Ok(parts)
+        Ok((parts, visit))
     }
 
     fn refuse_capture(&self, op: &str, stream: sys::Stream) -> Result<()> {
@@ -632,13 +637,13 @@ fn settle_direct<T: Transports>(
     Ok(())
 }
 
+/// The device must have been entered.
 fn make_parts<T: Transports>(
     host: &Communicator<T>,
     path: Path,
     device: &Arc<Device>,
     settings: &Settings,
 ) -> Result<Parts<T>> {
-    device.enter()?;
     let slots = (settings.number("SMDDP_CUDA_SLOTS"), settings.number("SMDDP_CUDA_SLOT"));
     let stager = match path {
         Path::Staged => Some(Stager::new(device, host, slots, Scratch::None)?),

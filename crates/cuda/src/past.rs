@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use smddp_core::Result;
 use smddp_cuda_sys as sys;
 
-use crate::device::{Device, Event, wait};
+use crate::device::{Device, Event, Visit, wait};
 
 /// Events no mark uses any more; making one costs several calls of the driver's.
 pub(crate) struct Events {
@@ -49,7 +49,8 @@ pub struct Past(Arc<Mark>);
 impl Past {
     /// Whether the device is past it.
     pub fn is_done(&self) -> Result<bool> {
-        self.entered()?.is_done()
+        let (_visit, event) = self.visit()?;
+        event.is_done()
     }
 
     /// Makes `stream` wait for it.
@@ -57,7 +58,7 @@ impl Past {
     /// # Safety
     /// A stream of the group's device.
     pub unsafe fn order(&self, stream: u64) -> Result<()> {
-        let event = self.entered()?;
+        let (_visit, event) = self.visit()?;
         wait(&self.0.events.device, stream as sys::Stream, event)
     }
 
@@ -66,11 +67,12 @@ impl Past {
     /// # Safety
     /// As [`order`](Self::order).
     pub unsafe fn extend(&self, stream: u64) -> Result<()> {
-        self.entered()?.record(stream as sys::Stream)
+        let (_visit, event) = self.visit()?;
+        event.record(stream as sys::Stream)
     }
 
-    fn entered(&self) -> Result<&Event> {
-        self.0.events.device.enter()?;
-        self.0.event.as_ref().ok_or_else(crate::group::missing)
+    fn visit(&self) -> Result<(Visit, &Event)> {
+        let event = self.0.event.as_ref().ok_or_else(crate::group::missing)?;
+        Ok((self.0.events.device.visit()?, event))
     }
 }

@@ -94,7 +94,7 @@ impl Drop for Pinned {
         self.registered = None;
         let start = self.region.as_ptr().cast();
         // A thread without the context cannot unregister; then the pages stay pinned until the process ends.
-        if self.device.enter().is_ok() {
+        if let Ok(_visit) = self.device.visit() {
             // SAFETY: registered in `new`; its user drops it only when the device is done with it.
             let _ = unsafe { (self.device.driver.host_unregister)(start) };
         }
@@ -154,9 +154,7 @@ impl Drop for SharedWords {
         if self.is_left {
             return;
         }
-        if self.device.enter().is_err() {
-            return self.leave_behind();
-        }
+        let Ok(_visit) = self.device.visit() else { return self.leave_behind() };
         // SAFETY: registered in `new`; the stager's streams are idle by now.
         let _ = unsafe { (self.device.driver.host_unregister)(self.words.start().cast()) };
     }

@@ -486,9 +486,8 @@ impl Drop for Stager {
     /// The group behind has ended or failed, so every wait is released (W2); what is enqueued soon runs out. Where that is
     /// not known the memory is not freed.
     fn drop(&mut self) {
-        if self.device.enter().is_err() {
-            return self.leave_behind();
-        }
+        let device = Arc::clone(&self.device);
+        let Ok(_visit) = device.visit() else { return self.leave_behind() };
         let until = Instant::now() + DRAIN_LIMIT;
         loop {
             match self.is_at_rest() {

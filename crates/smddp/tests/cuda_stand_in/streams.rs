@@ -2,7 +2,7 @@
 
 use smddp::{Collective, DType, Error, ReduceOp};
 
-use crate::job::{Job, children};
+use crate::job::{Job, children, enter};
 use crate::reference::Case;
 
 /// The parts of two calls in the node go through device memory of one slot: the second waits until the first's is sent.
@@ -27,6 +27,45 @@ fn calls_on_two_streams_keep_off_each_others_slots() {
         job.end_stream(other);
         rank.barrier("over");
         group.end();
+        job.end();
+    });
+}
+
+/// The program's current device is another one, and stays so.
+#[test]
+fn the_current_device_stays() {
+    let nodes = &[2, 2];
+    children("streams::the_current_device_stays", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let mut other = std::ptr::null_mut();
+        // SAFETY: a place for the context, of a device no rank has.
+        assert_eq!(unsafe { (job.driver.primary_retain)(&raw mut other, 5) }, 0);
+        let current = || {
+            let mut found = std::ptr::null_mut();
+            // SAFETY: a place for the context.
+            assert_eq!(unsafe { (job.driver.ctx_current)(&raw mut found) }, 0);
+            found
+        };
+        let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        let placed = case.place(&job);
+        enter(&job.driver, other.addr());
+        let group = job.group("world", &[]);
+        assert_eq!(current(), other, "making the group");
+        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        assert_eq!(current(), other, "a call");
+        // SAFETY: streams of the group's device.
+        unsafe {
+            started.past().order(job.stream_address()).unwrap();
+            started.past().extend(job.stream_address()).unwrap();
+        }
+        group.device.wait(&started, std::time::Duration::from_secs(20)).unwrap();
+        assert_eq!(current(), other, "waiting for it");
+        rank.barrier("over");
+        group.end();
+        assert_eq!(current(), other, "ending the group");
+        enter(&job.driver, job.context());
+        drop(started);
+        case.check(&job, &placed);
         job.end();
     });
 }
