@@ -302,8 +302,8 @@ impl<T: Transports> DeviceGroup<T> {
         self.end_of(OP, timeout, stream, exchanged.map(|()| None))
     }
 
-    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it. A call that failed midway fails
-    /// the group: the others must not wait for the rest of it.
+    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it. A call that failed on this rank
+    /// alone, or midway, fails the group: the others must not wait for it, or for the rest of it.
     fn end_of(
         &self,
         collective: Collective,
@@ -318,9 +318,11 @@ impl<T: Transports> DeviceGroup<T> {
             }
             Ok(Started { collective, handle, past })
         });
-        if let Err(error @ Error::Transport { .. }) = &started {
+        if let Err(error) = &started
+            && !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
+        {
             self.communicators().for_each(|nccl| nccl.fail(error));
-            if self.nccl.is_none() {
+            if self.nccl.is_none() && self.host.failure().is_none() {
                 self.host.abort(&error.to_string());
             }
         }

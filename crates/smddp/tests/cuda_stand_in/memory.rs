@@ -1,5 +1,7 @@
 //! Pinned memory: it stays as long as a device or an operation may use it, and no longer.
 
+use smddp::Error;
+
 use crate::failures::{sum, told};
 use crate::job::{Job, children};
 use crate::reference::Case;
@@ -58,6 +60,27 @@ fn memory_of_a_stream_that_does_not_answer_stays() {
     });
 }
 
+#[test]
+fn a_call_that_finds_no_pinned_memory_is_told_on_all_ranks() {
+    children("memory::a_call_that_finds_no_pinned_memory_is_told_on_all_ranks", NODES, &[]).run(|rank| {
+        let job = Job::start(rank, NODES);
+        let group = job.group("world", &[]);
+        let case = Case::uneven_exchange(5000, &job);
+        if rank.rank == 0 {
+            job.control.fail("cuMemHostRegister_v2", 1, 2);
+        }
+        let outcome = case.try_start(&job, &group);
+        assert!(job.comes_to_rest(), "the stream still waits");
+        if rank.rank == 0 {
+            let error = outcome.err().unwrap();
+            assert!(matches!(error, Error::Resource { resource: "pinned memory", .. }), "{error}");
+        }
+        let error = told(&job, &group).to_string();
+        assert!(error.contains("pinned memory"), "{error}");
+        rank.barrier("over");
+    });
+}
+
 /// Bytes of mappings whose contents a forked child does not get.
 fn kept_from_children() -> usize {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -66,7 +89,10 @@ fn kept_from_children() -> usize {
         if let Some(size) = line.strip_prefix("Size:") {
             bytes = 1024 * size.trim_end_matches("kB").trim().parse::<usize>().unwrap();
         }
-        if line.strip_prefix("VmFlags:").is_some_and(|flags| flags.split(' ').any(|flag| ["dc", "wf"].contains(&flag))) {
+        if line
+            .strip_prefix("VmFlags:")
+            .is_some_and(|flags| flags.split(' ').any(|flag| ["dc", "wf"].contains(&flag)))
+        {
             found += bytes;
         }
     }
