@@ -2,7 +2,7 @@
 //!
 //! A collective's memory is *rows* of equal length: one, or one for each rank. A piece is the same columns of every
 //! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
-//! length pass as one piece through memory of their own.
+//! length pass as one piece through memory of their own, of which a little is kept for the next such call.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -25,6 +25,8 @@ use crate::select;
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 /// Columns of a piece are a multiple of so many elements, so that rows stay aligned.
 const ALIGN: usize = 64;
+/// Free memory for calls that do not fit a slot that is kept.
+const KEPT: usize = 2;
 /// How long the end waits for the device.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,11 +41,23 @@ struct Slot {
     started: Cell<u32>,
 }
 
-/// Memory of a call of its own.
+/// Memory of a call of its own, then of the next such one: pinning takes long.
 struct Borrowed {
     memory: Pinned,
     /// Behind the call's last copy; none: only a part of the call was enqueued, which may be at work until the stager's end.
     past: Option<Event>,
+}
+
+impl Borrowed {
+    /// An event that cannot be asked for is not past.
+    fn is_free(&self) -> bool {
+        self.past.as_ref().is_some_and(|past| past.is_done().unwrap_or(false))
+    }
+}
+
+/// What is pinned for so many bytes: up to a quarter more, so that it has room for the next call of about as many.
+fn roomy(bytes: usize) -> usize {
+    bytes.next_multiple_of((bytes.next_power_of_two() / 8).max(ALIGN))
 }
 
 /// Which rows of a piece are copied in and out, and what the operation between sees.
@@ -99,7 +113,7 @@ pub(crate) struct Stager {
     to_device: Stream,
     begin: Event,
     end: Event,
-    /// Memory of calls that did not fit a slot.
+    /// Memory of calls that did not fit a slot; what was used last comes last.
     borrowed: Vec<Borrowed>,
     /// Whether words can be written and waited for from streams; else the host waits for the device.
     by_words: bool,
@@ -410,16 +424,12 @@ impl Stager {
         host: &Communicator<T>,
         call: &DeviceCall,
     ) -> Result<Option<Handle<T>>> {
-        self.give_back()?;
+        let region = self.borrow(call.input.bytes + call.output.bytes + ALIGN)?;
         let (slot, gate) = self.take_slot();
-        let memory = Pinned::new(&self.device, call.input.bytes + call.output.bytes + ALIGN)?;
-        let region = memory.region();
         let (input, output) = (
             region.slice(0, call.input.bytes),
             region.slice(call.input.bytes.next_multiple_of(ALIGN), call.output.bytes),
         );
-        // Before anything uses it, whatever fails below.
-        self.borrowed.push(Borrowed { memory, past: None });
         self.to_host.wait(&self.slots[slot].free)?;
         self.to_host.copy_to_host(input.as_ptr(), call.input.address, input.len())?;
         let handle = self.exchange(host, &call.request(call.count, input, output), gate)?;
@@ -433,18 +443,26 @@ impl Stager {
         Ok(Some(handle))
     }
 
-    /// Frees borrowed memory the device is done with.
-    fn give_back(&mut self) -> Result<()> {
-        let mut failed = Ok(());
-        self.borrowed.retain(|borrowed| match borrowed.past.as_ref().map(Event::is_done) {
-            None => true,
-            Some(Ok(done)) => !done,
-            Some(Err(error)) => {
-                failed = Err(error);
-                true
-            }
-        });
-        failed
+    /// Pinned memory that nobody uses, last in `borrowed`: the call that gets it says there where it is past it.
+    fn borrow(&mut self, bytes: usize) -> Result<Region> {
+        let mut free: Vec<Borrowed> = self.borrowed.extract_if(.., |borrowed| borrowed.is_free()).collect();
+        let len = |borrowed: &Borrowed| borrowed.memory.region().len();
+        let fitting = (0..free.len()).filter(|&at| len(&free[at]) >= bytes).min_by_key(|&at| len(&free[at]));
+        let fitting = fitting.map(|at| free.remove(at).memory);
+        free.drain(..free.len().saturating_sub(KEPT));
+        let memory =
+            fitting.map_or_else(|| Pinned::new(&self.device, roomy(bytes)), Ok).or_else(|error| {
+                if free.is_empty() {
+                    return Err(error);
+                }
+                // What is kept makes room.
+                free.clear();
+                Pinned::new(&self.device, bytes)
+            })?;
+        self.borrowed.splice(..0, free);
+        let region = memory.region();
+        self.borrowed.push(Borrowed { memory, past: None });
+        Ok(region)
     }
 
     fn take_slot(&mut self) -> (usize, Gate) {

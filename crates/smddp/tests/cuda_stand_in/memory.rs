@@ -81,6 +81,37 @@ fn a_call_that_finds_no_pinned_memory_is_told_on_all_ranks() {
     });
 }
 
+/// Pinning is slow: calls of like sizes that follow one another use one memory.
+#[test]
+fn memory_of_uneven_calls_is_used_again() {
+    children("memory::memory_of_uneven_calls_is_used_again", NODES, &[]).run(|rank| {
+        let job = Job::start(rank, NODES);
+        let group = job.group("world", &[]);
+        let pinned = || job.control.calls("cuMemHostRegister_v2");
+        let before = pinned();
+        for round in 0..20 {
+            let case = Case::uneven_exchange(9000 - 200 * round, &job);
+            let placed = case.start(&job, &group);
+            case.check(&job, &placed);
+        }
+        assert_eq!(pinned() - before, 1);
+        // All at once, each needs its own, and few are kept.
+        let cases: Vec<Case> = (0..6).map(|i| Case::uneven_exchange(20_000 + i, &job)).collect();
+        let running: Vec<_> = cases.iter().map(|case| case.start(&job, &group)).collect();
+        for (case, placed) in cases.iter().zip(&running) {
+            case.check(&job, placed);
+        }
+        let last = Case::uneven_gather(10, &job);
+        let placed = last.start(&job, &group);
+        last.check(&job, &placed);
+        let kept = pinned() - job.control.calls("cuMemHostUnregister") - before;
+        assert!(kept <= 3, "{kept} kept");
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
 /// Bytes of mappings whose contents a forked child does not get.
 fn kept_from_children() -> usize {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
