@@ -476,7 +476,9 @@ impl<T: Transports> DeviceGroup<T> {
         if is_source {
             self.device.copy_on_device(call.output.address, call.input.address, call.input.bytes, stream)?;
         }
-        Hierarchy { nccl: self.nccl()?, rail, stager, shape, rank, stream }.enqueue(call)
+        // The rail has a limit of its own, which it was made with.
+        let call = DeviceCall { timeout: call.timeout.or(Some(self.host.timeout())), ..call.clone() };
+        Hierarchy { nccl: self.nccl()?, rail, stager, shape, rank, stream }.enqueue(&call)
     }
 }
 

@@ -102,6 +102,27 @@ fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
     });
 }
 
+/// The group's limit holds for the part between nodes too, whose ranks know whom they wait for.
+#[test]
+fn a_new_limit_reaches_the_rail() {
+    let nodes = &[2, 2];
+    children("failures::a_new_limit_reaches_the_rail", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        if rank.rank < 2 {
+            group.host.set_timeout(Duration::from_secs(1));
+            let case = sum(&job, 1000);
+            let placed = case.place(&job);
+            let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+            assert!(job.comes_to_rest(), "the stream still waits");
+            let error = started.error().unwrap();
+            let named = matches!(&error, Error::Timeout { missing, .. } if !missing.is_empty());
+            assert!(named, "{error}");
+        }
+        rank.barrier("over");
+    });
+}
+
 fn a_death_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
     let last = nodes.iter().sum::<usize>() - 1;
     children(test, nodes, &[]).dies(last).run(|rank| {
