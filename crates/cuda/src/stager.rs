@@ -23,7 +23,7 @@ use crate::select;
 
 /// How long the words are tried at start.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
-/// Columns of a piece are a multiple of so many elements, so that rows stay aligned.
+/// Columns of a piece are a multiple of so many elements where as many have room, so that rows stay aligned.
 const ALIGN: usize = 64;
 /// Free memory for calls that do not fit a slot that is kept.
 const KEPT: usize = 2;
@@ -242,7 +242,7 @@ impl Stager {
     pub(crate) fn columns(&self, call: &DeviceCall, rows: usize, total: usize) -> Result<usize> {
         let size = call.dtype.size();
         let piece = select::chunk(total * rows * size, self.half);
-        let columns = (piece / (rows * size) / ALIGN * ALIGN).max(1);
+        let columns = even_columns(piece / (rows * size));
         if columns * rows * size > self.half {
             return Err(Error::Argument {
                 op: call.collective.name().to_owned(),
@@ -544,6 +544,11 @@ impl Stager {
     }
 }
 
+/// How many columns a piece has that has room for `most`: at least one, which its caller finds too wide where it is.
+fn even_columns(most: usize) -> usize {
+    if most < ALIGN { most.max(1) } else { most / ALIGN * ALIGN }
+}
+
 /// With few hardware queues a stream that waits stops others, computing ones among them.
 fn queues_are_many() -> bool {
     const USUAL: u32 = 8;
@@ -575,5 +580,25 @@ impl DeviceCall {
             timeout: self.timeout,
             ..Request::new(self.collective, self.dtype, count, input, output)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_even_where_many_fit_and_as_many_as_fit_else() {
+        let found: Vec<usize> = [0, 1, 32, 63, 64, 127, 128, 8200].into_iter().map(even_columns).collect();
+        assert_eq!(found, [1, 1, 32, 63, 64, 64, 128, 8192]);
+    }
+
+    #[test]
+    fn memory_of_calls_of_about_one_size_is_roomy_and_not_wasteful() {
+        for bytes in [64, 100, 4097, 65_000, (1 << 20) + 1, 1 << 28] {
+            let pinned = roomy(bytes);
+            assert!((bytes..=bytes + bytes / 4 + ALIGN).contains(&pinned), "{bytes}: {pinned}");
+        }
+        assert_eq!(roomy(1_000_000), roomy(950_000));
     }
 }
