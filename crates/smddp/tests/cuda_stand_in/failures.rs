@@ -109,6 +109,7 @@ fn a_new_limit_reaches_the_rail() {
     children("failures::a_new_limit_reaches_the_rail", nodes, &[]).run(|rank| {
         let job = Job::start(rank, nodes);
         let group = job.group("world", &[]);
+        rank.barrier("made");
         if rank.rank < 2 {
             group.host.set_timeout(Duration::from_secs(1));
             let case = sum(&job, 1000);

@@ -66,6 +66,7 @@ fn a_call_that_finds_no_pinned_memory_is_told_on_all_ranks() {
         let job = Job::start(rank, NODES);
         let group = job.group("world", &[]);
         let case = Case::uneven_exchange(5000, &job);
+        rank.barrier("made");
         if rank.rank == 0 {
             job.control.fail("cuMemHostRegister_v2", 1, 2);
         }

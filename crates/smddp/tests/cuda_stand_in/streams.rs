@@ -81,6 +81,7 @@ fn a_failed_call_is_past(test: &str, nodes: &[usize], (function, nth): (&str, u6
         let new: Vec<u8> = (0..placed.output.bytes).map(|i| (i % 251) as u8).collect();
         // Until all of it is enqueued nothing of the call runs.
         let hold = job.hold();
+        rank.barrier("made");
         if rank.rank == 0 {
             job.control.fail(function, nth, 1);
         }
