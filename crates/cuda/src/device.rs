@@ -220,8 +220,8 @@ impl Stream {
     }
 
     pub(crate) fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
-        // SAFETY: `to` is a piece of a slot that stays until this stream is past the copy (C4); the device range is
-        // vouched for by the caller of the group's `start`.
+        // SAFETY: `to` is a piece of a slot (C4) or of memory borrowed for the call, which stays until this stream is past
+        // the copy, or for good; the device range is vouched for by the caller of the group's `start`.
         let status = unsafe { (self.device.driver.copy_to_host)(to.cast::<c_void>(), from, bytes, self.raw) };
         self.device.check("copying to the host", status)
     }
@@ -234,7 +234,7 @@ impl Stream {
     }
 
     pub(crate) fn write_word(&self, at: u64, value: u32) -> Result<()> {
-        // SAFETY: `at` is the device's address of a registered word that outlives the stream's work.
+        // SAFETY: `at` is the device's address of a registered word that outlives the stream's work, for good if need be.
         let status =
             unsafe { (self.device.driver.stream_write_value)(self.raw, at, value, sys::WRITE_VALUE_DEFAULT) };
         self.device.check("writing a word from a stream", status)

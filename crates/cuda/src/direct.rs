@@ -51,7 +51,8 @@ impl Direct {
             Some(memory) => memory.address,
             None => memory.insert(DeviceMemory::new(device, bytes)?).address,
         };
-        // SAFETY: allocated for longer than it is registered, and given to nobody but the network.
+        // SAFETY: allocated for longer than it is registered; the host does not touch it, and a piece's rows are the network's
+        // alone from the word that says that they are there to the word that says that the operation is over.
         let region = unsafe { Region::new(std::ptr::with_exposed_provenance_mut(address as usize), bytes) };
         let registered = between.register(region, Owner::Cuda(device.ordinal))?;
         Ok(Direct { least, arrival, _registered: Box::new(registered) })

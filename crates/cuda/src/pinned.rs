@@ -93,11 +93,10 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         self.registered = None;
         let start = self.region.as_ptr().cast();
-        // A thread without the context cannot unregister; then the pages stay pinned until the process ends.
-        if let Ok(_visit) = self.device.visit() {
-            // SAFETY: registered in `new`; its user drops it only when the device is done with it.
-            let _ = unsafe { (self.device.driver.host_unregister)(start) };
-        }
+        // A thread without the context cannot unregister; then the pages stay, pinned, until the process ends.
+        let Ok(_visit) = self.device.visit() else { return };
+        // SAFETY: registered in `new`; its user drops it only when the device is done with it.
+        let _ = unsafe { (self.device.driver.host_unregister)(start) };
         // SAFETY: mapped in `new` with this length.
         let _ = unsafe { munmap(start, self.region.len()) };
     }
