@@ -55,6 +55,7 @@ struct Inner<T: Transports> {
     calls: AtomicU64,
     aborted: AtomicBool,
     closed: AtomicBool,
+    failed: Arc<OnceLock<Error>>,
     /// What the group had failed with, once it is taken down: `index` may be another group's from then on.
     ended: OnceLock<Option<Error>>,
     shared: OwnParts,
@@ -184,7 +185,7 @@ impl<T: Transports> Communicator<T> {
         timeout: Duration,
     ) -> Result<Communicator<T>> {
         let (id, name, rank, shape) = (seat.id, Arc::clone(&seat.name), seat.rank, Arc::clone(&seat.shape));
-        let index = engine.add(seat)?;
+        let (index, failed) = engine.add(seat)?;
         let inner = Inner {
             engine,
             index,
@@ -199,6 +200,7 @@ impl<T: Transports> Communicator<T> {
             calls: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            failed,
             ended: OnceLock::new(),
             shared: OwnParts::default(),
             shared_made: AtomicU64::new(0),
@@ -382,12 +384,27 @@ impl<T: Transports> Communicator<T> {
         let _ = self.inner.engine.abort(self.inner.index, &error);
     }
 
-    /// Why the group failed, if it did.
+    /// Why the group failed, if it did. Takes in peers' news of it first, and may wait some milliseconds for whoever drives.
     pub fn failure(&self) -> Option<Error> {
-        if let Some(failure) = self.inner.ended.get() {
-            return failure.clone();
+        self.failure_after(Engine::look)
+    }
+
+    /// As [`failure`](Self::failure), as far as is known without waiting for anybody.
+    pub fn known_failure(&self) -> Option<Error> {
+        self.failure_after(Engine::look_if_free)
+    }
+
+    fn failure_after(&self, look: impl FnOnce(&Engine<T>, usize)) -> Option<Error> {
+        let inner = &self.inner;
+        if inner.ended.get().is_none() && inner.failed.get().is_none() {
+            look(&inner.engine, inner.index);
         }
-        self.inner.engine.failure(self.inner.index)
+        inner.ended.get().map_or_else(|| inner.failed.get().cloned(), Clone::clone)
+    }
+
+    /// The error for a rank of this node whose process has ended, if there is one, whether or not a call here waits for it.
+    pub fn ended_peer(&self) -> Option<Error> {
+        if self.inner.ended.get().is_some() { None } else { self.inner.engine.ended_peer(self.inner.index) }
     }
 
     /// Waits a little for outstanding work and frees everything. Later calls are errors.

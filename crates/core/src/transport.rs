@@ -188,6 +188,11 @@ pub trait NodeLocal: Send {
         None
     }
 
+    /// As [`dead_peer`](Self::dead_peer), of work that goes elsewhere: whether or not anything here waits for the rank.
+    fn ended_peer(&mut self) -> Option<usize> {
+        None
+    }
+
     /// Tells the node's other members of this group why it failed here: their next poll returns `Error::Aborted`
     /// with that text. Forgets all queued work; nothing submitted is touched afterwards.
     fn abort(&mut self, why: &Error);

@@ -5,11 +5,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::{Group, groups, groups_over, on_all};
+use common::{Group, groups, groups_over, on_all, seated};
 use smddp_core::gate::{Gate, Words};
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
@@ -445,4 +445,43 @@ fn a_failed_group_releases_whoever_waits_for_its_gated_calls() {
             assert_eq!(words.done(at).load(Ordering::Acquire), 7);
         }
     });
+}
+
+/// Who enqueues calls beside a driver that naps asks whether the group has failed, before each call.
+#[test]
+fn a_failure_is_known_and_a_call_starts_while_another_thread_drives() {
+    const LIMIT: Duration = Duration::from_secs(20);
+    let seats = seated(&GroupShape::even(1, 1), 9, &Tuning::default(), |node| node);
+    let (engine, group) = &seats[0];
+    let barrier = Request::new(Collective::Barrier, DType::U8, 0, Region::EMPTY, Region::EMPTY);
+    // What is asked while another thread has the driver's seat; what it says, or nothing if it waits for the seat.
+    let asked = |what: &(dyn Fn() -> Option<Error> + Sync)| {
+        let (seated, is_seated) = mpsc::channel();
+        let (leave, left) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                engine.with_fabric_if_any(|_| {
+                    seated.send(()).unwrap();
+                    // Left by whoever asks, or by nobody.
+                    let _ = left.recv_timeout(LIMIT);
+                    Ok(())
+                })
+            });
+            is_seated.recv_timeout(LIMIT).unwrap();
+            scope.spawn(move || tell.send(what()));
+            let said = told.recv_timeout(LIMIT / 4);
+            drop(leave);
+            said.expect("it waits for who drives")
+        })
+    };
+    assert_eq!(asked(&|| group.known_failure()), None);
+    // SAFETY: without memory.
+    assert_eq!(asked(&|| unsafe { group.start(&barrier) }.err()), None);
+    group.abort("a test");
+    assert!(matches!(asked(&|| group.known_failure()), Some(Error::Aborted { .. })));
+    assert!(
+        matches!(asked(&|| group.failure()), Some(Error::Aborted { .. })),
+        "what is known is not asked again"
+    );
 }

@@ -366,6 +366,10 @@ impl NodeLocal for ShmNode {
         self.waiting_for().into_iter().find(|peer| ended.contains(peer))
     }
 
+    fn ended_peer(&mut self) -> Option<usize> {
+        self.peers.ended().next()
+    }
+
     fn abort(&mut self, why: &Error) {
         abort::raise(&*self.segment, self.me, &why.to_string());
         doorbell::ring_all(&*self.segment, self.me, self.ranks.len());

@@ -11,8 +11,8 @@
 //!   move it again: after the first two the group is `stirred`, and polls that bring nothing need not call it.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::call::{Call, Collective};
@@ -88,7 +88,8 @@ pub struct Group<L> {
     /// The phase that last ran on the spot: the next one differs little.
     at_once: Option<PhaseRun>,
     scrap: Box<Scrap>,
-    failed: Option<Error>,
+    /// Set once, and read by whoever asks, without the driver's lock.
+    failed: Arc<OnceLock<Error>>,
 }
 
 /// Scratch of the call that runs on the spot (G1: there is one at a time).
@@ -110,7 +111,7 @@ impl<L: NodeLocal> Group<L> {
             spare: Workspace::default(),
             at_once: None,
             scrap: Box::new(Scrap([0; SCRAP])),
-            failed: None,
+            failed: Arc::default(),
         }
     }
 
@@ -135,7 +136,7 @@ impl<L: NodeLocal> Group<L> {
         fabric: Option<&mut F>,
         finished: &mut Vec<Arc<OpState>>,
     ) -> Result<()> {
-        if let Some(why) = &self.failed {
+        if let Some(why) = self.failed.get() {
             conclude(&op, Err(after(why, op.site())), finished);
             return Ok(());
         }
@@ -317,7 +318,7 @@ impl<L: NodeLocal> Group<L> {
     /// Runs a call on the spot, where nothing is under way (G1); an error is the group's. The transport waits
     /// as long as `patience` lasts.
     pub fn run_now(&mut self, call: &Immediate<'_>, patience: Patience<'_>) -> (Tried, Result<()>) {
-        if self.failed.is_some() || self.is_busy() {
+        if self.failed.get().is_some() || self.is_busy() {
             return (Tried::NotNow, Ok(()));
         }
         let (ready, arith, mark) = (call.ready, self.arith(&call.call), self.mark());
@@ -421,7 +422,15 @@ impl<L: NodeLocal> Group<L> {
 
     /// A member of this node whose process has ended.
     pub fn dead_peer(&mut self) -> Option<Error> {
-        let local = self.seat.local.dead_peer()?;
+        self.seat.local.dead_peer().and_then(|local| self.lost(local))
+    }
+
+    /// A member of this node whose process has ended, whether or not any work here waits for it.
+    pub fn ended_peer(&mut self) -> Option<Error> {
+        self.seat.local.ended_peer().and_then(|local| self.lost(local))
+    }
+
+    fn lost(&self, local: usize) -> Option<Error> {
         let node = self.seat.shape.node_of(self.seat.rank);
         let peer = *self.seat.shape.ranks_on(node).get(local)? as usize;
         Some(Error::PeerLost {
@@ -440,7 +449,7 @@ impl<L: NodeLocal> Group<L> {
         staging: &mut Staging,
         finished: &mut Vec<Arc<OpState>>,
     ) {
-        if self.failed.is_none() {
+        if self.failed.get().is_none() {
             let site = match (&self.active, self.messages.iter().flatten().next()) {
                 (Some(active), _) => active.op.site(),
                 (None, Some(op)) => op.site(),
@@ -450,9 +459,10 @@ impl<L: NodeLocal> Group<L> {
             tracing::debug!(%error, "group failed");
             self.seat.local.abort(&error);
             self.withdraw(fabric, Some(&error));
-            self.failed = Some(error);
+            // The only place that sets it, by the holder of the driver's lock (E1).
+            let _ = self.failed.set(error);
         }
-        let Some(why) = self.failed.clone() else { return };
+        let Some(why) = self.failed.get().cloned() else { return };
         if let Some(active) = self.active.take() {
             self.spare = active.execution.into_workspace();
             staging.give_back(active.loan);
@@ -488,7 +498,12 @@ impl<L: NodeLocal> Group<L> {
     }
 
     pub fn failure(&self) -> Option<&Error> {
-        self.failed.as_ref()
+        self.failed.get()
+    }
+
+    /// Where the failure will be, for those who ask without the driver's lock.
+    pub fn failure_place(&self) -> Arc<OnceLock<Error>> {
+        Arc::clone(&self.failed)
     }
 
     pub fn site(&self) -> Site {

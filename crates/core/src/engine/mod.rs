@@ -24,7 +24,7 @@ pub mod op;
 pub mod staging;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -148,8 +148,12 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| driver.fabric.as_ref().map(look)).ok()?
     }
 
-    pub fn add(&self, seat: Seat<T::Local>) -> Result<usize> {
-        self.with_seat(|driver| driver.add(seat))?
+    /// Seats a group: its index, and where its failure will be once it has failed.
+    pub fn add(&self, seat: Seat<T::Local>) -> Result<(usize, Arc<OnceLock<Error>>)> {
+        self.with_seat(|driver| {
+            let index = driver.add(seat)?;
+            Ok((index, driver.group(index).map(|group| group.failure_place()).unwrap_or_default()))
+        })?
     }
 
     /// Groups alive in this process.
@@ -193,13 +197,23 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| driver.fail(group, error))
     }
 
-    /// Why the group failed, if it did, here or as far as peers' news of it have come.
-    pub fn failure(&self, group: usize) -> Option<Error> {
-        let look = |driver: &mut Driver<T>| {
+    /// Takes in what peers have said of the group. Takes the seat for it, which may take as long as a driver's nap.
+    pub fn look(&self, group: usize) {
+        // A driver that panicked has nothing to say.
+        let _ = self.with_seat(|driver| driver.look_at(group));
+    }
+
+    /// As [`look`](Self::look), if nobody has the seat; never waits.
+    pub fn look_if_free(&self, group: usize) {
+        if let Some(mut driver) = self.shared.free_seat() {
             driver.look_at(group);
-            driver.group(group)?.failure().cloned()
-        };
-        self.with_seat(look).ok()?
+            self.finish_help(driver);
+        }
+    }
+
+    /// A rank of this node, of the group, whose process has ended.
+    pub fn ended_peer(&self, group: usize) -> Option<Error> {
+        self.with_seat(|driver| driver.group(group)?.ended_peer()).ok()?
     }
 
     /// Takes the driver's seat, from whoever drives, for `what`.

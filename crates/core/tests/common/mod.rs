@@ -26,6 +26,16 @@ pub fn groups_over(
     tuning: &Tuning,
     prepare: impl Fn(MemoryNode) -> MemoryNode,
 ) -> Vec<Group> {
+    seated(shape, seed, tuning, prepare).into_iter().map(|(_, group)| group).collect()
+}
+
+/// As [`groups_over`], with the engines.
+pub fn seated(
+    shape: &GroupShape,
+    seed: u64,
+    tuning: &Tuning,
+    prepare: impl Fn(MemoryNode) -> MemoryNode,
+) -> Vec<(Arc<Engine<MemoryTransports>>, Group)> {
     let shape = Arc::new(shape.clone());
     let fabrics = MemoryFabric::new(shape.size(), seed);
     let mut nodes: Vec<Vec<Option<MemoryNode>>> = (0..shape.node_count())
@@ -50,7 +60,8 @@ pub fn groups_over(
             local: prepare(nodes[shape.node_of(rank)][shape.local_of(rank)].take().unwrap()),
             routes: (0..shape.size()).map(|to| route(rank, to)).collect(),
         };
-        Group::new(engine, seat, tuning.clone(), Duration::from_secs(60)).unwrap()
+        let group = Group::new(Arc::clone(&engine), seat, tuning.clone(), Duration::from_secs(60)).unwrap();
+        (engine, group)
     };
     fabrics.into_iter().enumerate().map(group).collect()
 }
