@@ -137,7 +137,6 @@ macro_rules! table {
 }
 
 table! {
-    get_version = "ncclGetVersion": fn(*mut c_int);
     error_string = "ncclGetErrorString": fn(Status) -> *const c_char;
     last_error = "ncclGetLastError": fn(Comm) -> *const c_char;
     unique_id = "ncclGetUniqueId": fn(*mut UniqueId);
@@ -219,16 +218,20 @@ fn open(file: &OsStr, flag: c_int) -> Result<(String, Handle), String> {
     }
 }
 
+/// The version comes first: an old library lacks functions too, and is old before all.
 fn checked((path, handle): (String, Handle)) -> Result<Nccl, LoadError> {
-    let mut nccl = Nccl::resolve(&path, handle)?;
+    const VERSION: &str = "ncclGetVersion";
     let mut found = 0;
+    // SAFETY: the symbol has this signature by nccl.h; the library stays loaded (N2).
+    let ask = unsafe { handle.get::<unsafe extern "C" fn(*mut c_int) -> Status>(VERSION.as_bytes()) }
+        .map(|symbol| *symbol)
+        .map_err(|_| LoadError::Broken { path: path.clone(), symbol: VERSION })?;
     // SAFETY: `found` is a place for an integer; the call needs no device.
-    let status = unsafe { (nccl.get_version)(&raw mut found) };
+    let status = unsafe { ask(&raw mut found) };
     if status != SUCCESS || found < MINIMUM {
         return Err(LoadError::TooOld { path, found });
     }
-    nccl.version = found;
-    Ok(nccl)
+    Ok(Nccl { version: found, ..Nccl::resolve(&path, handle)? })
 }
 
 #[cfg(test)]
@@ -252,6 +255,25 @@ mod tests {
     fn another_library_is_refused_by_the_first_function_it_lacks() {
         let error = Nccl::load("libc.so.6", &[]).unwrap_err();
         assert_eq!(error, LoadError::Broken { path: "libc.so.6".to_owned(), symbol: "ncclGetVersion" });
+    }
+
+    /// Older ones than 2.14 lack functions of the table; what helps is a newer one.
+    #[test]
+    fn an_old_nccl_is_refused_by_its_version() {
+        let folder = std::env::temp_dir().join(format!("smddp-old-nccl-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (source, library) = (folder.join("old.c"), folder.join("libold.so"));
+        std::fs::write(&source, "int ncclGetVersion(int *version) { *version = 21003; return 0; }").unwrap();
+        // What links Rust's programs here.
+        let mut cc = std::process::Command::new("cc");
+        let built = cc.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
+        assert!(built.status().unwrap().success());
+        let path = library.to_str().unwrap().to_owned();
+        let error = Nccl::load(&path, &[]).unwrap_err();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(error, LoadError::TooOld { path, found: 21_003 });
+        let said = error.to_string();
+        assert!(said.contains("2.10.3") && said.contains("2.18"), "{said}");
     }
 
     #[test]
