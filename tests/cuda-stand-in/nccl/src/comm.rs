@@ -5,7 +5,7 @@ use crate::error::{self, Code, Error, Result, lock};
 use crate::operation::Operation;
 use crate::wire::{self, Hello, Reply, Request};
 use crate::{group, server};
-use smddp_standin::switches::{PeerLoss, Switches};
+use smddp_standin::switches::{Connect, PeerLoss, Switches};
 use std::collections::{BTreeMap, HashMap};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -275,12 +275,22 @@ impl Comm {
     /// Queues operations as one: on the first stream, before and after what the others hold.
     pub fn launch(self: &Arc<Self>, operations: Vec<Operation>, streams: &[usize]) -> Result {
         let _order = lock(&self.order);
+        self.connect()?;
         let number = lock(&self.state).queued;
         let name = operations.first().map_or("ncclGroup", Operation::name);
         let comm = Arc::clone(self);
         driver::launch(name, streams, move || comm.run(number, &operations))?;
         lock(&self.state).queued = number + 1;
         Ok(())
+    }
+
+    /// Before the first operation: where the switch says so, waits for the first operations of the other ranks.
+    fn connect(&self) -> Result {
+        if lock(&self.state).queued > 0 || Switches::get().connect == Connect::Init {
+            return Ok(());
+        }
+        // A split that gives nobody a communicator: all ranks must have come to it.
+        self.split(-1, 0).map(|_| ())
     }
 
     /// On a stream's thread. Whatever happens, the turn passes on.

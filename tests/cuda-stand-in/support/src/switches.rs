@@ -51,6 +51,15 @@ pub enum PeerLoss {
     Hang,
 }
 
+/// When the ranks of a communicator of NCCL connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// As they make it.
+    Init,
+    /// At the first call of each rank, which blocks the host until all have made theirs.
+    Call,
+}
+
 #[derive(Clone, Debug)]
 pub struct Switches {
     pub devices: i32,
@@ -67,6 +76,7 @@ pub struct Switches {
     pub free_lock: bool,
     pub poison: Poison,
     pub peer_loss: PeerLoss,
+    pub connect: Connect,
     pub gpudirect: GpuDirect,
     pub host_alias: bool,
     pub any_pointer: bool,
@@ -115,6 +125,7 @@ impl Switches {
                 &[("off", Poison::Off), ("start", Poison::Start), ("enqueue", Poison::Enqueue)],
             )?,
             peer_loss: choice(&var, "PEER_LOSS", &[("error", PeerLoss::Error), ("hang", PeerLoss::Hang)])?,
+            connect: choice(&var, "CONNECT", &[("init", Connect::Init), ("call", Connect::Call)])?,
             gpudirect: choice(
                 &var,
                 "GPUDIRECT",
