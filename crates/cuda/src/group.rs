@@ -516,8 +516,9 @@ fn by_rank<T: Transports>(host: &Communicator<T>, mine: bool) -> Result<Vec<bool
 
 /// `mine`, when it went well on all ranks; else every rank fails, those it did not happen to by naming one of the others.
 fn agreed<T: Transports, R>(host: &Communicator<T>, mine: Result<R>, what: &str) -> Result<R> {
-    let failed = by_rank(host, mine.is_err())?;
-    let mine = mine?;
+    let failed = by_rank(host, mine.is_err());
+    // Its own error says more than that of a group in which nobody hears of it any more.
+    let (mine, failed) = (mine?, failed?);
     match failed.iter().position(|&failed| failed) {
         None => Ok(mine),
         Some(rank) => Err(Error::Bootstrap {

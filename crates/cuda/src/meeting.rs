@@ -1,7 +1,8 @@
 //! Meeting for NCCL, which waits for ranks that have failed as for those that are late.
 //!
 //! Each rank tells its neighbours how it went; who hears of a failure leaves, and names the same rank in turn. Neighbours are
-//! the other ranks of its node; where several nodes meet, the first ranks of nodes are neighbours too, in a ring.
+//! the other ranks of its node; where several nodes meet, the first ranks of nodes are neighbours too, in a ring. Who cannot be
+//! heard any more, since it died or the group was aborted, is not waited for either.
 
 use std::time::{Duration, Instant};
 
@@ -38,9 +39,18 @@ impl<T: Transports> Word<T> {
         Word { rank, place, receive }
     }
 
+    /// Why it will never be told: its rank has died, say, or the group was aborted.
+    fn lost(&self) -> Option<Error> {
+        match &self.receive {
+            Ok(handle) => handle.result()?.err(),
+            Err(error) => Some(error.clone()),
+        }
+    }
+
     /// The rank that failed, by what this one says.
     fn failed(&self) -> Option<usize> {
-        let said = self.receive.as_ref().is_ok_and(Handle::is_done) && self.place[0] != WELL;
+        let said =
+            self.receive.as_ref().is_ok_and(|r| matches!(r.result(), Some(Ok(())))) && self.place[0] != WELL;
         said.then(|| self.place[0] as usize - 1)
     }
 }
@@ -116,6 +126,10 @@ fn wait<T: Transports>(
         }
         if let Some(rank) = words.iter().find_map(Word::failed) {
             return Err(Failure { rank: Some(rank), error: left(rank) });
+        }
+        if let Some(error) = words.iter().find_map(Word::lost) {
+            let rank = if let Error::PeerLost { peer, .. } = error { Some(peer) } else { None };
+            return Err(Failure { rank, error });
         }
         if since.elapsed() > limit {
             let reason = format!("not all of {ranks} ranks met within {:.0} s", limit.as_secs_f64());
