@@ -164,7 +164,9 @@ impl<T: Transports> DeviceGroup<T> {
         let (bus_id, _visit, device) = agreed(&host, opened, "opening its CUDA device")?;
         let path = choose(&host, rail.is_some(), settings.text("SMDDP_CUDA"));
         if matches!(path, Path::Nccl | Path::Hierarchical) {
-            refuse_shared_device(&host, &bus_id)?;
+            let buses = every_bus(&host, &bus_id)?;
+            // Where a device may be shared is said to each rank for itself.
+            agreed(&host, refuse_shared_device(&host, &buses), "looking for shared devices")?;
         }
         let mut parts = agreed(&host, make_parts(&host, path, &device, &settings), "making its staging")?;
         let between = rail.as_ref().filter(|_| path == Path::Hierarchical).unwrap_or(&host);
@@ -542,19 +544,25 @@ fn on_all<T: Transports>(host: &Communicator<T>, mine: bool, what: &str) -> Resu
     }
 }
 
-/// NCCL takes one rank a device.
-fn refuse_shared_device<T: Transports>(host: &Communicator<T>, bus_id: &str) -> Result<()> {
-    const ROOM: usize = 32;
+/// Bytes for where a device sits.
+const ROOM: usize = 32;
+
+/// Where the devices of all ranks sit.
+fn every_bus<T: Transports>(host: &Communicator<T>, bus_id: &str) -> Result<Vec<u8>> {
     let mut mine = [0u8; ROOM];
     let len = bus_id.len().min(ROOM);
     mine[..len].copy_from_slice(&bus_id.as_bytes()[..len]);
     let mut all = vec![0u8; ROOM * host.size()];
     host.all_gather(&mine, &mut all)?;
+    Ok(all)
+}
+
+/// NCCL takes one rank a device.
+fn refuse_shared_device<T: Transports>(host: &Communicator<T>, all: &[u8]) -> Result<()> {
     let (shape, me) = (host.shape(), host.rank());
     if std::env::var_os("NCCL_HOSTID").is_some() || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some() {
         return Ok(());
     }
-    // Every rank looks at all pairs, so that all fail alike.
     for a in 0..host.size() {
         for b in a + 1..host.size() {
             if shape.same_node(a, b) && all[a * ROOM..(a + 1) * ROOM] == all[b * ROOM..(b + 1) * ROOM] {
