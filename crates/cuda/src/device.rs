@@ -259,13 +259,6 @@ impl Stream {
             status => self.device.check("asking a stream", status).map(|()| true),
         }
     }
-
-    /// Blocks the host; only where words cannot be used.
-    pub(crate) fn synchronize(&self) -> Result<()> {
-        // SAFETY: our own stream.
-        self.device
-            .check("waiting for a stream", unsafe { (self.device.driver.stream_synchronize)(self.raw) })
-    }
 }
 
 impl Drop for Stream {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
+use smddp_core::error::Site;
 use smddp_core::gate::{Gate, SLOTS};
 use smddp_core::request::Request;
 use smddp_core::transport::Transports;
@@ -27,6 +28,8 @@ const PROBE_LIMIT: Duration = Duration::from_secs(2);
 const ALIGN: usize = 64;
 /// Free memory for calls that do not fit a slot that is kept.
 const KEPT: usize = 2;
+/// How often a host that waits for the device looks.
+const WAIT_STEP: Duration = Duration::from_micros(50);
 /// How long the end waits for the device.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -492,11 +495,31 @@ impl Stager {
             self.to_device.wait_word(self.words.done(slot), value, arrival)?;
             return Ok(handle);
         }
-        self.to_host.synchronize()?;
+        self.wait_for_input(host, request)?;
         // SAFETY: the memory stays until the operation is over, which is waited for here; C4 keeps others out.
         let handle = unsafe { host.start(request)? };
+        // For as long as the operation's own limit lets it.
         handle.wait(None)?;
         Ok(handle)
+    }
+
+    /// Blocks the host until the copies to it are done, the group has failed, or the request's limit has passed: kernels that
+    /// never end may lie before them.
+    fn wait_for_input<T: Transports>(&self, host: &Communicator<T>, request: &Request) -> Result<()> {
+        let (since, limit) = (Instant::now(), request.timeout.unwrap_or_else(|| host.timeout()));
+        while !self.to_host.is_idle()? {
+            if let Some(error) = host.known_failure() {
+                return Err(error);
+            }
+            let waited = since.elapsed();
+            if waited >= limit {
+                let (rank, group) = (host.rank(), host.name().to_owned());
+                let site = Site { rank, group, op: request.collective.name().to_owned(), seq: host.calls() };
+                return Err(Error::Timeout { site, waited, missing: Vec::new() });
+            }
+            std::thread::sleep(WAIT_STEP.min(limit - waited));
+        }
+        Ok(())
     }
 }
 
