@@ -77,6 +77,17 @@ pub(crate) struct NcclComm {
     turn: Mutex<()>,
     /// Set before `raw` is freed, and looked at, with the turn, before it is used.
     ended: AtomicBool,
+    /// The process that made it; in one forked from it, it is nobody's.
+    process: u32,
+}
+
+impl Drop for NcclComm {
+    /// Peers that are still there must not wait for it.
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            self.end(true);
+        }
+    }
 }
 
 // SAFETY: as for `Raw`.
@@ -96,7 +107,9 @@ impl Meeting {
     pub(crate) fn wait(&self, step: Duration) -> Option<Result<NcclComm>> {
         let met = match self.told.recv_timeout(step) {
             Err(mpsc::RecvTimeoutError::Timeout) => return None,
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(missing()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                Err(Error::Internal("the thread that meets for NCCL panicked".to_owned()))
+            }
             Ok(met) => met,
         };
         Some(met.map(|raw| NcclComm {
@@ -107,6 +120,7 @@ impl Meeting {
             size: self.size,
             turn: Mutex::new(()),
             ended: AtomicBool::new(false),
+            process: std::process::id(),
         }))
     }
 }
@@ -132,8 +146,11 @@ impl NcclComm {
                 };
                 check(&library, "meeting the other ranks", status)
             });
-            // Nobody listens any more: the communicator is left behind with the ranks that never came.
-            let _ = tell.send(made.map(|()| comm));
+            // Where nobody listens any more, the ranks that came late must not wait for this one.
+            if let Err(mpsc::SendError(Ok(unwanted))) = tell.send(made.map(|()| comm)) {
+                // SAFETY: the communicator just made, which nobody else has. Its failure leaves nothing to do.
+                let _ = unsafe { (library.comm_abort)(unwanted.0) };
+            }
         };
         std::thread::Builder::new().name("smddp-nccl-init".to_owned()).spawn(meet).map_err(|e| {
             Error::Resource {

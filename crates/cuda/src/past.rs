@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use smddp_core::Result;
+use smddp_core::{Error, Result};
 use smddp_cuda_sys as sys;
 
 use crate::device::{Device, Event, Visit, wait};
@@ -72,7 +72,8 @@ impl Past {
     }
 
     fn visit(&self) -> Result<(Visit, &Event)> {
-        let event = self.0.event.as_ref().ok_or_else(crate::group::missing)?;
+        let missing = || Error::Internal("a mark without its event".to_owned());
+        let event = self.0.event.as_ref().ok_or_else(missing)?;
         Ok((self.0.events.device.visit()?, event))
     }
 }
