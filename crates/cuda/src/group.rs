@@ -1,7 +1,8 @@
 //! A process group's calls on CUDA memory, and which way each goes.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
@@ -19,10 +20,13 @@ use crate::nccl::{self, NcclComm};
 use crate::past::{Events, Past};
 use crate::select::{Selection, Way};
 use crate::stager::{Scratch, Stager};
-use crate::watch::Watched;
+use crate::watch::{self, Communicators, Watch};
 
 /// How often a host that waits for the device looks.
 const WAIT_STEP: Duration = Duration::from_micros(50);
+
+/// How long the end waits for a call that is being enqueued.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
 const MULTIPROCESSORS: u32 = 8;
@@ -103,10 +107,19 @@ pub enum Path {
 
 /// A call that was enqueued.
 pub struct Started<T: Transports> {
-    collective: Collective,
+    number: Number,
     /// Of its part on the host; none: it has none.
     handle: Option<Handle<T>>,
+    /// Its life, where NCCL has a part in it.
+    life: Option<Arc<watch::Call>>,
     past: Past,
+}
+
+/// A call among those of its group.
+#[derive(Clone, Copy)]
+struct Number {
+    collective: Collective,
+    seq: u64,
 }
 
 impl<T: Transports> Started<T> {
@@ -115,9 +128,10 @@ impl<T: Transports> Started<T> {
         &self.past
     }
 
-    /// The error its part on the host ended with.
+    /// The error it ended with, as far as is known: that of NCCL's part, or of the part on the host.
     pub fn error(&self) -> Option<Error> {
-        self.handle.as_ref().and_then(Handle::result).and_then(Result::err)
+        let of_nccl = self.life.as_ref().and_then(|life| life.error());
+        of_nccl.or_else(|| self.handle.as_ref().and_then(Handle::result).and_then(Result::err))
     }
 }
 
@@ -145,9 +159,10 @@ pub struct DeviceGroup<T: Transports> {
     path: Path,
     settings: Settings,
     selection: Selection,
-    nccl: Option<Watched<T>>,
-    /// NCCL over all ranks, of a hierarchical group some of whose calls go so.
-    flat: Option<Watched<T>>,
+    /// Where NCCL has a part in the calls.
+    watch: Option<Watch<T>>,
+    /// Calls made.
+    calls: AtomicU64,
     /// The process that made it; one forked from it has no device.
     process: u32,
     events: Arc<Events>,
@@ -173,16 +188,18 @@ impl<T: Transports> DeviceGroup<T> {
         settle_direct(&host, between, &settings, parts.stager.as_mut())?;
         let has_flat = path == Path::Hierarchical && selection.has_flat();
         let has_flat = on_all(&host, has_flat, "SMDDP_CUDA_ALGORITHM with the way nccl")?;
-        let watched = |members| {
-            let met = meet(&host, &device, &settings, &library_dirs, members)?;
-            Watched::new(&host, rail.as_ref(), met, &device)
-        };
-        let nccl = match path {
-            Path::Nccl => Some(watched(Members::All)?),
-            Path::Hierarchical => Some(watched(Members::OfNode)?),
+        let met = |members| meet(&host, &device, &settings, &library_dirs, members);
+        let first = match path {
+            Path::Nccl => Some(met(Members::All)?),
+            Path::Hierarchical => Some(met(Members::OfNode)?),
             Path::Staged | Path::Alone => None,
         };
-        let flat = if has_flat { Some(watched(Members::All)?) } else { None };
+        let flat = if has_flat { Some(met(Members::All)?) } else { None };
+        let watched = |first| Watch::new(&host, rail.as_ref(), Communicators { first, flat }, &device);
+        let watch = match first.map(watched) {
+            Some(watch) => Some(agreed(&host, watch, "watching NCCL")?),
+            None => None,
+        };
         let events = Events::new(&device);
         let group = DeviceGroup {
             host,
@@ -191,8 +208,8 @@ impl<T: Transports> DeviceGroup<T> {
             path,
             settings,
             selection,
-            nccl,
-            flat,
+            watch,
+            calls: AtomicU64::new(0),
             process: std::process::id(),
             events,
             parts: Mutex::new(parts),
@@ -207,9 +224,11 @@ impl<T: Transports> DeviceGroup<T> {
 
     /// One line for people.
     pub fn describe(&self) -> String {
-        let parts = self.parts.lock().ok();
+        let parts = self.free_parts();
         let parts = parts.as_deref();
-        let nccl = self.nccl.as_ref().map(|n| format!("NCCL {}", n.nccl().version()));
+        let nccl = self.watch.as_ref().map(Watch::nccl);
+        let flat = nccl.and_then(|n| n.flat.as_ref()).map(|_| "some calls over all ranks".to_owned());
+        let nccl = nccl.map(|n| format!("NCCL {}", n.first.version()));
         let words =
             parts.and_then(|p| p.stager.as_ref()).map(|s| if s.is_by_words() { "" } else { " (host waits)" });
         let staged = words.map(|w| {
@@ -228,7 +247,6 @@ impl<T: Transports> DeviceGroup<T> {
         };
         let limit =
             (self.path == Path::Hierarchical).then(|| format!("at most {MULTIPROCESSORS} multiprocessors"));
-        let flat = self.flat.as_ref().map(|_| "some calls over all ranks".to_owned());
         let direct = parts.and_then(|p| p.stager.as_ref()?.direct_from());
         let direct = direct.map(|least| format!("GPUDirect for messages of {least} bytes and more"));
         let more: Vec<String> =
@@ -249,17 +267,27 @@ impl<T: Transports> DeviceGroup<T> {
         call.input.check(name, "input").and_then(|()| call.output.check(name, "output"))?;
         let stream = stream as sys::Stream;
         let (mut parts, _visit) = self.enter(name, stream, behind)?;
-        let started = match self.path {
-            Path::Alone => self.alone(call, stream).map(|()| None),
-            Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
-            Path::Staged => parts.stager()?.enqueue(&self.host, call, stream),
-            Path::Hierarchical => self.hierarchical(&mut parts, call, stream),
-        };
-        let started = self.end_of(call.collective, call.timeout, stream, started);
+        let (number, life) = self.announce(call.collective, call.timeout)?;
+        let started = self.enqueue(&mut parts, call, stream);
+        let started = self.end_of(number, life, stream, started);
         if let Ok(Started { handle: Some(handle), .. }) = &started {
             parts.last = Some(handle.clone());
         }
         started
+    }
+
+    fn enqueue(
+        &self,
+        parts: &mut Parts<T>,
+        call: &DeviceCall,
+        stream: sys::Stream,
+    ) -> Result<Option<Handle<T>>> {
+        match self.path {
+            Path::Alone => self.alone(call, stream).map(|()| None),
+            Path::Nccl => self.nccl()?.enqueue(call, stream).map(|()| None),
+            Path::Staged => parts.stager()?.enqueue(&self.host, call, stream),
+            Path::Hierarchical => self.hierarchical(parts, call, stream),
+        }
     }
 
     /// Whether messages between ranks go from device to device ([`exchange`](Self::exchange)); else they go through the
@@ -300,61 +328,111 @@ impl<T: Transports> DeviceGroup<T> {
         }
         let stream = stream as sys::Stream;
         let (_parts, _visit) = self.enter(OP.name(), stream, behind)?;
-        let exchanged = self.nccl()?.exchange_messages(messages, stream);
-        self.end_of(OP, timeout, stream, exchanged.map(|()| None))
+        let (number, life) = self.announce(OP, timeout)?;
+        let exchanged = self.nccl().and_then(|nccl| nccl.exchange_messages(messages, stream));
+        self.end_of(number, life, stream, exchanged.map(|()| None))
     }
 
-    /// Marks the end of what was enqueued, and has it watched where NCCL has a part in it. A call that failed on this rank
-    /// alone, or midway, fails the group: the others must not wait for it, or for the rest of it.
-    fn end_of(
+    /// Numbers a call that is about to be enqueued, and has it watched where NCCL has a part in it.
+    fn announce(
         &self,
         collective: Collective,
         timeout: Option<Duration>,
+    ) -> Result<(Number, Option<Arc<watch::Call>>)> {
+        let number = Number { collective, seq: self.calls.fetch_add(1, Ordering::Relaxed) };
+        let announced = self.watch.as_ref().map(|watch| watch.announce(collective, number.seq, timeout));
+        let life = announced.transpose().map_err(|error| error.at(&self.site(number)))?;
+        Ok((number, life))
+    }
+
+    /// Marks the end of what was enqueued. A call that failed midway fails the group: the others must not wait for the rest
+    /// of it. One that failed since it was announced gets the reason for that, whatever became of its parts.
+    fn end_of(
+        &self,
+        number: Number,
+        life: Option<Arc<watch::Call>>,
         stream: sys::Stream,
         enqueued: Result<Option<Handle<T>>>,
     ) -> Result<Started<T>> {
-        let started = enqueued.and_then(|handle| {
+        let marked = enqueued.and_then(|handle| {
             let past = self.events.mark(stream)?;
-            for nccl in self.communicators() {
-                nccl.register(collective, timeout, stream, &past)?;
-            }
-            Ok(Started { collective, handle, past })
+            let is_watched = life.is_some() && !self.device.is_capturing(stream)?;
+            Ok((handle, past, is_watched))
         });
-        if let Err(error) = &started
-            && !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
-        {
-            self.communicators().for_each(|nccl| nccl.fail(error));
-            if self.nccl.is_none() && self.host.failure().is_none() {
-                self.host.abort(&error.to_string());
+        if let Some(error) = life.as_ref().and_then(|life| life.error()) {
+            return Err(error);
+        }
+        match (marked, life) {
+            (Ok((handle, past, is_watched)), life) => {
+                if let Some(life) = &life {
+                    if is_watched { life.enqueued(&past) } else { life.ends() }
+                }
+                Ok(Started { number, handle, life, past })
+            }
+            (Err(error), life) => {
+                let error = error.at(&self.site(number));
+                if leaves_others_waiting(&error) {
+                    self.fail(&error);
+                }
+                if let Some(life) = life {
+                    life.ends();
+                }
+                Err(error)
             }
         }
-        started
+    }
+
+    /// Fails the group on every rank, from within a call.
+    fn fail(&self, error: &Error) {
+        match &self.watch {
+            Some(watch) => watch.fail(error),
+            None => self.host.abort(&error.to_string()),
+        }
+    }
+
+    fn site(&self, number: Number) -> Site {
+        let (rank, group) = (self.host.rank(), self.host.name().to_owned());
+        Site { rank, group, op: number.collective.name().to_owned(), seq: number.seq }
     }
 
     /// Blocks the host until the device is past the call, or it has failed, or for `limit`: then Timeout.
     pub fn wait(&self, started: &Started<T>, limit: Duration) -> Result<()> {
-        let since = Instant::now();
+        self.wait_for(started, (Instant::now(), limit), limit).map(|_| ())
+    }
+
+    /// As [`wait`](Self::wait), which began at `since`, for callers that must look around now and then, at signals for
+    /// instance: whether the call is over, after `slice` at the latest.
+    pub fn wait_for(
+        &self,
+        started: &Started<T>,
+        (since, limit): (Instant, Duration),
+        slice: Duration,
+    ) -> Result<bool> {
+        let begun = Instant::now();
         loop {
             if let Some(error) = started.error().or_else(|| self.failure()) {
                 return Err(error);
             }
             if started.past.is_done()? {
-                return Ok(());
+                let verdict = self.watch.as_ref().zip(started.life.as_ref());
+                return verdict.map_or(Ok(()), |(watch, life)| watch.verdict(life)).map(|()| true);
             }
             let waited = since.elapsed();
             if waited >= limit {
-                let (rank, group) = (self.host.rank(), self.host.name().to_owned());
-                let site = Site { rank, group, op: started.collective.name().to_owned(), seq: 0 };
+                let site = self.site(started.number);
                 return Err(Error::Timeout { site, waited, missing: Vec::new() });
+            }
+            if begun.elapsed() >= slice {
+                return Ok(false);
             }
             std::thread::sleep(WAIT_STEP.min(limit - waited));
         }
     }
 
-    /// Why the group failed, if it did.
+    /// Why the group failed, if it did, as far as is known without waiting for anybody.
     pub fn failure(&self) -> Option<Error> {
-        let watched = self.communicators().find_map(Watched::failure);
-        watched.or_else(|| self.host.failure()).or_else(|| self.rail.as_ref()?.failure())
+        let watched = self.watch.as_ref().and_then(Watch::failure);
+        watched.or_else(|| self.host.known_failure()).or_else(|| self.rail.as_ref()?.known_failure())
     }
 
     /// Fails the group on every rank.
@@ -364,7 +442,7 @@ impl<T: Transports> DeviceGroup<T> {
         if let Some(rail) = &self.rail {
             rail.abort(reason);
         }
-        self.end(true);
+        self.end(Some(self.failure().unwrap_or_else(|| self.shut_down())));
     }
 
     /// Frees everything; what is enqueued is waited for, within limits.
@@ -375,19 +453,26 @@ impl<T: Transports> DeviceGroup<T> {
         if let Some(rail) = &self.rail {
             rail.shutdown();
         }
-        self.end(self.failure().is_some());
+        self.end(self.failure());
     }
 
-    fn end(&self, failed: bool) {
-        let end_stager = || {
-            if let Ok(mut parts) = self.parts.lock() {
-                parts.stager = None;
-            }
+    /// Ends the parts, in order, or at once where the group has failed, as `why` says.
+    fn end(&self, why: Option<Error>) {
+        // A call that hangs while it is enqueued is ended as one of a group that has failed.
+        let hangs = || {
+            let error = self.free_parts().is_none().then(|| self.shut_down())?;
+            self.fail(&error);
+            Some(error)
         };
-        let end_nccl = || self.communicators().for_each(|nccl| nccl.end(failed));
+        let why = why.or_else(hangs);
+        let end_stager = || match self.free_parts() {
+            Some(mut parts) => parts.stager = None,
+            None => tracing::warn!("a call of group '{}' is still being enqueued", self.host.name()),
+        };
+        let end_nccl = || self.watch.iter().for_each(|watch| watch.end(why.as_ref()));
         // The stager's copies lie behind NCCL's kernels, which wait for their peers until NCCL is aborted; NCCL in order
         // waits for what the stager has enqueued.
-        if failed {
+        if why.is_some() {
             end_nccl();
             end_stager();
         } else {
@@ -396,12 +481,26 @@ impl<T: Transports> DeviceGroup<T> {
         }
     }
 
-    fn communicators(&self) -> impl Iterator<Item = &Watched<T>> {
-        self.nccl.iter().chain(&self.flat)
+    /// The parts, once no call is being enqueued; none: one still is after [`FAREWELL`].
+    fn free_parts(&self) -> Option<MutexGuard<'_, Parts<T>>> {
+        let until = Instant::now() + FAREWELL;
+        loop {
+            match self.parts.try_lock() {
+                Ok(parts) => return Some(parts),
+                Err(TryLockError::Poisoned(parts)) => return Some(parts.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(WAIT_STEP),
+            }
+        }
+    }
+
+    fn shut_down(&self) -> Error {
+        let (rank, group) = (self.host.rank(), self.host.name().to_owned());
+        missing().at(&Site { rank, group, op: String::new(), seq: 0 })
     }
 
     fn nccl(&self) -> Result<&NcclComm> {
-        self.nccl.as_ref().map(Watched::nccl).ok_or_else(missing)
+        self.watch.as_ref().map(|watch| &watch.nccl().first).ok_or_else(missing)
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Parts<T>>> {
@@ -464,9 +563,10 @@ impl<T: Transports> DeviceGroup<T> {
         stream: sys::Stream,
     ) -> Result<Option<Handle<T>>> {
         let (Some(rail), Some(stager)) = (&self.rail, &mut parts.stager) else { return Err(missing()) };
-        match (self.selection.way(call, self.host.size()), &self.flat) {
+        let flat = self.watch.as_ref().and_then(|watch| watch.nccl().flat.as_ref());
+        match (self.selection.way(call, self.host.size()), flat) {
             (Way::Hierarchical, _) => {}
-            (Way::Flat, Some(flat)) => return flat.nccl().enqueue(call, stream).map(|()| None),
+            (Way::Flat, Some(flat)) => return flat.enqueue(call, stream).map(|()| None),
             _ => return stager.enqueue(&self.host, call, stream),
         }
         let (shape, rank) = (self.host.shape(), self.host.rank());
@@ -490,11 +590,16 @@ impl<T: Transports> Drop for DeviceGroup<T> {
     }
 }
 
+/// For what was taken down; whose it was is known further out.
 pub(crate) fn missing() -> Error {
-    Error::Aborted {
-        site: smddp_core::error::Site::unknown(),
-        reason: "the group's CUDA side was shut down".to_owned(),
-    }
+    let reason = "the group's CUDA side was shut down. Make a new group".to_owned();
+    Error::Aborted { site: Site::unknown(), reason }
+}
+
+/// Whether others may have begun a call that this rank does not carry to its end. One that is refused is refused everywhere, and
+/// of a failed group they know.
+fn leaves_others_waiting(error: &Error) -> bool {
+    !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
 }
 
 fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {

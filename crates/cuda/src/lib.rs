@@ -3,12 +3,13 @@
 //! Inside a node NCCL moves the data. Between nodes it goes through pinned memory and the engine's own plans: device
 //! copies a piece into a slot, and a word beside it says so (`cuStreamWriteValue32`); the progress thread runs the
 //! exchange as an ordinary operation with a gate ([`smddp_core::gate`]); a wait on a second word, enqueued ahead, releases
-//! the copy back. NCCL's kernels wait for their peers without limit; a thread of the group's own, asleep while no call is
-//! outstanding, ends them where the engine would end an operation (`watch.rs`). With GPUDirect the exchange's messages begin and
-//! end in device memory of the slot (`direct.rs`).
+//! the copy back. NCCL's kernels, and at times the host that enqueues them, wait for their peers without limit; a thread of
+//! the group's own, asleep while no call is under way, ends them where the engine would end an operation (`watch.rs`).
+//! With GPUDirect the exchange's messages begin and end in device memory of the slot (`direct.rs`).
 //!
 //! Invariants
-//! - **C1** everything is enqueued by the caller's thread, in call order; the host never waits for the device.
+//! - **C1** everything is enqueued by the caller's thread, in call order; the host waits for the device only where streams
+//!   cannot wait for words, and then for as long as the call may take.
 //! - **C2** between "input is there" and "output is there" nobody calls CUDA or NCCL, or takes an interpreter's lock: the
 //!   progress thread reads a word and stores a word. So nothing that holds a lock of the driver can stop it.
 //! - **C3** a wait is enqueued only behind the copy and the word that lead to its release, so no order of enqueuing stops

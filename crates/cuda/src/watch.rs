@@ -1,72 +1,138 @@
-//! Watches the calls that NCCL's kernels carry: a kernel waits for its peers for ever, and stops the streams behind it.
+//! The lives of calls that NCCL carries, and the thread that watches over them. A kernel of NCCL waits for its peers for ever, and
+//! stops the streams behind it. So does a host that enqueues one, where NCCL connects at the first call, where a launch queue is
+//! full, or where the host waits for the device.
 //!
-//! - **N3** when the group has failed on the host, NCCL tells an error, or a call has passed its time limit, the
-//!   communicator is aborted: its kernels end, and the streams behind them go on. That takes at most [`POLL`], and as
-//!   long as the abort.
-//! - **N4** while no call is outstanding the thread sleeps, and nothing is asked of the device.
-//! - **N5** the thread asks the device in relaxed capture mode, so that graphs captured elsewhere are left alone; calls
-//!   that are captured are not watched, since it is their replays that run.
+//! ```text
+//! announced -> enqueued -> ended
+//!         |           |
+//!         |           +--> failed
+//!         +-> ended, failed
+//! ```
+//!
+//! - **L1** a call is announced, which begins its time, before any of it is enqueued; it is enqueued when its end on its stream
+//!   is marked. One that is refused, or captured in a graph, ends right then: its replays run, and they are not watched.
+//! - **L2** ended and failed are for good.
+//! - **L3** a call ends when the device is past it and the group had not failed when asked after that: what releases streams early
+//!   fails the group first. So a call that has not run to its end is never taken for one that has.
+//! - **L4** when the group fails, every call that is announced or enqueued fails with the group's error, before NCCL's kernels are
+//!   ended; later ones are refused with it.
+//! - **L5** the group fails when it has failed on the host, NCCL tells an error, a process of the node has ended, or a call has
+//!   passed its limit. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
+//!   back. That takes at most [`POLL`], what the communicator gives a call to come back by itself, and as long as the abort.
+//! - **L6** while no call is announced or enqueued the thread sleeps, and nothing is asked of the device.
+//! - **L7** the thread asks the device in relaxed capture mode, so that graphs captured elsewhere are left alone.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::Communicator;
 use smddp_core::error::Site;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Result};
-use smddp_cuda_sys as sys;
 
 use crate::device::Device;
+use crate::group::missing;
 use crate::nccl::NcclComm;
 use crate::past::Past;
 
-/// How often outstanding calls are looked at.
+/// How often calls are looked at.
 const POLL: Duration = Duration::from_millis(100);
 /// How much later than the exchange on the host, which knows whom it waits for, the device's part is given up.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a call may still take that a process of the node has left by its end: what that has sent may be on its way.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long the end waits for the thread.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// A call whose end the device has not reported yet.
-struct Outstanding {
-    past: Past,
+/// A call, from its announcement on.
+pub(crate) struct Call {
     collective: Collective,
     seq: u64,
     since: Instant,
     limit: Duration,
+    /// Where it ends on its stream, once it is enqueued.
+    past: OnceLock<Past>,
+    /// How it ended, or failed (L2).
+    end: OnceLock<Result<()>>,
+}
+
+impl Call {
+    /// It ends at `past`.
+    pub(crate) fn enqueued(&self, past: &Past) {
+        // Once a call: its caller's thread does it.
+        let _ = self.past.set(past.clone());
+    }
+
+    /// It has ended well, unless it has failed before.
+    pub(crate) fn ends(&self) {
+        let _ = self.end.set(Ok(()));
+    }
+
+    fn fails(&self, error: &Error) {
+        let _ = self.end.set(Err(error.clone()));
+    }
+
+    fn is_over(&self) -> bool {
+        self.end.get().is_some()
+    }
+
+    /// What it failed with.
+    pub(crate) fn error(&self) -> Option<Error> {
+        self.end.get()?.clone().err()
+    }
+
+    fn is_past(&self) -> Result<bool> {
+        self.past.get().map_or(Ok(false), Past::is_done)
+    }
 }
 
 #[derive(Default)]
 struct State {
-    calls: Vec<Outstanding>,
-    made: u64,
+    /// Announced or enqueued; and what has ended since the thread last looked.
+    calls: Vec<Arc<Call>>,
     /// What the group failed with, as seen from here.
     failure: Option<Error>,
     ending: bool,
     gone: bool,
 }
 
+/// What NCCL carries a group's calls with.
+pub(crate) struct Communicators {
+    /// Of the node, or of all ranks.
+    pub(crate) first: NcclComm,
+    /// Of all ranks, of a hierarchical group some of whose calls go so.
+    pub(crate) flat: Option<NcclComm>,
+}
+
+impl Communicators {
+    fn each(&self) -> impl Iterator<Item = &NcclComm> {
+        [&self.first].into_iter().chain(&self.flat)
+    }
+}
+
 struct Shared<T: Transports> {
     host: Communicator<T>,
     rail: Option<Communicator<T>>,
-    nccl: NcclComm,
+    nccl: Communicators,
     device: Arc<Device>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// A communicator of NCCL, and the thread that watches its calls.
-pub(crate) struct Watched<T: Transports> {
+/// A group's communicators of NCCL, and the thread that watches their calls.
+pub(crate) struct Watch<T: Transports> {
     shared: Arc<Shared<T>>,
+    /// The process whose thread it is.
+    process: u32,
 }
 
-impl<T: Transports> Watched<T> {
+impl<T: Transports> Watch<T> {
     pub(crate) fn new(
         host: &Communicator<T>,
         rail: Option<&Communicator<T>>,
-        nccl: NcclComm,
+        nccl: Communicators,
         device: &Arc<Device>,
-    ) -> Result<Watched<T>> {
+    ) -> Result<Watch<T>> {
         let shared = Arc::new(Shared {
             host: host.clone(),
             rail: rail.cloned(),
@@ -75,51 +141,62 @@ impl<T: Transports> Watched<T> {
             state: Mutex::default(),
             changed: Condvar::new(),
         });
-        let watch = Arc::clone(&shared);
-        std::thread::Builder::new().name("smddp-nccl-watch".to_owned()).spawn(move || watch.run()).map_err(
-            |e| Error::Resource {
-                what: "watching NCCL".to_owned(),
-                resource: "threads",
-                reason: e.to_string(),
-                hint: "Raise the process limit (ulimit -u)".to_owned(),
-            },
-        )?;
-        Ok(Watched { shared })
+        let (tell, told) = mpsc::channel();
+        let thread = Arc::clone(&shared);
+        let failed = |reason: &str| Error::Resource {
+            what: "watching NCCL".to_owned(),
+            resource: "threads",
+            reason: reason.to_owned(),
+            hint: "Raise the process limit (ulimit -u)".to_owned(),
+        };
+        let spawned = std::thread::Builder::new()
+            .name("smddp-nccl-watch".to_owned())
+            .spawn(move || thread.run(&tell))
+            .map_err(|e| failed(&e.to_string()));
+        // From here on dropping it ends the communicators, and the thread if there is one.
+        let watch = Watch { shared, process: std::process::id() };
+        if spawned.is_err() {
+            watch.shared.lock().gone = true;
+        }
+        spawned?;
+        told.recv_timeout(host.timeout()).map_err(|_| failed("a new thread did not run"))??;
+        Ok(watch)
     }
 
-    pub(crate) fn nccl(&self) -> &NcclComm {
+    pub(crate) fn nccl(&self) -> &Communicators {
         &self.shared.nccl
     }
 
-    /// A call ends at `past` on `stream`; its time, the group's when none is given, begins now.
-    pub(crate) fn register(
+    /// A call is about to be enqueued; its time, the group's when none is given, begins now.
+    pub(crate) fn announce(
         &self,
         collective: Collective,
+        seq: u64,
         timeout: Option<Duration>,
-        stream: sys::Stream,
-        past: &Past,
-    ) -> Result<()> {
+    ) -> Result<Arc<Call>> {
         let shared = &self.shared;
-        if shared.device.is_capturing(stream)? {
-            return Ok(());
-        }
-        let limit = timeout.unwrap_or_else(|| shared.host.timeout())
-            + if shared.rail.is_some() { GRACE } else { Duration::ZERO };
+        let grace = if shared.rail.is_some() { GRACE } else { Duration::ZERO };
+        let limit = timeout.unwrap_or_else(|| shared.host.timeout()).saturating_add(grace);
+        let (past, end) = (OnceLock::new(), OnceLock::new());
+        let call = Arc::new(Call { collective, seq, since: Instant::now(), limit, past, end });
         let mut state = shared.lock();
-        let seq = state.made;
-        state.calls.push(Outstanding { past: past.clone(), collective, seq, since: Instant::now(), limit });
-        state.made += 1;
+        if let Some(error) = &state.failure {
+            return Err(error.clone());
+        }
+        if state.ending {
+            return Err(missing());
+        }
+        state.calls.push(Arc::clone(&call));
         if state.calls.len() == 1 {
             shared.changed.notify_all();
         }
-        Ok(())
+        Ok(call)
     }
 
-    /// A call was enqueued in part: ends it on all ranks.
+    /// Fails the group, on all ranks.
     pub(crate) fn fail(&self, error: &Error) {
+        self.shared.settle(error);
         self.shared.tell(error);
-        let mut state = self.shared.lock();
-        state.failure.get_or_insert_with(|| error.clone());
         self.shared.changed.notify_all();
     }
 
@@ -128,9 +205,25 @@ impl<T: Transports> Watched<T> {
         self.shared.lock().failure.clone()
     }
 
-    /// Ends the thread and the communicator; `failed`: without waiting for peers.
-    pub(crate) fn end(&self, failed: bool) {
+    /// How a call went that the device is past (L3).
+    pub(crate) fn verdict(&self, call: &Call) -> Result<()> {
+        if let Some(end) = call.end.get() {
+            return end.clone();
+        }
+        let Some(error) = self.shared.failure() else {
+            call.ends();
+            return Ok(());
+        };
+        self.fail(&error);
+        Err(call.error().unwrap_or(error))
+    }
+
+    /// Ends the thread and the communicators; where the group has failed, as `why` says, without waiting for peers.
+    pub(crate) fn end(&self, why: Option<&Error>) {
         let shared = &self.shared;
+        if let Some(error) = why {
+            shared.settle(error);
+        }
         let mut state = shared.lock();
         state.ending = true;
         shared.changed.notify_all();
@@ -138,8 +231,18 @@ impl<T: Transports> Watched<T> {
         while !state.gone && Instant::now() < until {
             state = shared.wait(state, Some(POLL));
         }
+        let has_failed = state.failure.is_some();
         drop(state);
-        shared.nccl.end(failed);
+        shared.nccl.each().for_each(|nccl| nccl.end(has_failed));
+    }
+}
+
+impl<T: Transports> Drop for Watch<T> {
+    fn drop(&mut self) {
+        // In a forked child the thread does not exist, and the rest is the parent's.
+        if self.process == std::process::id() && !self.shared.lock().ending {
+            self.end(Some(&missing()));
+        }
     }
 }
 
@@ -156,19 +259,20 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    fn run(&self) {
-        if let Err(error) = self.device.enter().and_then(|()| self.device.tolerate_captures()) {
-            tracing::warn!(%error, "calls of NCCL are not watched: one whose peers do not come waits for ever");
-        } else {
+    fn run(&self, tell: &mpsc::Sender<Result<()>>) {
+        let ready = self.device.enter().and_then(|()| self.device.tolerate_captures());
+        let is_ready = ready.is_ok();
+        // Who asked may have given up.
+        if tell.send(ready).is_ok() && is_ready {
             self.watch();
         }
-        let mut state = self.lock();
-        state.calls.clear();
-        state.gone = true;
+        self.lock().gone = true;
         self.changed.notify_all();
     }
 
     fn watch(&self) {
+        // When a process of the node was first seen to have ended.
+        let mut seen = None;
         let mut state = self.lock();
         while !state.ending {
             if let Some(error) = state.failure.clone() {
@@ -180,50 +284,78 @@ impl<T: Transports> Shared<T> {
                 continue;
             }
             state = self.wait(state, Some(POLL));
-            let mut calls = std::mem::take(&mut state.calls);
+            let calls = state.calls.clone();
             drop(state);
-            let found = self.look(&mut calls);
-            state = self.lock();
-            // Calls made meanwhile come behind.
-            calls.append(&mut state.calls);
-            state.calls = calls;
+            let found = self.look(&calls, &mut seen);
             if let Some(error) = found {
-                state.failure.get_or_insert(error);
+                self.settle(&error);
             }
+            state = self.lock();
+            state.calls.retain(|call| !call.is_over());
         }
     }
 
-    /// Takes out of `calls` what is over. Why the rest will never be, if so.
-    fn look(&self, calls: &mut Vec<Outstanding>) -> Option<Error> {
-        let mut found = None;
-        calls.retain(|call| match call.past.is_done() {
-            Ok(done) => !done,
-            Err(error) => {
-                found.get_or_insert(error);
-                true
+    /// Ends those calls that have ended. Why the rest never will, if so.
+    fn look(&self, calls: &[Arc<Call>], seen: &mut Option<Instant>) -> Option<Error> {
+        let mut past = Vec::new();
+        for call in calls.iter().filter(|call| !call.is_over()) {
+            match call.is_past() {
+                Ok(true) => past.push(call),
+                Ok(false) => {}
+                Err(error) => return Some(error),
             }
-        });
-        found
-            .or_else(|| self.host.failure())
-            .or_else(|| self.rail.as_ref()?.failure())
-            .or_else(|| self.nccl.health().err())
-            .or_else(|| calls.iter().find_map(|call| self.overdue(call)))
+        }
+        // After the device, not before (L3).
+        if let Some(error) = self.failure() {
+            return Some(error);
+        }
+        past.into_iter().for_each(|call| call.ends());
+        let open = || calls.iter().filter(|call| !call.is_over());
+        open().next()?;
+        self.lost(open(), seen).or_else(|| open().find_map(|call| self.overdue(call)))
     }
 
-    fn overdue(&self, call: &Outstanding) -> Option<Error> {
+    /// What the group has failed with on the host, or in NCCL.
+    fn failure(&self) -> Option<Error> {
+        let of_host = self.host.failure().or_else(|| self.rail.as_ref()?.failure());
+        of_host.or_else(|| self.nccl.each().find_map(|nccl| nccl.health().err()))
+    }
+
+    /// The error for a process of the node that has ended, where a call still waits [`LAST_WORDS`] later.
+    fn lost<'a>(
+        &self,
+        mut open: impl Iterator<Item = &'a Arc<Call>>,
+        seen: &mut Option<Instant>,
+    ) -> Option<Error> {
+        let error = self.host.ended_peer()?;
+        let ended = *seen.get_or_insert_with(Instant::now);
+        let call = open.find(|call| call.since.max(ended).elapsed() >= LAST_WORDS)?;
+        Some(error.at(&self.site(call)))
+    }
+
+    fn overdue(&self, call: &Call) -> Option<Error> {
         let waited = call.since.elapsed();
-        (waited >= call.limit).then(|| {
-            let (rank, group) = (self.host.rank(), self.host.name().to_owned());
-            let site = Site { rank, group, op: call.collective.name().to_owned(), seq: call.seq };
-            Error::Timeout { site, waited, missing: Vec::new() }
-        })
+        let error = || Error::Timeout { site: self.site(call), waited, missing: Vec::new() };
+        (waited >= call.limit).then(error)
+    }
+
+    fn site(&self, call: &Call) -> Site {
+        let (rank, group) = (self.host.rank(), self.host.name().to_owned());
+        Site { rank, group, op: call.collective.name().to_owned(), seq: call.seq }
+    }
+
+    /// The group has failed, unless it had before (L4).
+    fn settle(&self, error: &Error) {
+        let mut state = self.lock();
+        let error = state.failure.get_or_insert_with(|| error.clone()).clone();
+        state.calls.drain(..).for_each(|call| call.fails(&error));
     }
 
     fn fail(&self, error: &Error) {
         tracing::warn!(%error, group = self.host.name(), "ending NCCL's calls");
         // First what tells the other ranks and releases streams that wait for words, then the kernels.
         self.tell(error);
-        self.nccl.end(true);
+        self.nccl.each().for_each(|nccl| nccl.end(true));
     }
 
     fn tell(&self, error: &Error) {

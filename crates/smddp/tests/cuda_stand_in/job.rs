@@ -178,14 +178,23 @@ impl Job {
         let rail = (self.nodes.len() > 1 && even && self.nodes[0] > 1)
             .then(|| self.meet(format!("{name}/rail{local}"), (node, self.nodes.len()), &settings))
             .transpose()?;
-        let device = DeviceGroup::new(DeviceOptions {
-            host: host.clone(),
-            rail,
-            device: self.device,
-            settings,
-            library_dirs: Vec::new(),
-        })?;
+        let device = self.device_side(&host, rail, settings)?;
         Ok(Group { host, device })
+    }
+
+    /// The CUDA side of a group on one node.
+    pub fn try_side(&self, host: &Communicator) -> Result<DeviceGroup> {
+        self.device_side(host, None, self.settings(&[]))
+    }
+
+    fn device_side(
+        &self,
+        host: &Communicator,
+        rail: Option<Communicator>,
+        settings: Settings,
+    ) -> Result<DeviceGroup> {
+        let (host, device, library_dirs) = (host.clone(), self.device, Vec::new());
+        DeviceGroup::new(DeviceOptions { host, rail, device, settings, library_dirs })
     }
 
     /// Waits until the device has done what this rank's stream was given.

@@ -12,6 +12,7 @@ mod messages;
 mod misuse;
 mod reference;
 mod streams;
+mod watch;
 mod ways;
 
 use std::sync::Arc;

@@ -259,6 +259,18 @@ fn an_nccl_that_does_not_meet() {
     told_on_all(test, (&[2, 2], "auto"), (2, "ncclGetUniqueId", 1, 3), ["NCCL", "internal error"]);
 }
 
+/// A group whose calls nobody could end is not made.
+#[test]
+fn a_thread_that_cannot_watch() {
+    let test = "misuse::a_thread_that_cannot_watch";
+    told_on_all(
+        test,
+        (&[2], "auto"),
+        (1, "cuThreadExchangeStreamCaptureMode", 1, 1),
+        ["capture mode", "CUDA_ERROR_INVALID_VALUE"],
+    );
+}
+
 /// NCCL itself would wait for the rank that does not come until the group's time limit.
 #[test]
 fn an_nccl_that_fails_on_one_rank() {

@@ -173,12 +173,22 @@ impl Case {
 
     /// Enqueues the call behind the copies of its data.
     pub fn try_start(&self, job: &Job, group: &Group) -> Result<Placed> {
+        self.begin(job, group).map(|(placed, _)| placed)
+    }
+
+    /// As `try_start`, with what tells how the call goes.
+    pub fn begin(&self, job: &Job, group: &Group) -> Result<(Placed, StartedOnDevice)> {
         let placed = self.place(job);
-        let started = self.launch(group, &placed, job.stream_address(), None);
+        let started = self.begin_at(&placed, job, group);
         if started.is_err() {
             self.free(job, &placed);
         }
-        started.map(|_| placed)
+        started.map(|started| (placed, started))
+    }
+
+    /// Enqueues the call on memory that is there.
+    pub fn begin_at(&self, placed: &Placed, job: &Job, group: &Group) -> Result<StartedOnDevice> {
+        self.launch(group, placed, job.stream_address(), None)
     }
 
     /// Memory with the call's data in it once the rank's stream comes there.
