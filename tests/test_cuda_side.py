@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,3 +175,25 @@ def test_memory_of_a_call_that_fails_is_kept_for_its_stream(side: CudaSide) -> N
     with pytest.raises(Full):
         side.short(2, 0, 0, alone, None, None, False)
     assert not alone.kept
+
+
+def test_waiting_for_a_call_that_has_failed_raises() -> None:
+    class Failed(_Handle):
+        def error(self) -> BaseException | None:
+            return ValueError("lost")
+
+        def is_past(self) -> bool:
+            return True
+
+        def order(self, stream: int) -> None:
+            raise AssertionError("ordered behind data that is not there")
+
+    native: Any = _Native()
+    handle: Any = Failed()
+    stream: Any = SimpleNamespace(device_index=0)
+    call = cuda.CudaWork(native, handle, [torch.zeros(1)], stream)
+    for read in (call.wait, call.result, call.synchronize):
+        with pytest.raises(ValueError, match="lost"):
+            read()
+    assert call.is_completed()
+    assert not call.is_success()

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use pyo3::prelude::*;
 use smddp::cuda::{DeviceCall, DeviceMessage, DeviceOptions, Memory};
-use smddp::{Error, Region, Request, Settings};
+use smddp::{Region, Request, Settings};
 
 use crate::arguments::{Numbers, seconds};
 use crate::communicator::{Communicator, extend};
@@ -127,14 +127,11 @@ impl DeviceGroup {
     fn wait(&self, py: Python<'_>, handle: &DeviceHandle, timeout: f64) -> PyResult<()> {
         let limit = seconds(py, "wait", Some(timeout))?.unwrap_or_default();
         let since = Instant::now();
-        loop {
-            let left = limit.saturating_sub(since.elapsed());
-            let waited = py.detach(|| self.inner.wait(&handle.inner, left.min(SLICE)));
-            if !matches!(waited, Err(Error::Timeout { .. })) || left <= SLICE {
-                return raise(py, waited);
-            }
+        let slice = || self.inner.wait_for(&handle.inner, (since, limit), SLICE);
+        while !raise(py, py.detach(slice))? {
             py.check_signals()?;
         }
+        Ok(())
     }
 
     /// The exception the group failed with, if it did.
@@ -216,7 +213,7 @@ impl DeviceHandle {
         raise(py, done)
     }
 
-    /// The exception the call's part on the host ended with, as far as is known.
+    /// The exception the call ended with, as far as is known.
     fn error(&self, py: Python<'_>) -> Option<PyErr> {
         self.inner.error().map(|e| exception(py, &e))
     }
