@@ -479,6 +479,21 @@ def coalescing_manager(c: Case) -> None:
         manager.wait()
     for tensor in tensors:
         close(tensor, reduced(c.everyone(tensor.numel(), torch.float32, salt=tensor.numel()), "SUM"))
+    coalescing_manager_of_a_device(c, False)
+    coalescing_manager_of_a_device(c, True)
+
+
+def coalescing_manager_of_a_device(c: Case, is_async: bool) -> None:
+    """Torch takes the work of all from the group then, not from the calls."""
+    inputs, outputs = [c.mine(n, torch.float32, salt=n) for n in (5, 6)], [torch.empty(n * c.size) for n in (5, 6)]
+    manage = dist.distributed_c10d._coalescing_manager
+    with manage(group=c.group, device=torch.device("cpu"), async_ops=is_async) as manager:
+        for output, input in zip(outputs, inputs, strict=True):
+            dist.all_gather_into_tensor(output, input, group=c.group)
+    if is_async:
+        manager.wait()
+    for output, n in zip(outputs, (5, 6), strict=True):
+        assert torch.equal(output, torch.cat(c.everyone(n, torch.float32, salt=n)))
 
 
 @case

@@ -15,7 +15,7 @@ from torch.distributed import Work
 from smdistributed_rs import cuda, work
 from smdistributed_rs.collectives import Collectives
 from smdistributed_rs.cuda import CudaSide, Message
-from smdistributed_rs.errors import ArgumentError
+from smdistributed_rs.errors import AbortedError, ArgumentError
 from smdistributed_rs.tensors import Once, Span
 
 
@@ -38,6 +38,9 @@ class _Native:
         self.exchanged: list[list[tuple[int, bool, int, int]]] = []
         self.handle = _Handle()
 
+    def abort(self, reason: str) -> None:
+        pass
+
     def exchange(self, stream: int, behind: int, messages: list[tuple[int, bool, int, int]]) -> _Handle:
         assert (stream, behind) == (7, 8)
         self.exchanged.append(messages)
@@ -58,6 +61,10 @@ class _Done(Work):
         return [torch.ones(1)]
 
 
+def _host(failure: BaseException | None = None) -> Any:
+    return SimpleNamespace(rank=0, name="played", failure=lambda: failure)
+
+
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaSide]:
     monkeypatch.setattr(cuda, "DeviceGroup", _Native)
@@ -65,7 +72,7 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaSide]:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(CudaSide, "_streams", lambda *_: (7, 8))
     _Native.made = 0
-    made = CudaSide(None, lambda: None)  # type: ignore[arg-type]
+    made = CudaSide(_host(), lambda: None)
     made.connect(0)
     return made
 
@@ -197,3 +204,28 @@ def test_waiting_for_a_call_that_has_failed_raises() -> None:
             read()
     assert call.is_completed()
     assert not call.is_success()
+
+
+def test_a_group_that_has_ended_or_failed_connects_nobody(side: CudaSide) -> None:
+    def nobody_comes() -> None:
+        raise AssertionError("ranks meet that do not come")
+
+    side._make_rail = nobody_comes
+    side.abort("enough")
+    with pytest.raises(AbortedError, match=r"enough\. To go on, make a new group"):
+        side.message("send", _message(1, True))
+    failed = CudaSide(_host(ValueError("lost")), nobody_comes)
+    with pytest.raises(ValueError, match="lost"):
+        failed.connect(0)
+
+
+def test_calls_in_a_batch_are_part_of_its_work(side: CudaSide) -> None:
+    native: Any = side._native
+    native.start = native.start_tensors = lambda *_: native.handle
+    span = Span((100, 16), 4, torch.zeros(4), None, 0)
+    side.begin_batch()
+    side.issue("all_gather", 0, (), span, span, [], True)
+    side.short(2, 0, 0, torch.zeros(4).as_subclass(_OnDevice), None, None, True)
+    whole = side.end_batch()
+    assert whole.wait()
+    assert [part.waited for part in whole._works] == [1, 1]  # type: ignore[attr-defined]

@@ -484,8 +484,7 @@ class Collectives:
             work: Work = _recorded(name, span.keep, span, tensors, start)
         else:
             work = SmddpWork(start(), tensors, span.finish)
-        self._cuda.note(work)
-        return work
+        return self._cuda.note(work)
 
     def _by_device(self, tensor: object) -> bool:
         return self._cuda.carries_messages and isinstance(tensor, Tensor) and tensor.is_cuda
@@ -566,7 +565,7 @@ class Collectives:
             handle = self._comm.start_tensors(
                 collective, code, root, output, input, _limit(codes.NAMES[collective], opts)
             )
-            return None if handle is None else SmddpWork(handle, [output])
+            return None if handle is None else self._cuda.note(SmddpWork(handle, [output]))
         if self._comm.run_tensors(collective, code, root, output, input, _limit(codes.NAMES[collective], opts)):
             return DONE
         return None
@@ -597,9 +596,9 @@ class Collectives:
             work = _recorded(name, shown, target, results, lambda: self._comm.start(*call, (source, target)))
             if opts is not None and not _is_async(opts):
                 work.wait()
-            return work
+            return self._cuda.note(work)
         if opts is None or _is_async(opts):
-            return SmddpWork(self._comm.start(*call, (source, target)), results, target.finish)
+            return self._cuda.note(SmddpWork(self._comm.start(*call, (source, target)), results, target.finish))
         self._comm.run(*call)
         if target.finish is not None:
             target.finish()

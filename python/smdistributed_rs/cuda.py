@@ -21,7 +21,7 @@ from torch.distributed import Work
 from ._compat import survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
-from .errors import ArgumentError
+from .errors import AbortedError, ArgumentError
 from .work import DONE, NO_LIMIT, Together, seconds_of
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class CudaSide:
         self._rail: Communicator | None = None
         self._native: DeviceGroup | None = None
         self._device = -1
+        self._ended = ""
         self._stream: Any = None
         self._batch = _Batch()
         self._lock = threading.Lock()
@@ -100,10 +101,11 @@ class CudaSide:
         """This thread's messages move together from now on, at `end_batch`."""
         self._batch.messages, self._batch.works = [], []
 
-    def note(self, work: Work) -> None:
-        """An operation that is part of the open batch, if there is one, and under way already."""
+    def note(self, work: Work) -> Work:
+        """`work`, as that of an operation that is part of the open batch, if there is one, and under way already."""
         if self._batch.messages is not None:
             self._batch.works.append(work)
+        return work
 
     def end_batch(self) -> Work:
         """The work of everything since `begin_batch`."""
@@ -146,7 +148,7 @@ class CudaSide:
             with torch.cuda.stream(self._stream if is_async else torch.cuda.current_stream(device)):
                 target.finish()
             handle.extend(stream)
-        return CudaWork(native, handle, results, self._stream) if is_async else DONE
+        return self.note(CudaWork(native, handle, results, self._stream)) if is_async else DONE
 
     def short(
         self, collective: int, code: int, root: int, output: Tensor, input: Tensor | None, limit: float | None,
@@ -170,7 +172,7 @@ class CudaSide:
         output.record_stream(self._stream)
         if input is not None:
             input.record_stream(self._stream)
-        return CudaWork(native, handle, [output], self._stream)
+        return self.note(CudaWork(native, handle, [output], self._stream))
 
     def _keep(self, *tensors: object) -> None:
         """Their memory is given to nobody else before what the group's stream holds is over: of a call that fails too,
@@ -196,13 +198,14 @@ class CudaSide:
         return "" if self._native is None else self._native.describe()
 
     def shutdown(self) -> None:
-        self._end(lambda native: native.shutdown())
+        self._end("the group was destroyed", lambda native: native.shutdown())
 
     def abort(self, reason: str) -> None:
-        self._end(lambda native: native.abort(reason))
+        self._end(reason, lambda native: native.abort(reason))
 
-    def _end(self, how: Callable[[DeviceGroup], None]) -> None:
+    def _end(self, reason: str, how: Callable[[DeviceGroup], None]) -> None:
         with self._lock:
+            self._ended = reason
             native, self._native = self._native, None
             if native is not None:
                 how(native)
@@ -214,6 +217,7 @@ class CudaSide:
         if native is None:
             with self._lock:
                 if self._native is None:
+                    self._check_alive(name)
                     self._rail = self._make_rail()
                     self._native = DeviceGroup(self._comm, self._rail, device, library_dirs())
                     self._device = device
@@ -222,6 +226,15 @@ class CudaSide:
             hint = "A group uses one device a process: the one of its first call with CUDA tensors"
             raise ArgumentError.of(name, "tensor", f"a tensor on cuda:{self._device}", f"one on cuda:{device}", hint)
         return native
+
+    def _check_alive(self, name: str) -> None:
+        """Nobody would come to connect a group that has ended, or failed."""
+        if self._ended:
+            who = f"rank {self._comm.rank} of group '{self._comm.name}'"
+            raise AbortedError(f"{who}: {name}: aborted: {self._ended}. To go on, make a new group")
+        error = self._comm.failure()
+        if error is not None:
+            raise error
 
 
 def _tensors(kept: object) -> Sequence[Tensor]:

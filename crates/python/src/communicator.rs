@@ -261,6 +261,11 @@ impl Communicator {
         self.inner.last_algorithm()
     }
 
+    /// The exception the group failed with, if it did.
+    fn failure(&self, py: Python<'_>) -> Option<PyErr> {
+        py.detach(|| self.inner.failure()).map(|e| exception(py, &e))
+    }
+
     /// Transports, provider, rails and shape, for people.
     fn describe(&self) -> String {
         self.inner.describe()
