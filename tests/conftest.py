@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from fork_server import Forked, Server
+
 HERE = Path(__file__).parent
 WORKER = HERE / "worker.py"
 LAUNCHER_NAMES = ("OMPI_", "PMI", "PRTE_", "MPI_LOCAL", "SLURM_", "HYDRA_", "TORCHELASTIC_", "SMDDP_")
+Process = subprocess.Popen | Forked
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -59,18 +63,21 @@ def clean_environment() -> dict[str, str]:
     return kept
 
 
-def wait_for(processes: Sequence[subprocess.Popen], logs: Sequence[Path], limit: float, grace: float = 10.0) -> Ranks:
+def wait_for(processes: Sequence[Process], logs: Sequence[Path], limit: float, grace: float = 10.0) -> Ranks:
     """Waits for all; `grace` seconds after one has failed, or at the limit, the rest are killed by pid."""
     start = time.monotonic()
     failed_at = None
-    while any(p.poll() is None for p in processes):
-        now = time.monotonic()
-        if failed_at is None and any(p.poll() not in (None, 0) for p in processes):
-            failed_at = now
-        if now - start > limit or (failed_at is not None and now - failed_at > grace):
-            stop(processes)
-            break
-        time.sleep(0.02)
+    try:
+        while any(p.poll() is None for p in processes):
+            now = time.monotonic()
+            if failed_at is None and any(p.poll() not in (None, 0) for p in processes):
+                failed_at = now
+            if now - start > limit or (failed_at is not None and now - failed_at > grace):
+                break
+            time.sleep(0.02)
+    finally:
+        # Also when the test was interrupted.
+        stop(processes)
     outputs = [log.read_text(errors="replace") for log in logs]
     seconds = time.monotonic() - start
     if seconds > limit:
@@ -78,7 +85,7 @@ def wait_for(processes: Sequence[subprocess.Popen], logs: Sequence[Path], limit:
     return Ranks([p.returncode for p in processes], outputs, seconds)
 
 
-def stop(processes: Sequence[subprocess.Popen]) -> None:
+def stop(processes: Sequence[Process]) -> None:
     """Ends launchers gently, so that they can end their ranks, and then whatever is left of what they started."""
     below = {p.pid: descendants(p.pid) for p in processes if p.poll() is None}
     for p in processes:
@@ -115,11 +122,13 @@ def run(
     env: dict[str, str] | None = None,
     each: Callable[[int], dict[str, str]] | None = None,
     limit: float = 90,
+    executed: bool = False,
     **arguments: object,
 ) -> Ranks:
     """Runs `function(**arguments)` (of a test module; or "module:name") in `size` processes with torchrun's variables.
 
-    nodes: the node of each rank by number, to emulate several nodes; each: more variables by rank.
+    nodes: the node of each rank by number, to emulate several nodes; each: more variables by rank; executed: by a
+    Python of their own, for tests of what is loaded, where others are forked from one that has torch.
     """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="smddp-test-") as folder:
@@ -141,11 +150,20 @@ def run(
             variables |= each(rank) if each else {}
             variables = {k: v for k, v in variables.items() if v != ""}
             logs.append(Path(folder) / f"{rank}.log")
+            if not executed and server().can_serve(variables):
+                _, _, *worker_arguments = command(function, folder, arguments)
+                processes.append(server().start(worker_arguments, variables, logs[-1]))
+                continue
             with logs[-1].open("w") as log:
                 processes.append(
                     subprocess.Popen(command(function, folder, arguments), env=variables, stdout=log, stderr=log)
                 )
         return collect(wait_for(processes, logs, limit), folder)
+
+
+@functools.cache
+def server() -> Server:
+    return Server(clean_environment())
 
 
 def launch(

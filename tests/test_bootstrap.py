@@ -173,7 +173,7 @@ def test_slurm_variables() -> None:
         "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank),
         "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NNODES": "1",
     }  # fmt: skip
-    ranks = conftest.run(numpy_job, 2, each=each).check()
+    ranks = conftest.run(numpy_job, 2, each=each, executed=True).check()
     assert {r["sum"] for r in ranks.reports} == {1.0}, ranks.text
 
 
