@@ -183,6 +183,13 @@ int main(int argc, char **argv) {
     MPI_Finalize();
     return 2;
   }
+  const std::string known = " allreduce broadcast alltoall allgather reduce_scatter ";
+  for (const auto &op : words(argv[2]))
+    if (known.find(" " + op + " ") == std::string::npos) {
+      if (rank == 0) std::fprintf(stderr, "no operation '%s'; there are:%s\n", op.c_str(), known.c_str());
+      MPI_Finalize();
+      return 2;
+    }
   const size_t smallest = std::strtoull(argv[4], nullptr, 10), largest = std::strtoull(argv[5], nullptr, 10);
   const double budget = std::atof(argv[6]);
   FILE *csv = rank == 0 ? std::fopen(argv[7], "a") : nullptr;

@@ -12,9 +12,9 @@
 //! - **E4** arrivals are counted per transfer and per (group, peer), never "since": nothing relies on order (T2).
 //! - **E5** a user's region is touched only for an operation in `sends` or `recvs`, when a small message is copied out or in, and
 //!   by those in `pieces` (as source) and `grants` (as target).
-//! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when they have
-//!   said it too: after its own, nobody writes to the other. A packet that reaches a closed connection resets it, and what
-//!   the process that wrote it had not read yet would be thrown away: the last messages of one that was done.
+//! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when each has said
+//!   it too: who has heard it sends nothing after its own. A packet that reaches a closed connection resets it, and what the
+//!   process that sent it had not read yet would be thrown away: the last messages of one that was done (ADR 0031).
 
 use std::collections::VecDeque;
 use std::time::Duration;
