@@ -45,8 +45,9 @@ const CLOCK: u32 = 64;
 /// The longest sleep: probes must go out, and refused posts be tried again.
 const NAP: Duration = PROBE_EVERY;
 /// How long the last messages may take to leave when the endpoint goes.
-/// (E6). Peers that compute look for news every 100 ms.
-const LINGER: Duration = Duration::from_millis(500);
+const LINGER: Duration = Duration::from_millis(200);
+/// How long peers may take to part (E6): those that compute look for news every 100 ms.
+const PARTING: Duration = Duration::from_millis(500);
 /// Why nothing can be sent to or awaited from a peer that said goodbye.
 pub(crate) const LEFT: &str = "it has left: its process groups are destroyed";
 const BYE_NAP: Duration = Duration::from_millis(1);
@@ -556,13 +557,14 @@ impl<D: Domain> Drop for FabricEndpoint<D> {
         if self.config.caps.sockets {
             (0..self.peers.len() as u32).for_each(|peer| self.tell_bye(peer));
         }
-        while self.broken.is_none()
-            && (self.staging.send.arena.free() < all
-                || !self.tx.is_empty()
-                || self.peers.iter().any(Peer::owes_bye))
-            && self.rails[0].now().saturating_sub(start) < LINGER
-        {
-            if !self.progress() {
+        loop {
+            let waited = self.rails[0].now().saturating_sub(start);
+            let unsent = self.staging.send.arena.free() < all || !self.tx.is_empty();
+            let expected = self.peers.iter().any(Peer::owes_bye);
+            if self.broken.is_some() || !(unsent && waited < LINGER || expected && waited < PARTING) {
+                break;
+            }
+            if !self.progress() && expected {
                 self.sleep(BYE_NAP);
             }
         }

@@ -384,7 +384,7 @@ mod tests {
         let targets = any::<[(u64, u64); MAX_RAILS]>();
         let grant = (any::<u32>(), 0..60_000u64, 0..60_000u64, 1..60_000u64, 1..9u8, any::<bool>(), targets);
         let data = prop::collection::vec(any::<u8>(), 0..200);
-        (0..8u8, key, 0..3u64, sizes, grant, data, any::<(bool, u32)>()).prop_map(
+        (0..9u8, key, 0..3u64, sizes, grant, data, any::<(bool, u32)>()).prop_map(
             |(kind, key, count, total, g, data, (flag, given))| {
                 let (id, off, span, piece, rails, tagged, targets) = g;
                 let targets = targets.map(|(addr, key)| Target { addr, key });
@@ -397,6 +397,7 @@ mod tests {
                     }
                     5 => Body::Probe { receiving: flag },
                     6 => Body::Abort { quiet: flag, text: "why" },
+                    7 => Body::Bye,
                     _ => Body::Settled,
                 };
                 let total = if kind == 0 { data.len() as u64 } else { total };
