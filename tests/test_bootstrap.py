@@ -107,7 +107,7 @@ def test_another_libfabric_in_the_process_is_not_called() -> None:
     """Debian's Open MPI brings one that is too old, and the package has to find a newer one beside it."""
     if not loader_knows("libfabric.so.1"):
         pytest.skip("this machine's loader knows no libfabric")
-    for report in conftest.run(beside_an_older_libfabric, 2, nodes=[0, 1]).check().reports:
+    for report in conftest.run(beside_an_older_libfabric, 2, nodes=[0, 1], executed=True).check().reports:
         assert report["sum"] == 1.0, report
 
 
@@ -162,7 +162,7 @@ def test_torchrun_restarts_after_a_death(rendezvous: str, tmp_path: Path) -> Non
 
 def test_launcher_variables_without_mpi() -> None:
     """Torchrun's variables and no torch: the ranks meet at MASTER_ADDR."""
-    ranks = conftest.run(numpy_job, 3).check()
+    ranks = conftest.run(numpy_job, 3, executed=True).check()
     assert {r["sum"] for r in ranks.reports} == {3.0}
     assert all("MPI" not in r["how"] for r in ranks.reports)
 
@@ -179,7 +179,7 @@ def test_slurm_variables() -> None:
 
 def test_alone() -> None:
     alone = dict.fromkeys(conftest.LAUNCH_VARIABLES, "")
-    (report,) = conftest.run(numpy_job, 1, env=alone).check().reports
+    (report,) = conftest.run(numpy_job, 1, env=alone, executed=True).check().reports
     assert report == {"rank": 0, "size": 1, "local": 0, "how": report["how"], "sum": 0.0}
     assert "single" in report["how"]
 

@@ -371,14 +371,16 @@ def numpy_init() -> dict:
 
 def test_unreachable_master() -> None:
     env = {"RANK": "1", "WORLD_SIZE": "2", "SMDDP_TIMEOUT": "3"}
-    (report,) = conftest.run(numpy_init, 1, env=env, limit=60).check().reports
+    (report,) = conftest.run(numpy_init, 1, env=env, limit=60, executed=True).check().reports
     assert report["ours"], report
     assert report["type"] in ("BootstrapError", "TimeoutError")
     assert "127.0.0.1" in report["text"]
 
 
 def test_ranks_that_disagree_without_torch() -> None:
-    ranks = conftest.run(numpy_init, 2, each=lambda rank: {"WORLD_SIZE": str(2 + rank)}, env={"SMDDP_TIMEOUT": "8"})
+    ranks = conftest.run(
+        numpy_init, 2, each=lambda rank: {"WORLD_SIZE": str(2 + rank)}, env={"SMDDP_TIMEOUT": "8"}, executed=True
+    )
     assert any("2" in r["text"] and "3" in r["text"] and r["type"] == "BootstrapError" for r in ranks.check().reports)
     assert all(r["ours"] for r in ranks.reports), ranks.reports
 

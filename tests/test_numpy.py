@@ -282,7 +282,7 @@ def run_all() -> dict[str, str]:
 
 @functools.cache
 def outcome(nodes: tuple[int, ...]) -> conftest.Ranks:
-    return conftest.run(run_all, len(nodes), nodes=nodes, env={"SMDDP_TIMEOUT": "30"}, limit=150)
+    return conftest.run(run_all, len(nodes), nodes=nodes, env={"SMDDP_TIMEOUT": "30"}, limit=150, executed=True)
 
 
 @pytest.mark.parametrize("name", CASES)
