@@ -209,8 +209,7 @@ impl Rank<'_> {
     fn direct(&self, data: Region) {
         let (half, other) = (data.len() / 2, self.other.data.load(Ordering::Acquire));
         // SAFETY: the other thread's data is as long, stays until both have met again, and each works on its own half.
-        let theirs =
-            unsafe { Region::of(std::slice::from_raw_parts_mut(other, data.len() / size_of::<f32>())) };
+        let theirs = unsafe { Region::new(other.cast(), data.len()) };
         let [own, other] = [data, theirs].map(|all| all.slice(self.me * half, half));
         for at in (0..half).step_by(RING.slot) {
             let (own, other) = (piece(own, at), piece(other, at));

@@ -140,7 +140,11 @@ pub(crate) fn world(
 }
 
 /// Runs an MPI call under the deadline (invariant 2).
-fn watched<T>(what: &'static str, deadline: Instant, call: impl FnOnce() -> T) -> T {
+fn watched<T, E: Into<Error>>(
+    what: &'static str,
+    deadline: Instant,
+    call: impl FnOnce() -> Result<T, E>,
+) -> Result<T, Error> {
     let (done, waiting) = channel::<()>();
     let watchdog = std::thread::Builder::new().name("smddp-mpi-watch".to_owned()).spawn(move || {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -156,16 +160,15 @@ fn watched<T>(what: &'static str, deadline: Instant, call: impl FnOnce() -> T) -
             }
         }
     });
-    if let Err(error) = &watchdog {
-        tracing::warn!("{what} runs without a deadline: no thread for it: {error}");
-    }
+    let thread = watchdog.map_err(|error| Error::Mpi {
+        reason: format!("no thread to watch over {what}: {error}"),
+        hint: "Raise the process limit (ulimit -u)".to_owned(),
+    })?;
     let result = call();
     drop(done);
-    if let Ok(thread) = watchdog {
-        // It ends as soon as the channel closes.
-        let _ = thread.join();
-    }
-    result
+    // It ends as soon as the channel closes.
+    let _ = thread.join();
+    result.map_err(Into::into)
 }
 
 /// Finalises MPI if it was us who initialised it; else, and the second time, does nothing. For the normal end
@@ -365,7 +368,8 @@ mod tests {
 
     #[test]
     fn a_watched_call_returns_its_value() {
-        assert_eq!(watched("nothing", Instant::now() + Duration::from_secs(60), || 3), 3);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        assert_eq!(watched("nothing", deadline, || Ok::<_, Error>(3)), Ok(3));
     }
 
     #[test]

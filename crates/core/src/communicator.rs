@@ -652,7 +652,7 @@ impl<T: Transports> Communicator<T> {
 impl<T: Transports> Communicator<T> {
     fn run_typed(&self, request: &Request) -> Result<()> {
         // SAFETY: the regions come from borrows that outlive this blocking call, and when it fails the engine has
-        // withdrawn the operation (G2), so nothing touches them later.
+        // withdrawn the operation (G3), so nothing touches them later.
         unsafe { self.run(request) }
     }
 
@@ -730,7 +730,7 @@ impl<T: Transports> Communicator<T> {
 
     /// Sends `data` to rank `to`; returns when `data` may be used again.
     pub fn send<E: Element>(&self, data: &[E], to: usize, tag: u64) -> Result<()> {
-        // SAFETY: waited for below while `data` is borrowed; a failure withdraws it (G2).
+        // SAFETY: waited for below while `data` is borrowed; a failure withdraws it (G3).
         let handle = unsafe { self.start_send(to, tag, E::DTYPE, source(data))? };
         handle.wait(None)
     }

@@ -393,6 +393,9 @@ impl<D: Domain> FabricEndpoint<D> {
                 Armed::Blind => return std::thread::sleep(limit.min(BLIND_NAP)),
             }
         }
+        // There is a rail at least; the places of those there are not are not looked at.
+        let first = fds[0];
+        fds[n..].fill(first);
         // SAFETY: the descriptors belong to the domains' queues, which stay open while `self` is borrowed.
         let borrowed = fds.map(|fd| unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) });
         let mut entries = borrowed.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
@@ -579,6 +582,6 @@ fn random_identity() -> Result<u64, Error> {
     let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     match got {
         Ok(8) => Ok(u64::from_ne_bytes(bytes)),
-        _ => Err(Error::Memory { bytes: 8, reason: "the system gave no random bytes".to_owned() }),
+        _ => Err(Error::Random),
     }
 }

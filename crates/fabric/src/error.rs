@@ -20,6 +20,10 @@ pub enum Error {
     #[error("{bytes} bytes for the fabric's message slots: {reason}")]
     Memory { bytes: usize, reason: String },
 
+    /// The kernel gave no random bytes for the endpoint's identity.
+    #[error("the system gave no random bytes (getrandom)")]
+    Random,
+
     /// The other process's address does not fit this one.
     #[error("address of {label}: {reason}")]
     Address { label: String, reason: String },
@@ -38,7 +42,7 @@ impl From<Error> for CoreError {
                 reason: error.to_string(),
                 hint: "`smddp-perf info` lists what was found".to_owned(),
             },
-            Error::Call { .. } | Error::Address { .. } => {
+            Error::Call { .. } | Error::Address { .. } | Error::Random => {
                 CoreError::Transport { transport: "fabric", reason: error.to_string() }
             }
             Error::Memory { bytes, reason } => CoreError::Resource {

@@ -12,6 +12,7 @@ use smddp_bootstrap::exchange;
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
+use smddp_core::error::Site;
 use smddp_core::plan::select::Tuning;
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
@@ -120,7 +121,14 @@ fn hello(options: &GroupOptions, deadline: Instant) -> Result<Vec<Hello>> {
 
 fn gather(options: &GroupOptions, round: &str, bytes: &[u8], deadline: Instant) -> Result<Vec<Vec<u8>>> {
     let scope = format!("{}/{round}", options.scope);
-    Ok(exchange::all_gather(&*options.store, &scope, options.rank, options.size, bytes, deadline)?)
+    let gathered = exchange::all_gather(&*options.store, &scope, options.rank, options.size, bytes, deadline);
+    gathered.map_err(|error| match error.into() {
+        Error::Timeout { waited, missing, .. } => {
+            let site = Site { rank: options.rank, group: options.name.clone(), ..Site::unknown() };
+            Error::Timeout { site, waited, missing }
+        }
+        other => other,
+    })
 }
 
 impl Party<'_> {

@@ -150,7 +150,12 @@ class _Job:
     def status(self) -> int:
         """Waits for the end; the job's exit status."""
         self._show_until_the_end()
-        status = self._mpirun.wait()
+        try:
+            # It has closed its output, so that little is left to do.
+            status = self._mpirun.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            status = self._mpirun.wait()
         status = status if status >= 0 else 128 - status
         if self._told:
             name = signal.Signals(self._told[0]).name

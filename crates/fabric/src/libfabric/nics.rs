@@ -119,10 +119,12 @@ pub fn tolerate_foreign_filter(efa: bool) {
     if efa || foreign_filter() != "efa" {
         return;
     }
-    ONCE.call_once(|| tracing::warn!("FI_PROVIDER=efa, but this machine has no EFA device: using tcp"));
-    // SAFETY: once per process in practice, before libfabric first reads the environment; Rust's own accesses are
-    // locked, and C code that reads the environment in another thread at this very moment sees the old or new list.
-    unsafe { std::env::remove_var("FI_PROVIDER") };
+    ONCE.call_once(|| {
+        tracing::warn!("FI_PROVIDER=efa, but this machine has no EFA device: using tcp");
+        // SAFETY: once a process, before libfabric first reads the environment. Rust's own accesses, and Python's, are
+        // locked; of C code that might read the environment in another thread at this very moment none is known.
+        unsafe { std::env::remove_var("FI_PROVIDER") };
+    });
 }
 
 /// Whether an Elastic Fabric Adapter is here.
