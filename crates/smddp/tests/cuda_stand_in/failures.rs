@@ -48,9 +48,7 @@ fn abort_releases_the_stream(test: &str, nodes: &[usize], wanted: &str) {
         let job = Job::wanting(wanted, rank, nodes);
         let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K"), ("SMDDP_CUDA", wanted)]);
         let first = sum(&job, 100);
-        let memory = first.start(&job, &group);
-        job.synchronize();
-        first.check(&job, &memory);
+        first.run(&job, &group);
         abort_while_one_waits(rank, &job, &group);
         rank.barrier("over");
     });
@@ -84,9 +82,7 @@ fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
         let job = Job::start(rank, &[2]);
         let group = job.group("world", &[]);
         let first = sum(&job, 100);
-        let memory = first.start(&job, &group);
-        job.synchronize();
-        first.check(&job, &memory);
+        first.run(&job, &group);
         if rank.rank == 0 {
             group.host.set_timeout(Duration::from_secs(1));
             sum(&job, 1000).start(&job, &group);
@@ -157,9 +153,7 @@ fn a_rank_that_dies_is_named() {
         let job = Job::start(rank, &[1, 1]);
         let group = job.group("world", &[]);
         let first = sum(&job, 100);
-        let memory = first.start(&job, &group);
-        job.synchronize();
-        first.check(&job, &memory);
+        first.run(&job, &group);
         rank.barrier("both");
         if rank.rank == 1 {
             std::process::exit(3);

@@ -130,9 +130,7 @@ fn another_thread_frees_memory_meanwhile() {
         };
         for _ in 0..10 {
             let case = reference::Case::of(Collective::AllReduce, DType::F32, 40_000, 0, &job);
-            let memory = case.start(&job, &group);
-            job.synchronize();
-            case.check(&job, &memory);
+            case.run(&job, &group);
         }
         over.store(true, Ordering::Release);
         assert!(churn.join().unwrap() > 0);
@@ -206,9 +204,7 @@ fn ranks_of_a_node_that_share_a_device_are_told() {
         assert!(matches!(refused, Error::Argument { argument: "device", .. }), "{refused}");
         let staged: Group = job.group("staged", &[("SMDDP_CUDA", "staged")]);
         let case = reference::Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
-        let memory = case.start(&job, &staged);
-        job.synchronize();
-        case.check(&job, &memory);
+        case.run(&job, &staged);
         rank.barrier("over");
         staged.end();
         job.end();
@@ -226,9 +222,7 @@ fn what_nccl_lacks_is_refused_and_harms_nobody() {
             matches!(refused, Error::Unsupported { .. }) && refused.to_string().contains("NCCL"),
             "{refused}"
         );
-        let memory = case.start(&job, &group);
-        job.synchronize();
-        case.check(&job, &memory);
+        case.run(&job, &group);
         rank.barrier("over");
         group.end();
         job.end();

@@ -167,6 +167,13 @@ impl Case {
         Case { call: DeviceCall { root, ..self.call.clone() }, ..self.clone() }
     }
 
+    /// The call and its result, from the start to the end.
+    pub fn run(&self, job: &Job, group: &Group) {
+        let memory = self.start(job, group);
+        job.synchronize();
+        self.check(job, &memory);
+    }
+
     pub fn start(&self, job: &Job, group: &Group) -> Placed {
         self.try_start(job, group).unwrap()
     }
@@ -179,16 +186,11 @@ impl Case {
     /// As `try_start`, with what tells how the call goes.
     pub fn begin(&self, job: &Job, group: &Group) -> Result<(Placed, StartedOnDevice)> {
         let placed = self.place(job);
-        let started = self.begin_at(&placed, job, group);
+        let started = self.launch(group, &placed, job.stream_address(), None);
         if started.is_err() {
             self.free(job, &placed);
         }
         started.map(|started| (placed, started))
-    }
-
-    /// Enqueues the call on memory that is there.
-    pub fn begin_at(&self, placed: &Placed, job: &Job, group: &Group) -> Result<StartedOnDevice> {
-        self.launch(group, placed, job.stream_address(), None)
     }
 
     /// Memory with the call's data in it once the rank's stream comes there.

@@ -32,9 +32,7 @@ fn ranks_that_connect_at_the_first_call_get_its_result() {
         let group = job.group("world", &[]);
         for count in [1, 5000] {
             let case = sum(&job, count);
-            let memory = case.start(&job, &group);
-            job.synchronize();
-            case.check(&job, &memory);
+            case.run(&job, &group);
         }
         rank.barrier("over");
         group.end();
@@ -161,7 +159,7 @@ fn a_host_that_waits_for_its_own_stream_gives_up_at_the_limit() {
             let case = sum(&job, 1000);
             let memory = job.memory(&[0; 4000]);
             let placed = Placed { input: memory, output: memory };
-            let error = case.begin_at(&placed, &job, &both).err().unwrap();
+            let error = case.launch(&both, &placed, job.stream_address(), None).err().unwrap();
             assert!(matches!(error, Error::Timeout { .. }), "{error}");
             assert!(error.to_string().contains("rank 0 of group 'both', operation all_reduce"), "{error}");
         }
@@ -242,9 +240,7 @@ fn a_rank_of_the_node_that_dies_is_named_though_its_kernel_waits_for_ever() {
         let job = Job::start(rank, &[2]);
         let group = job.group("world", &[]);
         let first = sum(&job, 100);
-        let memory = first.start(&job, &group);
-        job.synchronize();
-        first.check(&job, &memory);
+        first.run(&job, &group);
         rank.barrier("both");
         if rank.rank == 1 {
             std::process::exit(3);
@@ -346,9 +342,7 @@ fn a_wait_of_several_slices_tells_the_whole_time() {
             case.check(&job, &memory);
         } else {
             rank.barrier("given up");
-            let memory = case.start(&job, &group);
-            job.synchronize();
-            case.check(&job, &memory);
+            case.run(&job, &group);
         }
         rank.barrier("over");
         group.end();
@@ -411,9 +405,7 @@ fn what_was_made_of_a_group_that_fails_is_ended() {
         rank.barrier("told");
         let group = job.group("again", &settings);
         let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
-        let memory = case.start(&job, &group);
-        job.synchronize();
-        case.check(&job, &memory);
+        case.run(&job, &group);
         rank.barrier("over");
         group.end();
         job.end();
