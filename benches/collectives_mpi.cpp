@@ -1,11 +1,12 @@
 // Measures an MPI library the way `smddp-perf` measures ours, and writes the same CSV columns.
 //
-//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh]     (OPS and DTYPES separated by commas)
+//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh|used]     (OPS and DTYPES separated by commas)
 //
 // Each size is checked first on fresh data. Then batches of about 1 ms of calls on zeros; a batch starts behind a barrier
 // and counts as long as its slowest rank. With "fresh" every call has inputs written just before it, and begins at a moment
-// that all ranks have agreed on (they must be of one machine): a barrier lets go of one rank before another. bfloat16 is
-// reduced by a user operation, since MPI has no such type.
+// that all ranks have agreed on (they must be of one machine): a barrier lets go of one rank before another. With "used",
+// besides, its time ends when each rank has looked at every cache line of its result. bfloat16 is reduced by a user
+// operation, since MPI has no such type.
 #include <mpi.h>
 
 #include <algorithm>
@@ -55,7 +56,7 @@ class Array {
 
   size_t width() const { return wide_ ? 4 : 2; }
   size_t count() const { return count_; }
-  void *data() { return data_; }
+  void *data() const { return data_; }
   void clear() { std::memset(data_, 0, count_ * width()); }
   void set(size_t i, float v) {
     if (wide_) static_cast<float *>(data_)[i] = v;
@@ -104,6 +105,14 @@ struct Case {
     else if (op != "broadcast" || rank == 0) whole.clear();
   }
 
+  // Looks at every cache line of what a call left on this rank, as a program that goes on with it does.
+  void read_result() const {
+    if (op == "broadcast" && rank == 0) return;
+    const Array &result = op == "reduce_scatter" || op == "alltoall" ? block : whole;
+    const auto *bytes = static_cast<const volatile unsigned char *>(result.data());
+    for (size_t i = 0; i < result.count() * result.width(); i += 64) bytes[i];
+  }
+
   bool right() const {
     const size_t first = size_t(rank) * block.count();
     if (op == "reduce_scatter") {
@@ -144,13 +153,14 @@ int64_t begin() {
   return start;
 }
 
-double batch(Case &c, int calls, bool fresh) {
+double batch(Case &c, int calls, bool fresh, bool used) {
   if (fresh) {
     double sum = 0;
     for (int i = 0; i < calls; i++) {
       c.renew();
       const int64_t start = begin();
       c.call();
+      if (used) c.read_result();
       sum += double(nanos() - start) * 1e-9;
     }
     return sum / calls;
@@ -177,9 +187,10 @@ int main(int argc, char **argv) {
   int rank, world;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world);
-  const bool fresh = argc == 9 && std::string(argv[8]) == "fresh";
+  const bool used = argc == 9 && std::string(argv[8]) == "used";
+  const bool fresh = used || (argc == 9 && std::string(argv[8]) == "fresh");
   if (argc != 8 && !fresh) {
-    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh]\n", argv[0]);
+    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh|used]\n", argv[0]);
     MPI_Finalize();
     return 2;
   }
@@ -215,13 +226,13 @@ int main(int argc, char **argv) {
         whole.clear();
         block.clear();
         for (int i = 0; i < 3; i++) c.call();
-        double estimate = batch(c, 2, fresh);
+        double estimate = batch(c, 2, fresh, used);
         MPI_Allreduce(MPI_IN_PLACE, &estimate, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         if (fresh) estimate += double(notice) * 1e-9;
         const int calls = std::clamp(int(0.001 / estimate), 1, 20000);
         const int batches = std::clamp(int(budget / (estimate * calls)), 7, 401);
         std::vector<double> times;
-        for (int b = 0; b < batches; b++) times.push_back(batch(c, calls, fresh));
+        for (int b = 0; b < batches; b++) times.push_back(batch(c, calls, fresh, used));
         MPI_Allreduce(MPI_IN_PLACE, times.data(), batches, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         MPI_Allreduce(MPI_IN_PLACE, &good, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
         std::sort(times.begin(), times.end());

@@ -11,7 +11,7 @@ use divan::Bencher;
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Call, Collective, DType, ReduceOp, Region};
-use smddp_shm::{Geometry, Listener, Membership, ShmNode};
+use smddp_shm::{Geometry, Listener, Membership, ShmNode, SingleCopies};
 
 fn main() {
     divan::main();
@@ -24,7 +24,7 @@ fn pair() -> [ShmNode; 2] {
         local_rank,
         ranks: vec![0, 1],
         node: "here".to_owned(),
-        single_copy: true,
+        single_copy: SingleCopies::ALL,
         hands_back: false,
         streams_from: None,
         deadline: Instant::now() + Duration::from_secs(30),

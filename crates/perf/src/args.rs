@@ -145,6 +145,9 @@ pub struct Bench {
     /// Inputs are written anew before each call, which begins at a moment that the ranks of a node agree on; on the CPU
     #[arg(long)]
     pub fresh: bool,
+    /// As --fresh, and the time of a call ends when each rank has looked at every cache line of its result
+    #[arg(long)]
+    pub used: bool,
     /// With --device cuda: take the driver from this file. For tests.
     #[arg(long, hide = true)]
     pub driver: Option<PathBuf>,
@@ -258,8 +261,9 @@ impl Bench {
             let what = "--shared is for collectives whose ranks all have data, on the CPU";
             return Err(format!("{what}: leave it out"));
         }
-        if self.fresh && (collective == Collective::Barrier || self.device != Device::Cpu) {
-            return Err("--fresh is for collectives with data on the CPU: leave it out".to_owned());
+        if (self.fresh || self.used) && (collective == Collective::Barrier || self.device != Device::Cpu) {
+            let given = if self.used { "--used" } else { "--fresh" };
+            return Err(format!("{given} is for collectives with data on the CPU: leave it out"));
         }
         if self.label.contains([',', '"', '\n']) {
             return Err(format!("--label '{}': a label holds no comma, quote or line end", self.label));

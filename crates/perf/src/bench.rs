@@ -106,7 +106,14 @@ fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result
 
 /// Everything to measure, in the order of the table.
 fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
-    let kind = |op| Kind { collective, op, root: options.root, shared: options.shared, fresh: options.fresh };
+    let kind = |op| Kind {
+        collective,
+        op,
+        root: options.root,
+        shared: options.shared,
+        fresh: options.fresh || options.used,
+        used: options.used,
+    };
     if collective == Collective::Barrier {
         return vec![(kind(ReduceOp::Sum), DType::U8, 0)];
     }

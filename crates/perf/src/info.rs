@@ -123,7 +123,12 @@ fn slots(settings: &Settings) -> String {
         Origin::Probe => "found best on this machine",
         Origin::Usual => "usual; a job of several ranks measures once which are best",
     };
-    let single_copy = if choice.single_copy { "" } else { ", faster than single copies" };
+    let single_copy = match (choice.single_copy.mutual, choice.single_copy.alone) {
+        (true, true) => "",
+        (true, false) => ", faster than single copies where one rank gives or takes alone",
+        (false, true) => ", faster than single copies where all take from one another",
+        (false, false) => ", faster than single copies",
+    };
     let hands_back = if choice.hands_back { ", cache lines handed back" } else { "" };
     format!("{} of {} KiB ({why}{single_copy}{hands_back})", geometry.slots, geometry.slot >> 10)
 }

@@ -4,7 +4,8 @@
 //! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has inputs written just before it:
 //! data that nobody writes between calls ends up in the reader's cache, as no real program's does. Such calls begin at a
 //! moment that the ranks of a node agree on, since a barrier lets go of one rank before another, by up to a third of a small
-//! call; on several nodes, whose clocks differ, they begin behind a barrier all the same. The figures are the median batch
+//! call; on several nodes, whose clocks differ, they begin behind a barrier all the same. With `--used` the time includes that
+//! each rank looks at its result: a call may be fast by leaving that in another core's cache. The figures are the median batch
 //! and the fastest one: on a machine shared with others only the fastest tells what the library can do.
 
 use std::time::{Duration, Instant, SystemTime};
@@ -151,6 +152,9 @@ fn batch<T: Sample>(comm: &Communicator, work: &mut Workload<'_, T>, calls: usiz
             work.renew();
             let start = begin(comm)?;
             work.call()?;
+            if work.kind().used {
+                work.read_result();
+            }
             sum += (nanos() - start) as f64 * 1e-9;
         }
         return Ok(sum / calls as f64);

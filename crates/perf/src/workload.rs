@@ -123,6 +123,8 @@ pub struct Kind {
     pub shared: bool,
     /// Inputs are written anew before each call.
     pub fresh: bool,
+    /// Results are read behind each call.
+    pub used: bool,
 }
 
 /// Elements of the whole buffer (nccl-tests' "size") and of a rank's block, for at most `bytes`; `None` when not even
@@ -297,6 +299,21 @@ impl<'a, T: Sample> Workload<'a, T> {
         }
     }
 
+    /// Looks at every cache line of what a call left on this rank, as a program that goes on with it does.
+    pub fn read_result(&self) {
+        let is_root = self.comm.rank() == self.kind.root;
+        let result = match self.kind.collective {
+            Collective::AllReduce | Collective::AllGather => self.x.get(),
+            Collective::Broadcast if !is_root => self.x.get(),
+            Collective::Reduce | Collective::Gather if is_root => self.x.get(),
+            Collective::Broadcast | Collective::Reduce | Collective::Gather | Collective::Barrier => &[],
+            _ => self.y.get(),
+        };
+        for first_of_line in result.iter().step_by(64 / size_of::<T>()) {
+            std::hint::black_box(*first_of_line);
+        }
+    }
+
     /// Zeros, so that in-place sums stay finite however often they are repeated.
     pub fn clear(&mut self) {
         self.x.get_mut().fill(T::default());
@@ -385,7 +402,7 @@ mod tests {
         let alone = [("SMDDP_BOOTSTRAP".to_owned(), "single".to_owned())];
         let world = smddp::World::init_with(smddp::Settings::from_vars(alone).unwrap(), &[]).unwrap();
         let zeros = |collective, root| {
-            let kind = Kind { collective, op: ReduceOp::Sum, root, shared: false, fresh: true };
+            let kind = Kind { collective, op: ReduceOp::Sum, root, shared: false, fresh: true, used: true };
             let mut work = Workload::<f32>::new(&world, kind, 8, 8).unwrap();
             work.x.get_mut().fill(1.0);
             work.y.get_mut().fill(1.0);

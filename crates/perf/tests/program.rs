@@ -97,10 +97,12 @@ fn files_are_written_and_compared() {
 #[test]
 fn fresh_inputs_are_measured_for_every_collective() {
     for collective in WITH_DATA {
-        let line = format!("{collective} --np 2 --fresh --min 4K --max 64K --budget 0.001 --limit 60");
-        let output = run(&line);
-        assert!(output.status.success(), "{line}: {}", text(&output));
-        assert!(text(&output).contains("3 sizes, 0 wrong"), "{line}: {}", text(&output));
+        for how in ["--fresh", "--used"] {
+            let line = format!("{collective} --np 2 {how} --min 4K --max 64K --budget 0.001 --limit 60");
+            let output = run(&line);
+            assert!(output.status.success(), "{line}: {}", text(&output));
+            assert!(text(&output).contains("3 sizes, 0 wrong"), "{line}: {}", text(&output));
+        }
     }
 }
 
@@ -125,6 +127,7 @@ fn what_cannot_be_done_is_said_with_a_status() {
         ("all_reduce --np 2 --dtype f33", 2, "bf16"),
         ("all_reduce --np 2 --device tpu", 2, "cuda"),
         ("barrier --np 2 --fresh", 2, "--fresh is for"),
+        ("barrier --np 2 --used", 2, "--used is for"),
         ("scatter --np 2 --shared", 2, "--shared is for"),
         ("all_reduce --np 2 --label a,b", 2, "a label holds no comma"),
         ("barrier --np 2 --device cuda", 2, "on the CPU only"),
