@@ -49,11 +49,16 @@ def hidden(who: int) -> dict[str, object]:
             world.all_to_all(own, came)
             blocks = came.reshape(world.size, count) - numpy.arange(count) % 1000 - turn - world.rank
             right.append(bool((blocks == 10 * numpy.arange(world.size)[:, None]).all()))
+            # Here the root writes into the others' memory, there they into its own.
+            part = world.scatter(own if world.rank == 0 else None, numpy.full(count, -1, dtype=numpy.float32))
+            right.append(bool((part == numpy.arange(count) % 1000 + turn + world.rank).all()))
+            parts = world.gather(part)
+            right.append(world.rank != 0 or bool((parts.ravel() == own).all()))
         return {"refused": refused, "right": right}
 
 
 def test_all_ranks_go_on_where_one_may_not_be_read() -> None:
     reports = conftest.run(hidden, 3, env={"SMDDP_SHM_SINGLE_COPY": "on"}, limit=90, who=1).check().reports
-    assert [report["right"] for report in reports] == [[True] * 4] * 3
+    assert [report["right"] for report in reports] == [[True] * 12] * 3
     # Its own memory a process may always read.
     assert [report["refused"] for report in reports] == [True, False, True]

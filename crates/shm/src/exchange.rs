@@ -18,7 +18,7 @@ use crate::pen::Pen;
 use crate::relay::Relay;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
-use crate::single_copy::{STRETCH, SingleCopy};
+use crate::single_copy::{Part, SingleCopy, Way};
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,8 +253,6 @@ pub(crate) struct Work<'a> {
     sources: &'a mut Vec<Region>,
     /// Of a call on shared memory: every rank's data, by local rank.
     peers: &'a [Region],
-    /// Of a phase that takes its peers' data out of their private memory.
-    single_copy: Option<&'a mut SingleCopy>,
     budget: usize,
     /// What of that which is taken is stored past the caches; and bytes that were, so far.
     past_caches: PastCaches,
@@ -269,15 +267,6 @@ pub(crate) enum PastCaches {
     /// What a rank gives to itself.
     Own,
     All,
-}
-
-/// How far a piece was taken.
-enum Taken {
-    All,
-    /// Until the budget ended.
-    Some,
-    /// It cannot be had: the phase starts again, through slots.
-    Failed,
 }
 
 /// What a call on shared memory works with besides.
@@ -297,7 +286,6 @@ impl<'a> Work<'a> {
         sources: &'a mut Vec<Region>,
         budget: usize,
     ) -> Work<'a> {
-        let (peers, single_copy) = (&[][..], None);
         Work {
             me,
             ranks,
@@ -305,8 +293,7 @@ impl<'a> Work<'a> {
             segment,
             ring,
             sources,
-            peers,
-            single_copy,
+            peers: &[],
             budget,
             past_caches: PastCaches::None,
             streamed: None,
@@ -348,7 +335,7 @@ impl<'a> Work<'a> {
     }
 
     /// As [`consume`](Self::consume), of a phase that takes its peers' data out of their private memory.
-    pub(crate) fn copy_once(&mut self, at: &mut Consuming, copy: &'a mut SingleCopy) -> Result<Option<Step>> {
+    pub(crate) fn copy_once(&mut self, at: &mut Consuming, copy: &mut SingleCopy) -> Result<Option<Step>> {
         if let Some(peer) = self.missing(Who::All, at)? {
             return Ok(Some(Step::Blocked(peer)));
         }
@@ -364,28 +351,47 @@ impl<'a> Work<'a> {
         if copy.has_failed() {
             return Ok(None);
         }
-        self.single_copy = Some(copy);
-        self.take_blocks(at)
+        if at.next == 0 && at.done == 0 {
+            copy.share_out(self.run, moves_of(self.run), self.me);
+        }
+        self.copy_parts(at, copy)
     }
 
-    /// Takes all blocks a stretch at a time: of this rank's own first, then of its peers' (C4).
-    fn take_blocks(&mut self, at: &mut Consuming) -> Result<Option<Step>> {
-        let moves = moves_of(self.run);
-        let longest = moves.iter().map(|m| m.src.len).max().unwrap_or(0);
-        while at.next < 2 * longest.div_ceil(STRETCH) * moves.len() {
-            let (turn, m) = (at.next / moves.len(), &moves[at.next % moves.len()]);
-            let is_own = m.from == Who::One(self.me as u32);
-            if includes(m.to, self.me) && is_own == turn.is_multiple_of(2) {
-                let start = (turn / 2 * STRETCH).min(m.src.len);
-                match self.take(m, start, STRETCH.min(m.src.len - start), at) {
-                    Taken::All => {}
-                    Taken::Some => return Ok(Some(Step::Moved)),
-                    Taken::Failed => return Ok(None),
+    fn copy_parts(&mut self, at: &mut Consuming, copy: &mut SingleCopy) -> Result<Option<Step>> {
+        while let Some(part) = copy.part(at.next) {
+            while at.done < part.len {
+                if self.budget == 0 {
+                    return Ok(Some(Step::Moved));
                 }
+                let n = (part.len - at.done).min(self.budget);
+                if !self.copy_some(part, part.start + at.done, n, copy) {
+                    return Ok(None);
+                }
+                at.done += n;
+                self.budget -= n;
+                self.moved = true;
             }
             at.step_to(at.next + 1);
         }
         Ok(None)
+    }
+
+    /// Copies `n` bytes of a part, from byte `start` of its block on. Whether it could.
+    fn copy_some(&mut self, part: Part, start: usize, n: usize, copy: &mut SingleCopy) -> bool {
+        let (m, shift) = (&moves_of(self.run)[part.index], self.run.shift);
+        let here = |span| self.run.buffers.at(span, shift).slice(start, n);
+        match part.way {
+            Way::Own => {
+                let stored_past =
+                    copy_within(here(m.dst), here(m.src), self.past_caches != PastCaches::None, false);
+                if let Some(streamed) = &mut self.streamed {
+                    **streamed += stored_past as u64;
+                }
+                true
+            }
+            Way::From(peer) => copy.read(peer, m.src, shift, start, here(m.dst)),
+            Way::To(peer) => copy.write((peer, self.me), m.dst, shift, start, here(m.src), self.segment),
+        }
     }
 
     /// As [`consume`](Self::consume), of a relay. A gather ends with its spread published.
@@ -466,10 +472,8 @@ impl<'a> Work<'a> {
                 if let Some(peer) = self.missing(m.from, at)? {
                     return Ok(Some(if self.moved { Step::Moved } else { Step::Blocked(peer) }));
                 }
-                match self.take(m, start, len, at) {
-                    Taken::All => {}
-                    Taken::Some => return Ok(Some(Step::Moved)),
-                    Taken::Failed => return Ok(None),
+                if !self.take(m, start, len, at) {
+                    return Ok(Some(Step::Moved));
                 }
             }
             at.step_over(m, len);
@@ -495,8 +499,8 @@ impl<'a> Work<'a> {
         Ok(None)
     }
 
-    /// Copies or combines the rest of a piece, as far as the budget goes.
-    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> Taken {
+    /// Copies or combines the rest of a piece, as far as the budget goes. Whether that is all of it.
+    fn take(&mut self, m: &Move, start: usize, len: usize, at: &mut Consuming) -> bool {
         let reads = match m.from {
             Who::One(_) => 1,
             Who::All => self.ranks.len(),
@@ -508,7 +512,7 @@ impl<'a> Work<'a> {
         };
         while at.done < len {
             if self.budget == 0 {
-                return Taken::Some;
+                return false;
             }
             let left = len - at.done;
             let hands_back = at.group.hands_back;
@@ -520,18 +524,10 @@ impl<'a> Work<'a> {
             };
             let dst = self.run.buffers.at(m.dst, self.run.shift).slice(start + at.done, n);
             let stored_past = match m.from {
-                Who::One(from) => match &mut self.single_copy {
-                    Some(copy) if from as usize != self.me => {
-                        if !copy.read(from as usize, m.src, self.run.shift, start + at.done, dst) {
-                            return Taken::Failed;
-                        }
-                        0
-                    }
-                    _ => {
-                        let source = self.source(from as usize, m, start, n, at);
-                        copy(dst, source, streams, hands_back && from as usize != self.me)
-                    }
-                },
+                Who::One(from) => {
+                    let source = self.source(from as usize, m, start, n, at);
+                    copy_within(dst, source, streams, hands_back && from as usize != self.me)
+                }
                 Who::All => {
                     self.sources.clear();
                     for rank in 0..self.ranks.len() {
@@ -553,7 +549,7 @@ impl<'a> Work<'a> {
             self.budget = self.budget.saturating_sub(n * reads);
             self.moved = true;
         }
-        Taken::All
+        true
     }
 
     /// The next `n` bytes of `rank`'s piece: in its slot, or where they are if this rank sees them there.
@@ -570,7 +566,7 @@ impl<'a> Work<'a> {
 }
 
 /// Copies `source` to `dst`, past the caches where it `streams`; bytes that went past them.
-fn copy(dst: Region, source: Region, streams: bool, hands_back: bool) -> usize {
+fn copy_within(dst: Region, source: Region, streams: bool, hands_back: bool) -> usize {
     if source.as_ptr() == dst.as_ptr() {
         // It is there already.
         return 0;

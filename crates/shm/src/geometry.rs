@@ -1,6 +1,7 @@
 //! Sizes and offsets of everything in a group's segment.
 
 use bytemuck::{Pod, Zeroable};
+use smddp_core::Collective;
 
 use crate::layout::{AbortCell, Alerts, Control};
 use crate::mask::MAX_LOCAL;
@@ -53,11 +54,32 @@ impl Geometry {
     }
 }
 
+/// Which calls' large blocks go straight between the ranks' private memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SingleCopies {
+    /// Those in which all ranks take from one another: all_to_all, and all_gather of two ranks.
+    pub mutual: bool,
+    /// Those in which one rank gives or takes alone: scatter and gather, and broadcast of two ranks.
+    pub alone: bool,
+}
+
+impl SingleCopies {
+    pub const NONE: SingleCopies = SingleCopies { mutual: false, alone: false };
+    pub const ALL: SingleCopies = SingleCopies { mutual: true, alone: true };
+
+    pub(crate) fn allow(self, collective: Collective) -> bool {
+        match collective {
+            Collective::AllToAll | Collective::AllGather => self.mutual,
+            Collective::Broadcast | Collective::Scatter | Collective::Gather => self.alone,
+            _ => false,
+        }
+    }
+}
+
 /// What local rank 0 decides for its node's ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Agreed {
-    /// Large blocks of all_to_all and all_gather are read from the peers' private memory.
-    pub single_copy: bool,
+    pub single_copy: SingleCopies,
     /// Who alone reads a piece hands its cache lines back ([`Region::take_from`](smddp_core::Region::take_from)).
     pub hands_back: bool,
 }
@@ -73,19 +95,20 @@ pub(crate) struct Header {
     pub(crate) slot: u64,
     pub(crate) slots: u64,
     pub(crate) total: u64,
-    /// As [`Agreed`] says, 1 or 0.
-    pub(crate) single_copy: u32,
+    /// As [`Agreed`] says, 1 or 0 each.
+    pub(crate) single_copy: [u16; 2],
     pub(crate) hands_back: u32,
     /// Identity of the pid namespace in which the table of pids is to be read.
     pub(crate) pid_space: u64,
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 5;
 
 impl Header {
     pub(crate) fn agreed(&self) -> Agreed {
-        Agreed { single_copy: self.single_copy == 1, hands_back: self.hands_back == 1 }
+        let [mutual, alone] = self.single_copy.map(|word| word == 1);
+        Agreed { single_copy: SingleCopies { mutual, alone }, hands_back: self.hands_back == 1 }
     }
 }
 
@@ -103,6 +126,7 @@ pub(crate) struct Layout {
     ranks: usize,
     rank_stride: usize,
     heads: usize,
+    door: usize,
     messages: usize,
     data: usize,
 }
@@ -119,7 +143,8 @@ impl Layout {
         let pair = prev_power_of_two(geometry.messages() / local_size).clamp(MESSAGES_LEAST, MESSAGES_PAIR);
         let cells = if pair >= 32 << 10 { 8 } else { 4 };
         let heads = size_of::<Control>();
-        let messages = heads + geometry.slots * HEAD_STRIDE;
+        let door = heads + geometry.slots * HEAD_STRIDE;
+        let messages = (door + 8 * (1 + local_size)).next_multiple_of(HEAD_STRIDE);
         let data = (messages + pair * local_size).next_multiple_of(PAGE);
         Layout {
             local_size,
@@ -132,6 +157,7 @@ impl Layout {
             ranks,
             rank_stride: data + geometry.slots * geometry.slot,
             heads,
+            door,
             messages,
             data,
         }
@@ -158,6 +184,11 @@ impl Layout {
         self.control(rank) + self.heads + index * HEAD_STRIDE
     }
 
+    /// A word that says whether the rank's door is closed, and one for each local rank that may be inside.
+    pub(crate) fn door(&self, rank: usize) -> usize {
+        self.control(rank) + self.door
+    }
+
     pub(crate) fn slot(&self, rank: usize, index: usize) -> usize {
         self.control(rank) + self.data + index * self.geometry.slot
     }
@@ -175,7 +206,7 @@ impl Layout {
             slot: self.geometry.slot as u64,
             slots: self.geometry.slots as u64,
             total: self.total() as u64,
-            single_copy: agreed.single_copy.into(),
+            single_copy: [agreed.single_copy.mutual, agreed.single_copy.alone].map(u16::from),
             hands_back: agreed.hands_back.into(),
             pid_space,
         }
@@ -210,6 +241,7 @@ mod tests {
             let mut parts = vec![];
             for rank in [0, last] {
                 parts.push((l.control(rank), size_of::<Control>()));
+                parts.push((l.door(rank), 8 * (1 + local)));
                 for index in [0, geometry.slots - 1] {
                     parts.push((l.head(rank, index), 64));
                     parts.push((l.slot(rank, index), geometry.slot));

@@ -27,7 +27,7 @@ use rustix::net::{
 };
 
 use crate::error::ShmError;
-use crate::geometry::{Agreed, Geometry, Layout, VERSION};
+use crate::geometry::{Agreed, Geometry, Layout, SingleCopies, VERSION};
 use crate::mask::MAX_LOCAL;
 use crate::node::ShmNode;
 use crate::peers::{Peers, pid_space};
@@ -47,9 +47,9 @@ pub struct Membership {
     pub ranks: Vec<u32>,
     /// The node's name, for errors.
     pub node: String,
-    /// Whether this rank reads its peers' private memory for large blocks. Local rank 0's word decides whether the group
-    /// tries; then all ranks do in a call, or none.
-    pub single_copy: bool,
+    /// For which calls' large blocks this rank reads and writes its peers' private memory. Local rank 0's word decides whether
+    /// the group tries; then all ranks do in a call, or none.
+    pub single_copy: SingleCopies,
     /// Whether who alone reads a piece hands its cache lines back. Local rank 0's word decides for the group.
     pub hands_back: bool,
     /// Results of so many bytes, all ranks of the node together, are stored past the caches; `None`: never. Each rank does

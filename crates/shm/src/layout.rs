@@ -183,6 +183,10 @@ pub(crate) trait Memory {
     fn slot(&self, rank: usize, index: usize) -> &Line<SlotHead>;
     /// Head of cell `index` of the messages from `from` to `to`.
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame>;
+    /// Whether the door of `rank` is closed: 0, or 1. Written by the rank (`door`).
+    fn closed(&self, rank: usize) -> &AtomicU64;
+    /// Whether `peer` is inside of it. Written by the peer, and by the kernel in its name.
+    fn inside(&self, rank: usize, peer: usize) -> &AtomicU64;
 }
 
 #[cfg(not(loom))]

@@ -16,6 +16,7 @@
 #![cfg_attr(loom, allow(dead_code))]
 
 mod abort;
+mod door;
 mod doorbell;
 mod layout;
 mod log;
@@ -69,7 +70,7 @@ mod loom_tests;
 #[cfg(not(loom))]
 pub use error::ShmError;
 #[cfg(not(loom))]
-pub use geometry::Geometry;
+pub use geometry::{Geometry, SingleCopies};
 #[cfg(not(loom))]
 pub use handover::{Listener, Membership};
 pub use mask::MAX_LOCAL;

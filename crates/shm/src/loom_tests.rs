@@ -14,7 +14,7 @@ use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logg
 use crate::pair::Place;
 use crate::ring::{Area, Ring};
 use crate::sync::{AtomicU32, AtomicU64, Cell, Futex, MISTAKE, Mistake};
-use crate::{abort, log};
+use crate::{abort, door, log};
 
 const SLOTS: usize = 2;
 const CELLS: usize = 2;
@@ -29,6 +29,8 @@ struct Heap {
     areas: Vec<Vec<Cell<[u8; 2]>>>,
     /// From rank 0 to rank 1.
     cells: Vec<Line<Frame>>,
+    /// Of rank 0: whether it is closed, and who is inside.
+    door: [AtomicU64; 3],
 }
 
 impl Heap {
@@ -48,6 +50,7 @@ impl Heap {
             slots: (0..size).map(|_| (0..slots).map(|_| Line::new()).collect()).collect(),
             areas: (0..size).map(|_| (0..slots).map(|_| Cell::new([0; 2])).collect()).collect(),
             cells: (0..cells).map(|_| Line::new()).collect(),
+            door: std::array::from_fn(|_| AtomicU64::new(0)),
         })
     }
 }
@@ -68,6 +71,14 @@ impl Memory for Heap {
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame> {
         assert_eq!((from, to), (0, 1));
         &self.cells[index]
+    }
+    fn closed(&self, rank: usize) -> &AtomicU64 {
+        assert_eq!(rank, 0);
+        &self.door[0]
+    }
+    fn inside(&self, rank: usize, peer: usize) -> &AtomicU64 {
+        assert_eq!(rank, 0);
+        &self.door[1 + peer]
     }
 }
 
@@ -443,6 +454,48 @@ fn the_first_abort_is_seen_whole() {
 #[should_panic(expected = "Causality violation")]
 fn an_abort_published_relaxed_is_found() {
     explore(3, Some(Mistake::RelaxedPublish), two_abort);
+}
+
+/// Rank 1 writes into rank 0's memory twice, if it may; rank 0 gives up at any time, and has its memory back.
+fn one_gives_up() {
+    let heap = Heap::new(2, 0, 0);
+    let memory = Arc::new(Cell::new(0u8));
+    let (theirs, target) = (Arc::clone(&heap), Arc::clone(&memory));
+    let peer = thread::spawn(move || {
+        for _ in 0..2 {
+            if !door::enter(&*theirs, 0, 1) {
+                return;
+            }
+            // SAFETY: what the model is to show (O1); it panics on a race.
+            target.with_mut(|byte| unsafe { *byte = 1 });
+            door::leave(&*theirs, 0, 1);
+        }
+    });
+    door::close(&*heap, 0);
+    while door::is_inside(&*heap, 0, 1) {
+        thread::yield_now();
+    }
+    // SAFETY: as above.
+    memory.with_mut(|byte| unsafe { *byte = 2 });
+    peer.join().unwrap();
+    assert_eq!(memory.with(|byte| unsafe { *byte }), 2, "written behind its back");
+}
+
+#[test]
+fn nobody_writes_behind_a_closed_door() {
+    explore(3, None, one_gives_up);
+}
+
+#[test]
+#[should_panic]
+fn a_writer_that_does_not_fence_is_found() {
+    explore(3, Some(Mistake::NoEnterFence), one_gives_up);
+}
+
+#[test]
+#[should_panic]
+fn a_door_closed_without_a_fence_is_found() {
+    explore(3, Some(Mistake::NoCloseFence), one_gives_up);
 }
 
 #[test]

@@ -22,10 +22,14 @@ use crate::ring::Ring;
 use crate::script::SoFar;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
-use crate::{abort, log};
+use crate::{abort, door, log};
 
 /// Bytes of an exchange that is over before a sleeper would have woken.
 const BRIEF: usize = 8 << 10;
+
+/// How often a rank that gives up looks whether a peer has stopped writing into its memory, a millisecond apart. A write takes
+/// far less; only a peer that something stopped between announcing and doing it is not told from one that will go on.
+const LOOKS_AT_DOOR: u32 = 1000;
 
 /// One rank's end of its group's shared memory on this node.
 pub struct ShmNode {
@@ -106,10 +110,32 @@ impl ShmNode {
 
     /// Remembers why, so that nothing is touched again.
     fn fail(&mut self, error: Error) -> Error {
+        self.close_door();
         self.phases.clear();
         self.messages.clear();
         self.failed = Some(error.clone());
         error
+    }
+
+    /// From here on no peer writes into this rank's memory, which its callers have back (C5).
+    fn close_door(&self) {
+        let segment = &*self.segment;
+        door::close(segment, self.me);
+        for look in 0.. {
+            let mut inside = (0..self.ranks.len()).filter(|&peer| door::is_inside(segment, self.me, peer));
+            let Some(first) = inside.next() else { return };
+            let ended: Vec<usize> = self.peers.ended().collect();
+            let lives = |peer: usize| !ended.contains(&peer);
+            if !lives(first) && !inside.any(lives) {
+                return;
+            }
+            if look == LOOKS_AT_DOOR {
+                let peer = self.ranks[first];
+                tracing::error!(peer, "was stopped while it wrote into this rank's memory, and may go on");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn heard_of_abort(&self) -> Error {
@@ -380,6 +406,9 @@ impl NodeLocal for ShmNode {
 impl Drop for ShmNode {
     fn drop(&mut self) {
         self.disarm();
+        if self.failed.is_none() {
+            self.close_door();
+        }
     }
 }
 
@@ -400,5 +429,61 @@ impl Bell for ShmBell {
 
     fn ring(&self) {
         self.segment.control(self.rank).bell.futex.ring();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use super::*;
+    use crate::geometry::SingleCopies;
+    use crate::handover::Listener;
+
+    fn pair() -> [ShmNode; 2] {
+        let member = |local_rank| Membership {
+            group: 1,
+            secret: [7; 32],
+            local_rank,
+            ranks: vec![0, 1],
+            node: "here".to_owned(),
+            single_copy: SingleCopies::ALL,
+            hands_back: false,
+            streams_from: None,
+            deadline: Instant::now() + Duration::from_secs(60),
+        };
+        let listener = Listener::bind().unwrap();
+        let name = listener.name().to_owned();
+        let peer = std::thread::spawn(move || ShmNode::connect(&name, &member(1)).unwrap());
+        let geometry = Geometry { slot: 4096, slots: 2 };
+        [listener.serve(&member(0), geometry).unwrap(), peer.join().unwrap()]
+    }
+
+    #[test]
+    fn a_rank_that_gives_up_waits_for_whoever_writes_into_its_memory() {
+        let [first, mut second] = pair();
+        assert!(door::enter(&*first.segment, 1, 0));
+        let given_up = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                second.abort(&Error::Internal("enough".to_owned()));
+                given_up.store(true, Ordering::Release);
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!given_up.load(Ordering::Acquire), "it did not wait");
+            door::leave(&*first.segment, 1, 0);
+        });
+        assert!(!door::enter(&*first.segment, 1, 0), "its door is closed");
+        assert!(door::enter(&*first.segment, 0, 1), "the other's is open");
+        door::leave(&*first.segment, 0, 1);
+    }
+
+    #[test]
+    fn who_stays_inside_is_not_waited_for_without_end() {
+        let [first, mut second] = pair();
+        assert!(door::enter(&*first.segment, 1, 0));
+        second.abort(&Error::Internal("enough".to_owned()));
+        assert!(door::is_inside(&*first.segment, 1, 0));
     }
 }

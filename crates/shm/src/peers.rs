@@ -55,7 +55,6 @@ pub(crate) fn pid_space() -> u64 {
 }
 
 /// The processes of a group's local ranks, as far as they can be watched.
-#[derive(Default)]
 pub(crate) struct Peers {
     processes: Vec<Option<Arc<Process>>>,
     /// By local rank; `None` where this process knows no name for it.
@@ -67,7 +66,7 @@ impl Peers {
     pub(crate) fn watch(segment: &Segment, me: usize, space: u64) -> Peers {
         let size = segment.layout().local_size;
         if space == 0 || space != pid_space() {
-            return Peers::default();
+            return Peers { processes: Vec::new(), pids: vec![None; size] };
         }
         let own = std::process::id();
         let pids: Vec<u32> = (0..size).map(|rank| segment.pid(rank).load(Ordering::Relaxed)).collect();
@@ -89,5 +88,21 @@ impl Peers {
     pub(crate) fn ended(&self) -> impl Iterator<Item = usize> {
         let ended = |p: &Option<Arc<Process>>| p.as_ref().is_some_and(|p| p.has_ended());
         self.processes.iter().enumerate().filter(move |(_, p)| ended(p)).map(|(rank, _)| rank)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{Agreed, Geometry, Layout};
+
+    /// Its peers count on it to begin calls as they do, which goes by how many ranks there are.
+    #[test]
+    fn in_another_pid_space_ranks_are_there_without_names() {
+        let layout = Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(3), 3);
+        let (segment, _file) = Segment::create(layout, 7, Agreed::default(), 1).unwrap();
+        segment.pid(1).store(1, Ordering::Relaxed);
+        assert_eq!(Peers::watch(&segment, 0, pid_space()).pids(), [None, Some(1), None]);
+        assert_eq!(Peers::watch(&segment, 0, pid_space() + 1).pids(), [None; 3]);
     }
 }

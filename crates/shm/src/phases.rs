@@ -392,7 +392,7 @@ impl Phases {
                 Way::Slots => fill_slot(self.me, run, at, segment, ring, &mut self.pen),
                 Way::Shared(place) => publish_words(run, bytemuck::bytes_of(place), segment, ring),
                 Way::SingleCopy if at.cut == 0 => {
-                    let offer = self.single_copy.offer(run, moves_of(run), self.me);
+                    let offer = self.single_copy.offer(run, moves_of(run), self.me, segment);
                     publish_words(run, bytemuck::bytes_of(&offer), segment, ring);
                 }
                 Way::SingleCopy => {

@@ -18,7 +18,7 @@ use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
 
 use crate::error::ShmError;
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, SingleCopies};
 use crate::handover::{Listener, Membership};
 use crate::node::ShmNode;
 
@@ -32,6 +32,8 @@ const PIECE: usize = 16 << 10;
 const PIECES: usize = 16;
 /// What each of two ranks gives to each in an all-to-all and an all-gather: what single copies are used for.
 const BLOCK: usize = 512 << 10;
+/// And one of them in a broadcast.
+const ALONE: usize = 2 << 20;
 const RANKS: usize = 2;
 /// Rounds of all candidates that must be over for the result to count.
 const LEAST_ROUNDS: usize = 3;
@@ -67,15 +69,28 @@ pub fn slots(
     Ok(fastest.map(|times| times.into_iter().map(named).collect()))
 }
 
-/// Fastest times of an all-to-all and an all-gather of large blocks that were just written, together, in seconds: through
-/// `geometry`'s slots, and read from the peers' private memory. Otherwise as [`slots`].
+/// Fastest times of calls on large blocks that were just written, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BlockTimes {
+    /// Of an all-to-all and an all-gather together.
+    pub mutual: f64,
+    /// Of a broadcast and a look at its result, which is not in the reader's caches where the root wrote it.
+    pub alone: f64,
+}
+
+/// The times through `geometry`'s slots, and straight between the ranks' private memory. Otherwise as [`slots`].
 ///
 /// # Errors
 /// As [`slots`].
-pub fn blocks(geometry: Geometry, peer_cores: &[usize], limit: Duration) -> Result<Option<[f64; 2]>, Error> {
+pub fn blocks(
+    geometry: Geometry,
+    peer_cores: &[usize],
+    limit: Duration,
+) -> Result<Option<[BlockTimes; 2]>, Error> {
     let candidates = [(geometry, false), (geometry, true)];
     let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.blocks(node))?;
-    Ok(fastest.map(|times| [times[0][0], times[1][0]]))
+    let named = |[mutual, alone]: [f64; 2]| BlockTimes { mutual, alone };
+    Ok(fastest.map(|times| [named(times[0]), named(times[1])]))
 }
 
 /// The fastest of each of the times that `measure` takes, for each candidate: slots, and whether large blocks are read from the
@@ -123,7 +138,7 @@ fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>),
         local_rank,
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
-        single_copy,
+        single_copy: if single_copy { SingleCopies::ALL } else { SingleCopies::NONE },
         hands_back: false,
         streams_from: None,
         deadline: Instant::now() + HANDOVER,
@@ -204,7 +219,7 @@ struct Work<'a> {
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Line {
-    _floats: [f32; 16],
+    floats: [f32; 16],
 }
 
 /// What a rank works with.
@@ -246,19 +261,29 @@ impl<'a> Rank<'a> {
         Ok(Some(times))
     }
 
-    fn blocks(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
-        let mut total = 0.0;
+    /// An all-to-all and an all-gather; a broadcast, and a look at what came of it. `None` as above.
+    fn blocks(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 2]>, Error> {
+        let mut mutual = 0.0;
+        let written = Line { floats: [self.met as f32; 16] };
         for collective in [Collective::AllToAll, Collective::AllGather] {
-            self.blocks[0].fill(Line { _floats: [self.met as f32; 16] });
+            self.blocks[0].fill(written);
             // SAFETY: as above.
             let [input, output] = self.blocks.each_mut().map(|block| unsafe { Region::of(block) });
             let buffers = Buffers { input, output, scratch: Region::EMPTY };
             let Some(time) = self.run(node, Work { collective, len: BLOCK, shifts: &[0] }, buffers)? else {
                 return Ok(None);
             };
-            total += time;
+            mutual += time;
         }
-        Ok(Some([total]))
+        if self.me == 0 {
+            self.data.fill(written);
+        }
+        // SAFETY: as above.
+        let whole = unsafe { Region::of(&mut self.data) };
+        let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
+        let broadcast = Work { collective: Collective::Broadcast, len: ALONE, shifts: &[0] };
+        let alone = self.run(node, broadcast, buffers)?;
+        Ok(alone.map(|alone| [mutual, alone]))
     }
 
     /// The work's calls, each when both ranks have come, as they are made between other work. All are made once before, untimed:
@@ -308,6 +333,10 @@ impl<'a> Rank<'a> {
                 }
                 std::hint::spin_loop();
             }
+        }
+        if len == ALONE && self.me != 0 {
+            let result = &self.data[..len / size_of::<Line>()];
+            result.iter().for_each(|line| _ = std::hint::black_box(line.floats[0]));
         }
         Ok(self.meet().then(|| start.elapsed().as_secs_f64()))
     }

@@ -274,7 +274,7 @@ mod tests {
     use crate::cut::tests::phase;
     use crate::cut::{Cutter, aligned};
     use crate::exchange::Step;
-    use crate::geometry::{Agreed, Layout};
+    use crate::geometry::{Agreed, Layout, SingleCopies};
     use crate::phases::Phases;
     use crate::single_copy::SingleCopy;
 
@@ -375,7 +375,7 @@ mod tests {
     impl Rank {
         fn new(me: usize, case: &Case, geometry: Geometry, hands_back: bool) -> Rank {
             let size = case.order.len();
-            let copy = SingleCopy::new(vec![None; size], false, false);
+            let copy = SingleCopy::new(vec![None; size], SingleCopies::NONE, SingleCopies::NONE);
             let bytes = |salt| (0..CELLS * case.cell).map(|i| (i * 7 + me * 13 + salt) as u8).collect();
             Rank {
                 memory: [1, 2, 3].map(bytes),

@@ -22,7 +22,7 @@ use crate::geometry::{Agreed, Geometry, Header, Layout, MAGIC, VERSION};
 use crate::layout::{AbortCell, Alerts, Control, Frame, INLINE, Line, Memory, SlotHead};
 use crate::mask::MAX_LOCAL;
 use crate::memfd::{self, out_of_memory};
-use crate::sync::AtomicU32;
+use crate::sync::{AtomicU32, AtomicU64};
 
 pub(crate) struct Segment {
     base: NonNull<u8>,
@@ -137,6 +137,11 @@ impl Segment {
         self.region(self.layout.cell(from, to, index) + head, self.layout.cell_stride - head)
     }
 
+    /// Address, in this process, of the word that says whether local rank 0 is inside the door of `rank`; those of the others follow.
+    pub(crate) fn insides(&self, rank: usize) -> u64 {
+        std::ptr::from_ref(self.inside(rank, 0)) as u64
+    }
+
     /// The process of `rank`, as local rank 0 sees it; 0 when it does not.
     pub(crate) fn pid(&self, rank: usize) -> &AtomicU32 {
         assert!(rank < self.layout.local_size);
@@ -170,6 +175,18 @@ impl Memory for Segment {
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame> {
         assert!(from.max(to) < self.layout.local_size && index < self.layout.cells);
         self.at(self.layout.cell(from, to, index))
+    }
+
+    #[inline]
+    fn closed(&self, rank: usize) -> &AtomicU64 {
+        assert!(rank < self.layout.local_size);
+        self.at(self.layout.door(rank))
+    }
+
+    #[inline]
+    fn inside(&self, rank: usize, peer: usize) -> &AtomicU64 {
+        assert!(rank.max(peer) < self.layout.local_size);
+        self.at(self.layout.door(rank) + 8 * (1 + peer))
     }
 }
 
@@ -206,8 +223,10 @@ fn check(header: &Header, read: usize, size: u64, group: u64, local_size: usize)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::geometry::SingleCopies;
 
-    const AGREED: Agreed = Agreed { single_copy: true, hands_back: false };
+    const AGREED: Agreed =
+        Agreed { single_copy: SingleCopies { mutual: true, alone: false }, hands_back: false };
 
     fn layout() -> Layout {
         Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(3), 3)

@@ -44,6 +44,18 @@ mod real {
         true
     }
 
+    /// Between "I am inside" and the look at the door.
+    #[inline]
+    pub(crate) fn enter_fence() {
+        fence(Ordering::SeqCst);
+    }
+
+    /// Between closing a door and the look at who is inside.
+    #[inline]
+    pub(crate) fn close_fence() {
+        fence(Ordering::SeqCst);
+    }
+
     /// Memory that one side writes and the other reads, never both at once.
     #[repr(transparent)]
     pub(crate) struct Cell<T>(std::cell::UnsafeCell<T>);
@@ -100,6 +112,8 @@ mod model {
         NoArmFence,
         NoNotifyFence,
         NoSecondLook,
+        NoEnterFence,
+        NoCloseFence,
     }
 
     std::thread_local! {
@@ -134,6 +148,18 @@ mod model {
     /// Whether a changed hint is followed by another look.
     pub(crate) fn look_again() -> bool {
         !made(Mistake::NoSecondLook)
+    }
+
+    pub(crate) fn enter_fence() {
+        if !made(Mistake::NoEnterFence) {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    pub(crate) fn close_fence() {
+        if !made(Mistake::NoCloseFence) {
+            fence(Ordering::SeqCst);
+        }
     }
 
     pub(crate) struct Cell<T>(loom::cell::UnsafeCell<T>);

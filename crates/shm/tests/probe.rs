@@ -18,7 +18,10 @@ fn every_candidate_gets_a_time() {
     let slots = probe::slots(&candidates, &cores(), Duration::from_secs(60)).unwrap().unwrap();
     assert_eq!(slots.len(), candidates.len());
     let blocks = probe::blocks(Geometry::USUAL, &cores(), Duration::from_secs(60)).unwrap().unwrap();
-    let all = slots.iter().flat_map(|t| [t.all_reduce, t.broadcast, t.handed_back]).chain(blocks);
+    let all = slots
+        .iter()
+        .flat_map(|t| [t.all_reduce, t.broadcast, t.handed_back])
+        .chain(blocks.iter().flat_map(|t| [t.mutual, t.alone]));
     assert!(all.into_iter().all(|t| t > 0.0 && t.is_finite()), "{slots:?} {blocks:?}");
 }
 

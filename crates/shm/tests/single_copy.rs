@@ -5,6 +5,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::{
     Memory, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
@@ -15,7 +16,7 @@ use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Plan, Span, Who};
 use smddp_core::transport::{Buffers, Ctx, NodeLocal};
 use smddp_core::{Region, transport::PhaseRun};
-use smddp_shm::{Membership, ShmNode};
+use smddp_shm::{Membership, ShmNode, SingleCopies};
 
 /// Above the least block, and no round number.
 const BLOCK: usize = (512 << 10) + 8 * 123;
@@ -67,7 +68,7 @@ fn execute(ranks: &[Rank]) -> Vec<(Vec<u8>, u64, Vec<Ctx>)> {
     let all = one_phase(moves(size, BLOCK));
     let word = one_phase(vec![span_move(Who::One(0), Who::All, WORD, Span { off: 8, ..WORD })]);
     let member = |group, rank: usize, size| Membership {
-        single_copy: ranks[rank].wants,
+        single_copy: if ranks[rank].wants { SingleCopies::ALL } else { SingleCopies::NONE },
         ..membership(group, rank, size)
     };
     on_members(size, SMALL, member, |rank, mut node| {
@@ -206,6 +207,138 @@ fn blocks_are_taken_a_stretch_at_a_time() {
     };
     let taken = taken_by(Collective::AllToAll, moves(3, LONG), LONG, [0, 1, 2].map(blocks));
     assert_eq!(taken, [2 * LONG as u64; 3]);
+}
+
+/// Rank 0 gives a block of `len` bytes to all ranks, or takes one from each, as `collective` says; `None`: nothing.
+fn alone(collective: Collective, size: usize, len: usize) -> Vec<Move> {
+    let (root, ranks) = (Who::One(0), 0..size as u32);
+    let block = |rank: u32| rank as usize * len;
+    let there = Span::output(0, len);
+    match collective {
+        Collective::Broadcast => vec![span_move(root, Who::All, there, there)],
+        Collective::Scatter => {
+            let gives = |to| span_move(root, Who::One(to), Span::input(block(to), len), there);
+            ranks.map(gives).collect()
+        }
+        _ => {
+            let gives =
+                |from| span_move(Who::One(from), root, Span::input(0, len), Span::output(block(from), len));
+            ranks.map(gives).collect()
+        }
+    }
+}
+
+/// Such a call: bytes that each rank copied between its memory and its peers'.
+fn copied(
+    collective: Collective,
+    size: usize,
+    len: usize,
+    wants: &(dyn Fn(usize) -> bool + Sync),
+) -> Vec<u64> {
+    let plan = one_phase(alone(collective, size, len));
+    let all = |rank: usize| (0..size).flat_map(|block| content(rank, block, len)).collect::<Vec<u8>>();
+    let gathered = || (0..size).flat_map(|from| content(from, 0, len)).collect::<Vec<u8>>();
+    let member = |group, rank: usize, size| Membership {
+        single_copy: if wants(rank) { SingleCopies::ALL } else { SingleCopies::NONE },
+        ..membership(group, rank, size)
+    };
+    on_members(size, SMALL, member, |rank, mut node| {
+        let is_root = rank == 0;
+        let (input, output, wanted) = match collective {
+            Collective::Broadcast => {
+                (vec![], if is_root { content(0, 0, len) } else { vec![9; len] }, content(0, 0, len))
+            }
+            Collective::Scatter => {
+                (if is_root { all(0) } else { vec![] }, vec![9; len], content(0, rank, len))
+            }
+            _ if is_root => (content(0, 0, len), vec![9; size * len], gathered()),
+            _ => (content(rank, 0, len), vec![], vec![]),
+        };
+        let mut memory = Memory { input, output, scratch: vec![] };
+        for ctx in 0..2 {
+            let call = Call::new(collective, DType::U8, len as u64).pack();
+            node.submit(run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, size), call, ctx))
+                .unwrap();
+        }
+        assert_eq!(drive(&mut node, 2, 50).unwrap(), [Ctx(0), Ctx(1)]);
+        assert!(memory.output == wanted, "{collective}, {len} bytes, rank {rank} of {size}");
+        node.copied_once()
+    })
+}
+
+const ALONE: [Collective; 3] = [Collective::Broadcast, Collective::Scatter, Collective::Gather];
+const LEAST_ALONE: usize = 256 << 10;
+
+/// C6: every byte once, half of a broadcast by either rank, and more of what the other ranks give or take by them.
+#[test]
+fn the_rank_that_gives_or_takes_alone_does_not_copy_alone() {
+    let all = |_| true;
+    for len in [LEAST_ALONE, BLOCK, LONG] {
+        let whole = 2 * len as u64;
+        for collective in ALONE {
+            let each = copied(collective, 2, len, &all);
+            assert_eq!(each.iter().sum::<u64>(), whole, "{collective}: {each:?}");
+            let share = each[0] as f64 / whole as f64;
+            let wanted = if collective == Collective::Broadcast { 0.5 } else { 0.25 };
+            assert!((share - wanted).abs() < 0.01, "{collective}: {each:?}");
+        }
+        for collective in [Collective::Scatter, Collective::Gather] {
+            let each = copied(collective, 3, len, &all);
+            assert_eq!(each.iter().sum::<u64>(), 2 * whole, "{collective}: {each:?}");
+            assert!(each.iter().all(|&one| one > whole / 4), "{collective}: {each:?}");
+        }
+    }
+}
+
+#[test]
+fn where_a_rank_does_not_want_it_nobody_copies_so() {
+    for collective in ALONE {
+        for unwilling in [0, 1] {
+            assert_eq!(copied(collective, 2, BLOCK, &|rank| rank != unwilling), [0, 0], "{collective}");
+        }
+    }
+}
+
+#[test]
+fn what_one_gives_or_takes_of_other_lengths_goes_through_slots() {
+    for collective in ALONE {
+        assert_eq!(copied(collective, 2, LEAST_ALONE - 8, &|_| true), [0, 0], "{collective}");
+    }
+    assert_eq!(copied(Collective::Broadcast, 3, BLOCK, &|_| true), [0, 0, 0], "several readers");
+    assert_eq!(copied(Collective::Broadcast, 2, (32 << 20) + 8, &|_| true), [0, 0]);
+}
+
+/// C5: a rank gives up at any time while its peer writes into its memory. From then on its bytes are its own.
+#[test]
+fn nobody_writes_into_the_memory_of_a_rank_that_gave_up() {
+    const LEN: usize = 8 << 20;
+    let plan = one_phase(alone(Collective::Broadcast, 2, LEN));
+    let (mut halfway, mut turns) = (0, 0);
+    while halfway < 30 {
+        turns += 1;
+        assert!(turns < 2000, "the root was never interrupted: nothing was shown");
+        let wrote = on_ranks(2, SMALL, |rank, mut node| {
+            let mut memory = Memory { input: vec![], output: vec![1 + rank as u8; LEN], scratch: vec![] };
+            node.submit(phase(Collective::Broadcast, &plan, memory.buffers(), 2, LEN)).unwrap();
+            let mut done = Vec::new();
+            if rank == 0 {
+                while done.is_empty() && node.poll(&mut done).is_ok() {}
+                return node.copied_once() as usize;
+            }
+            // It says where its data lies and copies nothing itself: the root alone is at it.
+            node.poll(&mut done).unwrap();
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_micros(turns % 100 * 10) {
+                std::hint::spin_loop();
+            }
+            node.abort(&smddp_core::Error::Internal("enough".to_owned()));
+            memory.output.fill(3);
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(memory.output == vec![3; LEN], "written behind its back, turn {turns}");
+            0
+        })[0];
+        halfway += usize::from(wrote > 0 && wrote < LEN / 2);
+    }
 }
 
 /// Two ranks polled by hand, of one all_to_all.

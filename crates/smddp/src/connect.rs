@@ -20,7 +20,7 @@ use smddp_core::threads;
 use smddp_core::transport::Fabric;
 use smddp_core::{Error, GroupShape, Result};
 use smddp_fabric::FabricEndpoint;
-use smddp_shm::{Geometry, Listener, Membership, ShmNode};
+use smddp_shm::{Geometry, Listener, Membership, ShmNode, SingleCopies};
 
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
 use crate::node::{self, NodeId, cores};
@@ -196,19 +196,23 @@ impl Party<'_> {
         let rank = self.options.rank;
         let node = self.shape.ranks_on(self.shape.node_of(rank));
         let choice = self.shared_memory(listener.is_some());
-        let unless_set = |name, choice| match self.options.settings.text(name) {
-            "auto" => choice,
-            set => set == "on",
-        };
+        let settings = &self.options.settings;
         let who = Membership {
             group: self.hellos[0].id,
             secret: self.hellos[0].secret,
             local_rank: self.shape.local_of(rank),
             ranks: node.to_vec(),
             node: self.hellos[rank].node_name.clone(),
-            single_copy: unless_set("SMDDP_SHM_SINGLE_COPY", choice.single_copy),
-            hands_back: unless_set("SMDDP_SHM_HAND_BACK", choice.hands_back),
-            streams_from: caches::streams_from(&self.options.settings),
+            single_copy: match settings.text("SMDDP_SHM_SINGLE_COPY") {
+                "on" => SingleCopies::ALL,
+                "off" => SingleCopies::NONE,
+                _ => choice.single_copy,
+            },
+            hands_back: match settings.text("SMDDP_SHM_HAND_BACK") {
+                "auto" => choice.hands_back,
+                set => set == "on",
+            },
+            streams_from: caches::streams_from(settings),
             deadline: self.deadline,
         };
         let local = match listener {

@@ -1,5 +1,5 @@
-//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and whether large blocks are read straight from
-//! the peers' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
+//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and which calls' large blocks go straight between the
+//! ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
 //!
 //! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use smddp_core::settings::Settings;
-use smddp_shm::Geometry;
-use smddp_shm::probe::{self, SlotTimes};
+use smddp_shm::probe::{self, BlockTimes, SlotTimes};
+use smddp_shm::{Geometry, SingleCopies};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 8;
+const VERSION: u32 = 9;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
@@ -29,15 +29,16 @@ const CANDIDATES: [Geometry; 4] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     pub geometry: Geometry,
-    /// Large blocks of all_to_all and all_gather are read from the peers' private memory, where `SMDDP_SHM_SINGLE_COPY` allows it.
-    pub single_copy: bool,
+    /// Which calls' large blocks go straight between the ranks' private memory, where `SMDDP_SHM_SINGLE_COPY` says nothing else.
+    pub single_copy: SingleCopies,
     /// Readers hand cache lines back, where `SMDDP_SHM_HAND_BACK` says nothing else.
     pub hands_back: bool,
 }
 
 impl Choice {
     /// Where nothing better is known.
-    pub const USUAL: Choice = Choice { geometry: Geometry::USUAL, single_copy: true, hands_back: false };
+    pub const USUAL: Choice =
+        Choice { geometry: Geometry::USUAL, single_copy: SingleCopies::ALL, hands_back: false };
 }
 
 /// Other slots must take at most so much of the usual ones' time: they take more memory, and the fastest times of two probes differ
@@ -135,9 +136,13 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let ways = [(false, false), (false, true), (true, false), (true, true)];
+        let ways = |way: u32| [way & 1, way & 2, way & 4].map(|bit| bit > 0);
         let mut choices = CANDIDATES.into_iter().flat_map(|geometry| {
-            ways.map(|(single_copy, hands_back)| Choice { geometry, single_copy, hands_back })
+            (0..8).map(ways).map(move |[mutual, alone, hands_back]| Choice {
+                geometry,
+                single_copy: SingleCopies { mutual, alone },
+                hands_back,
+            })
         });
         choices.find(|&choice| found == words(choice))
     })
@@ -145,7 +150,8 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
 
 fn words(choice: Choice) -> String {
     let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back } = choice;
-    format!("{slot} {slots} {} {}", u8::from(single_copy), u8::from(hands_back))
+    let bits = [single_copy.mutual, single_copy.alone, hands_back].map(u8::from);
+    format!("{slot} {slots} {} {} {}", bits[0], bits[1], bits[2])
 }
 
 /// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
@@ -160,7 +166,7 @@ fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> 
     let slots = slots.ok_or_else(|| format!("no result within {limit:?}"))?;
     let copies = probe::blocks(Geometry::USUAL, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
     let single_copy = match copies {
-        Ok(Some(times)) => pays(times),
+        Ok(Some(times)) => paying(times),
         _ => Choice::USUAL.single_copy,
     };
     let (geometry, hands_back) = best(&slots);
@@ -187,9 +193,12 @@ fn best(times: &[SlotTimes]) -> (Geometry, bool) {
     (geometry, hands_back)
 }
 
-/// Whether single copies stay: unless slots are clearly faster. `times` are those of slots and of single copies.
-fn pays(times: [f64; 2]) -> bool {
-    times[0] > WORTH_SLOTS * times[1]
+/// Single copies stay unless slots are clearly faster. `times` are those of slots and of single copies.
+fn paying([slots, copies]: [BlockTimes; 2]) -> SingleCopies {
+    SingleCopies {
+        mutual: slots.mutual > WORTH_SLOTS * copies.mutual,
+        alone: slots.alone > WORTH_SLOTS * copies.alone,
+    }
 }
 
 #[cfg(test)]
@@ -228,8 +237,11 @@ mod tests {
 
     #[test]
     fn single_copies_stay_unless_slots_are_clearly_faster() {
-        assert!(pays([1.1, 1.0]) && pays([0.9, 1.0]));
-        assert!(!pays([0.8, 1.0]));
+        let slots =
+            |mutual, alone| paying([BlockTimes { mutual, alone }, BlockTimes { mutual: 1.0, alone: 1.0 }]);
+        assert_eq!(slots(1.1, 0.9), SingleCopies::ALL);
+        assert_eq!(slots(0.8, 0.9), SingleCopies { mutual: false, alone: true });
+        assert_eq!(slots(0.9, 0.8), SingleCopies { mutual: true, alone: false });
     }
 
     #[test]
@@ -248,13 +260,14 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 262144 4 0 1\n1 2 x this = 262144 4 0\n1 2 x this = 12 4 1 0\nnonsense\n1 4 x this = 524288 4 1 0\n0 2 x this = 262144 4 1 1\n";
+        let lines = "1 2 x this = 262144 4 0 1 1\n1 2 x this = 262144 4 0 1\n1 2 x this = 12 4 1 0 0\nnonsense\n1 4 x this = 524288 4 1 0 0\n0 2 x this = 262144 4 1 1 1\n";
         fs::write(&path, lines).unwrap();
-        let choice = |at: usize, single_copy, hands_back| {
+        let choice = |at: usize, mutual, alone, hands_back| {
+            let single_copy = SingleCopies { mutual, alone };
             Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back })
         };
-        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true));
-        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false));
+        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true));
+        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false));
         assert_eq!(remembered(&path, "1 8 x this"), None);
         fs::remove_dir_all(folder).unwrap();
     }

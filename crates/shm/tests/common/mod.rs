@@ -10,7 +10,7 @@ use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
-use smddp_shm::{Geometry, Listener, Membership, ShmNode};
+use smddp_shm::{Geometry, Listener, Membership, ShmNode, SingleCopies};
 
 /// Long enough that only a hang reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,7 +27,7 @@ pub fn membership(group: u64, local_rank: usize, size: usize) -> Membership {
         // Group ranks differ from local ranks, so that a test sees which one an error names.
         ranks: (0..size as u32).map(|r| 10 + r).collect(),
         node: "here".to_owned(),
-        single_copy: true,
+        single_copy: SingleCopies::ALL,
         hands_back: true,
         streams_from: None,
         deadline: Instant::now() + PATIENCE,
