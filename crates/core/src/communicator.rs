@@ -1,5 +1,7 @@
 //! A process group as its user holds it: checks arguments, finds the plan, hands the operation to the engine.
 
+mod typed;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
@@ -7,8 +9,7 @@ use std::time::Duration;
 use rustc_hash::FxHashMap;
 
 use crate::call::{Call, Collective};
-use crate::dtype::{DType, ReduceOp};
-use crate::element::Element;
+use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::engine::graph::Ready;
 use crate::engine::group::{Immediate, Seat, Tried};
@@ -646,121 +647,6 @@ impl<T: Transports> Communicator<T> {
             }
         })
     }
-}
-
-/// Blocking calls on slices. Shapes are in elements; every rank of the group makes the same call.
-impl<T: Transports> Communicator<T> {
-    fn run_typed(&self, request: &Request) -> Result<()> {
-        // SAFETY: the regions come from borrows that outlive this blocking call, and when it fails the engine has
-        // withdrawn the operation (G3), so nothing touches them later.
-        unsafe { self.run(request) }
-    }
-
-    /// Combines `buffer` of all ranks, in place; all end with the same bits.
-    pub fn all_reduce<E: Element>(&self, buffer: &mut [E], op: ReduceOp) -> Result<()> {
-        let region = whole(buffer);
-        let request = Request::new(Collective::AllReduce, E::DTYPE, buffer.len(), region, region);
-        self.run_typed(&Request { op, ..request })
-    }
-
-    /// `output` = this rank's block of the combination; `input` holds one block of `output.len()` for each rank.
-    pub fn reduce_scatter<E: Element>(&self, input: &[E], output: &mut [E], op: ReduceOp) -> Result<()> {
-        let (from, to) = (source(input), whole(output));
-        let request = Request::new(Collective::ReduceScatter, E::DTYPE, output.len(), from, to);
-        self.run_typed(&Request { op, ..request })
-    }
-
-    /// `output` = every rank's `input`, in rank order.
-    pub fn all_gather<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<()> {
-        let (from, to) = (source(input), whole(output));
-        self.run_typed(&Request::new(Collective::AllGather, E::DTYPE, input.len(), from, to))
-    }
-
-    /// Block `j` of `input` goes to rank `j`; block `i` of `output` comes from rank `i`.
-    pub fn all_to_all<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<()> {
-        let (from, to) = (source(input), whole(output));
-        self.run_typed(&Request::new(Collective::AllToAll, E::DTYPE, input.len() / self.size(), from, to))
-    }
-
-    /// As [`all_to_all`](Self::all_to_all) with blocks of different lengths, in elements, by rank.
-    pub fn all_to_all_uneven<E: Element>(
-        &self,
-        input: &[E],
-        send_counts: &[usize],
-        output: &mut [E],
-        recv_counts: &[usize],
-    ) -> Result<()> {
-        let (from, to) = (source(input), whole(output));
-        let request = Request::new(Collective::AllToAll, E::DTYPE, 0, from, to);
-        self.run_typed(&Request { splits: Some((send_counts.into(), recv_counts.into())), ..request })
-    }
-
-    /// Every rank's `buffer` becomes that of `root`.
-    pub fn broadcast<E: Element>(&self, buffer: &mut [E], root: usize) -> Result<()> {
-        let region = whole(buffer);
-        let request = Request::new(Collective::Broadcast, E::DTYPE, buffer.len(), region, region);
-        self.run_typed(&Request { root, ..request })
-    }
-
-    /// `buffer` of `root` becomes the combination; the others' stay as they are.
-    pub fn reduce<E: Element>(&self, buffer: &mut [E], root: usize, op: ReduceOp) -> Result<()> {
-        let region = whole(buffer);
-        let request = Request::new(Collective::Reduce, E::DTYPE, buffer.len(), region, region);
-        self.run_typed(&Request { root, op, ..request })
-    }
-
-    /// `output` of `root` = every rank's `input`, in rank order; the others pass `None`.
-    pub fn gather<E: Element>(&self, input: &[E], output: Option<&mut [E]>, root: usize) -> Result<()> {
-        let to = output.map_or(Region::EMPTY, whole);
-        let request = Request::new(Collective::Gather, E::DTYPE, input.len(), source(input), to);
-        self.run_typed(&Request { root, ..request })
-    }
-
-    /// `output` = this rank's block of `root`'s `input`; the others pass `None`.
-    pub fn scatter<E: Element>(&self, input: Option<&[E]>, output: &mut [E], root: usize) -> Result<()> {
-        let from = input.map_or(Region::EMPTY, source);
-        let request = Request::new(Collective::Scatter, E::DTYPE, output.len(), from, whole(output));
-        self.run_typed(&Request { root, ..request })
-    }
-
-    /// Returns when every rank has called it.
-    pub fn barrier(&self) -> Result<()> {
-        self.run_typed(&Request::new(Collective::Barrier, DType::U8, 0, Region::EMPTY, Region::EMPTY))
-    }
-
-    /// Sends `data` to rank `to`; returns when `data` may be used again.
-    pub fn send<E: Element>(&self, data: &[E], to: usize, tag: u64) -> Result<()> {
-        // SAFETY: waited for below while `data` is borrowed; a failure withdraws it (G3).
-        let handle = unsafe { self.start_send(to, tag, E::DTYPE, source(data))? };
-        handle.wait(None)
-    }
-
-    /// Receives from rank `from`; `data` must have the length that was sent.
-    pub fn recv<E: Element>(&self, data: &mut [E], from: usize, tag: u64) -> Result<()> {
-        // SAFETY: as in `send`.
-        let handle = unsafe { self.start_recv(from, tag, E::DTYPE, whole(data))? };
-        handle.wait(None)
-    }
-
-    /// Receives the message of `tag` that comes first, and returns the rank it came from.
-    pub fn recv_any<E: Element>(&self, data: &mut [E], tag: u64) -> Result<usize> {
-        // SAFETY: as in `send`.
-        let handle = unsafe { self.start_recv_any(tag, E::DTYPE, whole(data))? };
-        handle.wait(None)?;
-        handle.source().ok_or_else(|| Error::Internal("a message came from nowhere".to_owned()))
-    }
-}
-
-/// The region of a buffer that a blocking call borrows until it returns.
-fn whole<E: Element>(buffer: &mut [E]) -> Region {
-    // SAFETY: every caller is a method above that borrows the buffer until its operation is over (R1).
-    unsafe { Region::of(buffer) }
-}
-
-/// As [`whole`], for a buffer that is only read.
-fn source<E: Element>(buffer: &[E]) -> Region {
-    // SAFETY: as in `whole`; plans never write to an input that differs from the output (proven by the checker).
-    unsafe { Region::new(buffer.as_ptr().cast_mut().cast(), size_of_val(buffer)) }
 }
 
 fn whole_elements(op: &str, dtype: DType, bytes: usize) -> Result<usize> {

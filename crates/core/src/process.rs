@@ -4,7 +4,24 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// Random bytes from the kernel.
+///
+/// # Errors
+/// A kernel that has none to give.
+pub fn random<const N: usize>() -> Result<[u8; N], Errno> {
+    let (mut bytes, mut filled) = ([0; N], 0);
+    while filled < N {
+        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(bytes)
+}
 
 /// As [`std::process::id`].
 #[inline]

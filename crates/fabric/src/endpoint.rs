@@ -22,6 +22,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use smddp_core::error::{Error as CoreError, Result, Site};
 use smddp_core::memory::{Owner, Region};
+use smddp_core::process;
 use smddp_core::settings::Settings;
 use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
 
@@ -578,10 +579,5 @@ impl<D: Domain> Drop for FabricEndpoint<D> {
 }
 
 fn random_identity() -> Result<u64, Error> {
-    let mut bytes = [0u8; 8];
-    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    match got {
-        Ok(8) => Ok(u64::from_ne_bytes(bytes)),
-        _ => Err(Error::Random),
-    }
+    process::random().map(u64::from_ne_bytes).map_err(|_| Error::Random)
 }

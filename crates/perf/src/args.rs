@@ -211,7 +211,8 @@ pub struct CompareArgs {
     /// Bus bandwidth in GB/s instead of microseconds
     #[arg(long)]
     pub busbw: bool,
-    /// The best of the rounds' medians instead of the fastest batch
+    /// Of each round's fastest batch the median over all rounds, and half of what lies between the quartiles, instead of the
+    /// fastest batch of all
     #[arg(long)]
     pub median: bool,
     /// Add a column: how many times as long the first label takes as the second

@@ -17,8 +17,9 @@ struct Line {
     dtype: String,
     world: usize,
     bytes: usize,
-    median: f64,
+    /// µs, of the fastest batch.
     fastest: f64,
+    /// GB/s of it.
     busbw: f64,
     wrong: bool,
 }
@@ -26,13 +27,26 @@ struct Line {
 /// (collective, type, ranks)
 type Key = (String, String, usize);
 
-type Sizes = BTreeMap<usize, BTreeMap<String, Best>>;
+type BySize<T> = BTreeMap<usize, BTreeMap<String, T>>;
 
-/// The best figures of one label at one size, over all rounds.
+/// The figures of one label at one size, over all rounds.
 #[derive(Clone, Copy, Debug)]
-struct Best {
+struct Figure {
     micros: f64,
     busbw: f64,
+    /// Half of what lies between the quartiles of the rounds, over their median; where that is asked for.
+    spread: Option<f64>,
+}
+
+impl Figure {
+    /// Of the rounds' fastest batches, (µs, GB/s), of which there is one at least: the fastest, or the one in the middle.
+    fn of(mut rounds: Vec<(f64, f64)>, median: bool) -> Figure {
+        rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let at = |share: f64| rounds[((rounds.len() - 1) as f64 * share).round() as usize];
+        let (micros, busbw) = if median { at(0.5) } else { rounds[0] };
+        let spread = (at(0.75).0 - at(0.25).0) / 2.0 / micros.max(1e-9);
+        Figure { micros, busbw, spread: median.then_some(spread) }
+    }
 }
 
 pub fn run(options: &CompareArgs) -> Result<(), Failure> {
@@ -71,9 +85,9 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Line>, Failure> {
                 dtype: f[2].to_owned(),
                 world: f[3].parse().ok()?,
                 bytes: f[4].parse().ok()?,
-                median: f[6].parse().ok()?,
                 fastest: f[7].parse().ok()?,
-                busbw: f[9].parse().ok()?,
+                busbw: f[9].parse::<f64>().ok()? * f[6].parse::<f64>().ok()?
+                    / f[7].parse::<f64>().ok()?.max(1e-9),
                 wrong: f[10] == "WRONG",
             })
         };
@@ -95,13 +109,14 @@ struct Table {
     /// Labels in the order they first appear.
     labels: Vec<String>,
     /// In the order they first appear: by size, by label.
-    groups: Vec<(Key, Sizes)>,
+    groups: Vec<(Key, BySize<Figure>)>,
     wrong: Vec<String>,
 }
 
 impl Table {
     fn new(lines: &[Line], options: &CompareArgs) -> Table {
         let mut table = Table { labels: Vec::new(), groups: Vec::new(), wrong: Vec::new() };
+        let mut rounds: Vec<BySize<Vec<(f64, f64)>>> = Vec::new();
         let fits = |l: &&Line| {
             options.op.as_ref().is_none_or(|op| *op == l.op)
                 && options.dtype.as_ref().is_none_or(|d| *d == l.dtype)
@@ -115,30 +130,32 @@ impl Table {
             if line.wrong {
                 table.wrong.push(format!("{} {} {} {}", line.label, line.op, line.dtype, line.bytes));
             }
-            let micros = if options.median { line.median } else { line.fastest };
-            let new = Best { micros, busbw: line.busbw * line.median / micros.max(1e-9) };
             let key = (line.op.clone(), line.dtype.clone(), line.world);
             let place = table.groups.iter().position(|(k, _)| *k == key).unwrap_or_else(|| {
-                table.groups.push((key, Sizes::new()));
+                table.groups.push((key, BySize::new()));
+                rounds.push(BySize::new());
                 table.groups.len() - 1
             });
-            let group = &mut table.groups[place].1;
-            let best = group.entry(line.bytes).or_default().entry(line.label.clone()).or_insert(new);
-            if new.micros < best.micros {
-                *best = new;
-            }
+            let row = rounds[place].entry(line.bytes).or_default();
+            row.entry(line.label.clone()).or_default().push((line.fastest, line.busbw));
+        }
+        for ((_, sizes), rounds) in table.groups.iter_mut().zip(rounds) {
+            let figures = |row: BTreeMap<String, Vec<_>>| {
+                row.into_iter().map(|(label, rounds)| (label, Figure::of(rounds, options.median))).collect()
+            };
+            sizes.extend(rounds.into_iter().map(|(bytes, row)| (bytes, figures(row))));
         }
         table
     }
 
-    fn labels_of(&self, sizes: &Sizes) -> Vec<&String> {
+    fn labels_of(&self, sizes: &BySize<Figure>) -> Vec<&String> {
         self.labels.iter().filter(|l| sizes.values().any(|row| row.contains_key(*l))).collect()
     }
 
     fn markdown(&self, options: &CompareArgs) -> String {
         let mut out = String::new();
         let unit = if options.busbw { "bus bandwidth in GB/s" } else { "µs" };
-        let which = if options.median { "best median" } else { "fastest batch" };
+        let which = which(options);
         for (key, sizes) in &self.groups {
             let labels = self.labels_of(sizes);
             let _ = writeln!(out, "\n**{}, {}, {} ranks** ({unit}, {which})\n", key.0, key.1, key.2);
@@ -179,13 +196,13 @@ impl Table {
                 all.join(", ")
             )));
         };
-        let series = |value: &dyn Fn(&Best) -> f64| -> Vec<Series> {
+        let series = |value: &dyn Fn(&Figure) -> f64| -> Vec<Series> {
             let points = |label: &String| {
                 sizes.iter().filter_map(|(b, row)| Some((*b as f64, value(row.get(label)?)))).collect()
             };
             self.labels_of(sizes).into_iter().map(|l| Series { name: l.clone(), points: points(l) }).collect()
         };
-        let which = if options.median { "best median" } else { "fastest batch" };
+        let which = which(options);
         let panels = [
             Panel { title: format!("time, µs ({which})"), linear: false, series: series(&|b| b.micros) },
             Panel {
@@ -203,8 +220,12 @@ impl Table {
     }
 }
 
+fn which(options: &CompareArgs) -> &'static str {
+    if options.median { "median round" } else { "fastest batch" }
+}
+
 fn cells(
-    row: &BTreeMap<String, Best>,
+    row: &BTreeMap<String, Figure>,
     labels: &[&String],
     ratios: &[&(String, String)],
     busbw: bool,
@@ -215,7 +236,8 @@ fn cells(
         let _ = match row.get(*label) {
             None => write!(out, " - |"),
             Some(b) => {
-                let shown = short(if busbw { b.busbw } else { b.micros });
+                let spread = b.spread.map_or_else(String::new, |share| format!(" ±{:.0} %", share * 100.0));
+                let shown = short(if busbw { b.busbw } else { b.micros }) + &spread;
                 if b.micros == fastest { write!(out, " **{shown}** |") } else { write!(out, " {shown} |") }
             }
         };
@@ -230,7 +252,7 @@ fn cells(
 }
 
 /// How many times as long the best of the others takes as `label`.
-fn best_other(row: &BTreeMap<String, Best>, label: &String) -> String {
+fn best_other(row: &BTreeMap<String, Figure>, label: &String) -> String {
     let others = row.iter().filter(|(l, _)| *l != label).map(|(_, b)| b.micros);
     match (row.get(label), others.reduce(f64::min)) {
         (Some(one), Some(best)) => format!(" {}x |", short(best / one.micros)),
@@ -289,6 +311,23 @@ gloo,allreduce,float32,2,16,100,300.00,200.00,0.0000,0.0000,WRONG
         assert!(text.contains("| size | smddp | gloo | mpi | best other / smddp |"), "{text}");
         assert!(text.contains("| 4 B | **0.50** | 200 | 1.00 | 2.00x |"), "{text}");
         assert!(text.contains("| 16 B | - | **200** | - | - |"), "{text}");
+    }
+
+    #[test]
+    fn the_round_in_the_middle_counts_with_what_lies_around_it() {
+        let row = |label: &str, fastest: f64| {
+            format!("{label},allreduce,float32,2,4,100,90.00,{fastest:.2},1.0,2.0,ok\n")
+        };
+        let all: String =
+            [10.0, 50.0, 20.0, 30.0, 40.0].map(|time| row("a", time) + &row("b", 2.0 * time)).concat();
+        let lines = parse(Path::new("x.csv"), &format!("{CSV_HEADER}\n{all}")).unwrap();
+        let text =
+            Table::new(&lines, &options(" --median --against a")).markdown(&options(" --median --against a"));
+        assert!(text.contains("(µs, median round)"), "{text}");
+        assert!(text.contains("| 4 B | **30.0 ±33 %** | 60.0 ±33 % | 2.00x |"), "{text}");
+        // 2 GB/s in 90 µs are 6 in 30.
+        let busbw = options(" --median --busbw");
+        assert!(Table::new(&lines, &busbw).markdown(&busbw).contains("| **6.00 ±33 %** |"), "{text}");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use smddp_core::process;
 
 use crate::error::ShmError;
 use crate::geometry::{Agreed, Geometry, Layout, SingleCopies, VERSION};
@@ -117,9 +118,7 @@ pub struct Listener {
 impl Listener {
     /// Listens under a new random name (abstract: it leaves nothing in the file system).
     pub fn bind() -> Result<Listener, ShmError> {
-        let mut random = [0u8; 16];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|e| ShmError::system("getrandom", e))?;
+        let random = process::random::<16>().map_err(|e| ShmError::system("getrandom", e))?;
         let mut name = "smddp-".to_owned();
         for byte in random {
             // Writing to a String cannot fail.

@@ -6,7 +6,7 @@ use std::path::Path;
 use smddp_core::settings::{Settings, parse_bytes};
 
 /// Machines with larger last-level caches share them among many cores, of which a job may have few.
-const MOST: usize = 64 << 20;
+const MOST: usize = 128 << 20;
 
 /// Results share the last-level cache with inputs and slots.
 const SHARE: usize = 2;

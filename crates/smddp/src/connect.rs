@@ -14,6 +14,7 @@ use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
 use smddp_core::error::Site;
 use smddp_core::plan::select::Tuning;
+use smddp_core::process;
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
 use smddp_core::threads;
@@ -297,12 +298,7 @@ impl Party<'_> {
 
 /// Identity and secret for a group, should this be rank 0.
 fn random() -> Result<(u64, [u8; 32])> {
-    let mut bytes = [0u8; 40];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-            .map_err(|e| Error::Internal(format!("no random bytes: {e}")))?;
-    }
+    let bytes: [u8; 40] = process::random().map_err(|e| Error::Internal(format!("no random bytes: {e}")))?;
     let mut secret = [0u8; 32];
     secret.copy_from_slice(&bytes[8..]);
     Ok((
