@@ -17,7 +17,7 @@
 //! - **C4** A rank copies its own block before it reads its peers', a stretch at a time: two ranks are not at one block at once, and
 //!   what a rank wrote last may leave its core's second cache on the way, out of which others read it slowly.
 //! - **C5** A rank writes into a peer's memory only inside of its door (`door`), which the peer closes when it gives up.
-//! - **C6** The parts of all ranks are disjoint and cover every block ([`Parts`]).
+//! - **C6** The parts of all ranks are disjoint and cover every block ([`Shares::parts`]).
 
 use std::ops::Range;
 
@@ -115,16 +115,16 @@ pub(crate) enum Way {
 
 /// Who copies what of a phase's blocks.
 #[derive(Clone, Copy)]
-struct Sharing {
+struct Shares {
     /// Of a block's bytes, so many of `of` are written by the rank that gives it.
     given: usize,
     of: usize,
 }
 
-impl Sharing {
+impl Shares {
     /// `None` where the blocks of such a call are not copied so. What a rank that gives or takes alone copies for itself besides
     /// takes about half as long as as much between ranks.
-    fn of(collective: Collective, size: usize) -> Option<Sharing> {
+    fn of(collective: Collective, size: usize) -> Option<Shares> {
         let (given, of) = match collective {
             Collective::AllToAll | Collective::AllGather => (0, 1),
             Collective::Broadcast => (1, size),
@@ -132,7 +132,7 @@ impl Sharing {
             Collective::Gather => (2 * size - 1, 2 * size),
             _ => return None,
         };
-        Some(Sharing { given, of })
+        Some(Shares { given, of })
     }
 
     /// Where the giver's share of a block of `len` bytes begins.
@@ -258,8 +258,8 @@ impl SingleCopy {
     /// All offers are known: shares the work out.
     pub(crate) fn share_out(&mut self, run: &PhaseRun, moves: &[Move], me: usize) {
         self.parts.clear();
-        if let Some(sharing) = collective_of(run).and_then(|it| Sharing::of(it, self.pids.len())) {
-            sharing.parts(moves, me, self.pids.len(), &mut self.parts);
+        if let Some(shares) = collective_of(run).and_then(|it| Shares::of(it, self.pids.len())) {
+            shares.parts(moves, me, self.pids.len(), &mut self.parts);
         }
     }
 
@@ -402,12 +402,12 @@ mod tests {
             kind in 0..KINDS.len(), size in 2usize..6, root in 0u32..6, len in 0usize..20 << 20,
         ) {
             let moves = moves(KINDS[kind], size, root % size as u32, len);
-            let sharing = Sharing::of(KINDS[kind], size).unwrap();
+            let shares = Shares::of(KINDS[kind], size).unwrap();
             // (move, taker, start, end)
             let mut copied = Vec::new();
             for me in 0..size {
                 let mut parts = Vec::new();
-                sharing.parts(&moves, me, size, &mut parts);
+                shares.parts(&moves, me, size, &mut parts);
                 for Part { way, index, start, len } in parts {
                     let giver = match moves[index].from { Who::One(one) => one as usize, Who::All => unreachable!() };
                     let taker = match way {
