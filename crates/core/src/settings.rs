@@ -124,7 +124,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_STREAM",
         Kind::Bytes(0, 1 << 40),
         "",
-        "results of so many bytes, all ranks of a node together, are stored past the caches (non-temporal stores), but for all_reduce and reduce; 0: never (default: half the last-level cache, at most 64M); what a rank copies from its own input, from half of that on",
+        "results of so many bytes, all ranks of a node together, are stored past the caches (non-temporal stores), but for all_reduce and reduce; 0: never (default: half the last-level cache, at most 64M); what a rank copies from its own input, from half of that on, where that is at most 16M",
     ),
     row(
         "SMDDP_ALGORITHM",

@@ -3,10 +3,11 @@
 //!
 //! How it fits together: `handover` gives every local rank the same `segment` (laid out by `geometry`, made of the structures
 //! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many, `exchange` does one, `script` one that
-//! is a whole phase, as often as it comes) over the slot `ring`, or by `direct` where the data lies in memory that the
-//! ranks share (`shared`); `pen` says how slots are written; `probe` times rings of several sizes, and single copies;
-//! `messages` sends point to point over `pair` cells; `doorbell` puts ranks to sleep and wakes them; `abort` and
-//! `peers` tell why a group ended. `ring`, `pair`, `doorbell` and `abort` are the lock-free protocols; they see memory only
+//! is a whole phase, as often as it comes) over the slot `ring`, by `direct` where the data lies in memory that the
+//! ranks share (`shared`), or by `single_copy` between their private memory, through a `door`; `pen` says how slots are
+//! written; `probe` times rings of several sizes, and single copies; `messages` sends point to point over `pair` cells;
+//! `doorbell` puts ranks to sleep and wakes them; `abort` and `peers` tell why a group ended. `ring`, `pair`, `doorbell`,
+//! `door` and `abort` are the lock-free protocols; they see memory only
 //! through `layout::Memory` and are model-checked with loom:
 //!
 //! ```sh

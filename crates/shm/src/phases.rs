@@ -69,10 +69,18 @@ impl Known {
 /// A rank's own blocks need so much less of results: what is read for them lies in no slot, and stays in the caches no longer.
 const OWN_SHARE: usize = 2;
 
+/// Unless results stay in the caches up to more than this: so large a cache has room for both (docs/adr/0033).
+const CROWDED: usize = 32 << 20;
+
+/// From how many bytes of results on a rank's own blocks are stored past the caches, if all are from so many on.
+fn own_from(streams_from: usize) -> usize {
+    if streams_from <= CROWDED { streams_from.div_ceil(OWN_SHARE) } else { streams_from }
+}
+
 /// Which results of a phase among so many ranks are stored past the caches, if all are from so many bytes on.
 fn past_caches(run: &PhaseRun, group: &Group, ranks: usize, streams_from: usize) -> PastCaches {
     let results = run.buffers.output.len().saturating_mul(group.takers(ranks));
-    if results < streams_from.div_ceil(OWN_SHARE) || !is_written_only(run) {
+    if results < own_from(streams_from) || !is_written_only(run) {
         PastCaches::None
     } else if results < streams_from {
         PastCaches::Own
@@ -548,4 +556,15 @@ fn check(run: &PhaseRun, me: usize, size: usize) -> Result<()> {
 
 fn whole(arith: Arith, len: usize) -> bool {
     len.is_multiple_of(arith.dtype.size())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_blocks_leave_small_caches_earlier() {
+        assert_eq!([1, 16 << 20, 32 << 20].map(own_from), [1, 8 << 20, 16 << 20]);
+        assert_eq!([64 << 20, usize::MAX].map(own_from), [64 << 20, usize::MAX]);
+    }
 }
