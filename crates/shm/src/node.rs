@@ -122,15 +122,15 @@ impl ShmNode {
         let segment = &*self.segment;
         door::close(segment, self.me);
         for look in 0.. {
-            let mut inside = (0..self.ranks.len()).filter(|&peer| door::is_inside(segment, self.me, peer));
-            let Some(first) = inside.next() else { return };
-            let ended: Vec<usize> = self.peers.ended().collect();
-            let lives = |peer: usize| !ended.contains(&peer);
-            if !lives(first) && !inside.any(lives) {
+            let inside = |&peer: &usize| door::is_inside(segment, self.me, peer);
+            let mut inside = (0..self.ranks.len()).filter(inside).peekable();
+            if inside.peek().is_none() {
                 return;
             }
+            let ended: Vec<usize> = self.peers.ended().collect();
+            let Some(writer) = inside.find(|peer| !ended.contains(peer)) else { return };
             if look == LOOKS_AT_DOOR {
-                let peer = self.ranks[first];
+                let peer = self.ranks[writer];
                 tracing::error!(peer, "was stopped while it wrote into this rank's memory, and may go on");
                 return;
             }
@@ -435,29 +435,13 @@ impl Bell for ShmBell {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Instant;
 
     use super::*;
-    use crate::geometry::SingleCopies;
-    use crate::handover::Listener;
+    use crate::probe::open;
 
     fn pair() -> [ShmNode; 2] {
-        let member = |local_rank| Membership {
-            group: 1,
-            secret: [7; 32],
-            local_rank,
-            ranks: vec![0, 1],
-            node: "here".to_owned(),
-            single_copy: SingleCopies::ALL,
-            hands_back: false,
-            streams_from: None,
-            deadline: Instant::now() + Duration::from_secs(60),
-        };
-        let listener = Listener::bind().unwrap();
-        let name = listener.name().to_owned();
-        let peer = std::thread::spawn(move || ShmNode::connect(&name, &member(1)).unwrap());
-        let geometry = Geometry { slot: 4096, slots: 2 };
-        [listener.serve(&member(0), geometry).unwrap(), peer.join().unwrap()]
+        let (mut ours, mut theirs) = open(&[(Geometry { slot: 4096, slots: 2 }, true)]).unwrap();
+        [ours.remove(0), theirs.remove(0)]
     }
 
     #[test]

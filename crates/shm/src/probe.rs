@@ -131,7 +131,7 @@ fn move_to(cores: &[usize]) -> Result<(), Error> {
 }
 
 /// Both ranks' ends of a segment for each candidate.
-fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
+pub(crate) fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
     let member = |local_rank, single_copy| Membership {
         group: 0,
         secret: [0; 32],
