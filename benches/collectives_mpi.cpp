@@ -85,8 +85,13 @@ struct Case {
     else if (op == "broadcast") MPI_Bcast(whole.data(), n, type, 0, MPI_COMM_WORLD);
     else if (op == "alltoall") MPI_Alltoall(whole.data(), n / world, type, block.data(), n / world, type, MPI_COMM_WORLD);
     else if (op == "allgather") MPI_Allgather(block.data(), k, type, whole.data(), k, type, MPI_COMM_WORLD);
+    else if (op == "sendrecv")
+      MPI_Sendrecv(whole.data(), n, type, (rank + 1) % world, 0, block.data(), n, type, previous(), 0, MPI_COMM_WORLD,
+                   MPI_STATUS_IGNORE);
     else MPI_Reduce_scatter_block(whole.data(), block.data(), k, type, sum, MPI_COMM_WORLD);
   }
+
+  int previous() const { return (rank + world - 1) % world; }
 
   // Rank r brings i mod 7 + r + 1 to place i; gathered data is i mod 7.
   static float brought(size_t i, size_t by) { return float(i % 7) + float(by) + 1; }
@@ -108,7 +113,7 @@ struct Case {
   // Looks at every cache line of what a call left on this rank, as a program that goes on with it does.
   void read_result() const {
     if (op == "broadcast" && rank == 0) return;
-    const Array &result = op == "reduce_scatter" || op == "alltoall" ? block : whole;
+    const Array &result = op == "reduce_scatter" || op == "alltoall" || op == "sendrecv" ? block : whole;
     const auto *bytes = static_cast<const volatile unsigned char *>(result.data());
     for (size_t i = 0; i < result.count() * result.width(); i += 64) bytes[i];
   }
@@ -124,6 +129,11 @@ struct Case {
       const size_t share = block.count() / size_t(world);
       for (size_t i = 0; i < block.count(); i++)
         if (block.get(i) != brought(size_t(rank) * share + i % share, i / share)) return false;
+      return true;
+    }
+    if (op == "sendrecv") {
+      for (size_t i = 0; i < block.count(); i++)
+        if (block.get(i) != brought(i, size_t(previous()))) return false;
       return true;
     }
     for (size_t i = 0; i < whole.count(); i++) {
@@ -194,7 +204,7 @@ int main(int argc, char **argv) {
     MPI_Finalize();
     return 2;
   }
-  const std::string known = " allreduce broadcast alltoall allgather reduce_scatter ";
+  const std::string known = " allreduce broadcast alltoall allgather reduce_scatter sendrecv ";
   for (const auto &op : words(argv[2]))
     if (known.find(" " + op + " ") == std::string::npos) {
       if (rank == 0) std::fprintf(stderr, "no operation '%s'; there are:%s\n", op.c_str(), known.c_str());
@@ -218,7 +228,7 @@ int main(int argc, char **argv) {
         const bool wide = dtype == "float32", blocks = op == "allgather" || op == "reduce_scatter" || op == "alltoall";
         const size_t count = bytes / (wide ? 4 : 2);
         if (count == 0 || (blocks && count % size_t(world))) continue;
-        Array whole(count, wide), block(op == "alltoall" ? count : blocks ? count / size_t(world) : 0, wide);
+        Array whole(count, wide), block(op == "alltoall" || op == "sendrecv" ? count : blocks ? count / size_t(world) : 0, wide);
         Case c{op, rank, world, wide ? MPI_FLOAT : two_bytes, wide ? MPI_SUM : user_sum, whole, block};
         c.fill();
         c.call();

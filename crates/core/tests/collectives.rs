@@ -200,6 +200,22 @@ fn a_message_that_is_awaited_is_sent_when_its_start_returns() {
     assert!(at_once >= 90, "{at_once} of 100");
 }
 
+/// The progress thread moves it, however brief; here it alone calls back.
+#[test]
+fn what_nobody_waits_for_is_done_all_the_same() {
+    let groups = groups(&GroupShape::even(1, 2), 3, &Tuning::default());
+    let mut got = vec![0u8; 300 << 10];
+    for len in [1, 64 << 10, 300 << 10] {
+        let (send, done) = std::sync::mpsc::channel();
+        // SAFETY: its end is waited for below.
+        let received = unsafe { groups[1].start_recv(0, 0, DType::U8, Region::of(&mut got[..len])).unwrap() };
+        received.on_done(Box::new(move |r| send.send(r.is_ok()).unwrap()));
+        groups[0].send(&vec![7u8; len], 1, 0).unwrap();
+        assert!(done.recv_timeout(Duration::from_secs(20)).unwrap(), "{len} bytes");
+        assert!(got[..len].iter().all(|&byte| byte == 7));
+    }
+}
+
 #[test]
 fn a_receive_from_any_rank_takes_whatever_comes() {
     let groups = groups(&GroupShape::uneven(&[2, 2]), 3, &Tuning::default());
@@ -461,7 +477,7 @@ fn a_failure_is_known_and_a_call_starts_while_another_thread_drives() {
         let (tell, told) = mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                engine.with_fabric_if_any(|_| {
+                engine.with_local(0, |_| {
                     seated.send(()).unwrap();
                     // Left by whoever asks, or by nobody.
                     let _ = left.recv_timeout(LIMIT);

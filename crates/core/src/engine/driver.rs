@@ -8,6 +8,7 @@ use crate::engine::group::{Group, Immediate, Seat, Tried, group_of};
 use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
+use crate::engine::summons::When;
 use crate::error::{Error, Result};
 use crate::transport::{Bell, Ctx, Fabric, FabricFailure, NodeLocal, Patience, Transports};
 
@@ -96,6 +97,16 @@ impl<T: Transports> Driver<T> {
 
     pub fn is_idle(&self) -> bool {
         self.busy.is_empty()
+    }
+
+    /// When the progress thread is to look at what is under way, if anything is.
+    pub(crate) fn left(&self) -> Option<When> {
+        let wants = |&&index: &&usize| self.groups[index].as_ref().is_some_and(Group::wants_thread);
+        match self.busy.iter().find(wants) {
+            Some(_) => Some(When::Now),
+            None if self.busy.is_empty() => None,
+            None => Some(When::Later),
+        }
     }
 
     pub fn fail(&mut self, index: usize, error: &Error) {
@@ -297,5 +308,65 @@ impl<T: Transports> Driver<T> {
     /// Takes the announcements back, of groups that have ended their work meanwhile as well: peers would ring for nothing.
     pub fn rise(&mut self) {
         self.groups.iter_mut().flatten().for_each(|group| group.seat.local.disarm());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::{Call, Collective};
+    use crate::dtype::DType;
+    use crate::engine::execution::Route;
+    use crate::engine::op::Work;
+    use crate::memory::Region;
+    use crate::testing::{MemoryNode, MemoryTransports};
+    use crate::topology::GroupShape;
+    use crate::transport::MsgKey;
+
+    /// The rank of the other node is never heard of.
+    fn driver(shape: &GroupShape) -> Driver<MemoryTransports> {
+        let mut driver = Driver::new(0);
+        let mut nodes = MemoryNode::new(shape.ranks_on(0).len(), 1);
+        let seat = Seat {
+            id: 7,
+            name: "test".into(),
+            rank: 0,
+            shape: Arc::new(shape.clone()),
+            local: nodes.remove(0),
+            routes: (0..shape.size()).map(|rank| Route::Local(rank as u32)).collect(),
+        };
+        driver.add(seat).unwrap();
+        driver
+    }
+
+    fn receive(memory: &mut [u8], number: u64) -> Arc<OpState> {
+        let call = Call::new(Collective::SendRecv, DType::U8, memory.len() as u64);
+        let key = MsgKey { group: 7, seq: MsgKey::P2P | number, tag: 0 };
+        // SAFETY: nothing comes.
+        let region = unsafe { Region::of(memory) };
+        let work = Work::Message { peer: 1, key, region, send: false };
+        Arc::new(OpState::new(call, work, 0, "test".into(), 0, Duration::from_secs(9)))
+    }
+
+    #[test]
+    fn brief_work_of_one_node_is_left_for_later() {
+        let mut memory = vec![0u8; 65 << 10];
+        let mut driver = driver(&GroupShape::even(1, 2));
+        assert_eq!(driver.left(), None);
+        driver.start(receive(&mut memory[..64 << 10], 0));
+        assert_eq!(driver.left(), Some(When::Later));
+        driver.start(receive(&mut memory, 1));
+        assert_eq!(driver.left(), Some(When::Now));
+        driver.fail(0, &Error::Internal("test".to_owned()));
+        driver.turn();
+        assert_eq!(driver.left(), None);
+    }
+
+    /// Other nodes may wait for this one's answers in the midst of a brief call.
+    #[test]
+    fn work_of_several_nodes_is_not() {
+        let mut driver = driver(&GroupShape::even(2, 2));
+        driver.start(receive(&mut [0u8; 4], 0));
+        assert_eq!(driver.left(), Some(When::Now));
     }
 }

@@ -79,6 +79,8 @@ pub struct Group<L> {
     active: Option<Active>,
     messages: Vec<Option<Arc<OpState>>>,
     messages_left: usize,
+    /// Operations queued or under way that are not brief.
+    lasting: usize,
     /// Messages, by index, that wait for any rank to send (G2).
     open: Vec<usize>,
     /// G4.
@@ -105,6 +107,7 @@ impl<L: NodeLocal> Group<L> {
             active: None,
             messages: Vec::new(),
             messages_left: 0,
+            lasting: 0,
             open: Vec::new(),
             stirred: false,
             next_seq: 0,
@@ -118,6 +121,11 @@ impl<L: NodeLocal> Group<L> {
     /// Whether anything is queued or under way.
     pub fn is_busy(&self) -> bool {
         self.active.is_some() || !self.queue.is_empty() || self.messages_left > 0
+    }
+
+    /// Whether any of it is better not left until somebody waits for it: what is not brief, or needs another node.
+    pub fn wants_thread(&self) -> bool {
+        self.lasting > 0 || (self.seat.shape.node_count() > 1 && self.is_busy())
     }
 
     /// Whether any of it is in the hands of the fabric.
@@ -144,6 +152,7 @@ impl<L: NodeLocal> Group<L> {
             Work::Collective { ref ready, .. } => {
                 op.seq.store(self.next_seq, Ordering::Relaxed);
                 self.next_seq += u64::from(!ready.schedule.is_nothing());
+                self.lasting += usize::from(!op.is_brief());
                 self.queue.push_back(op);
                 self.stirred = true;
                 Ok(())
@@ -172,6 +181,7 @@ impl<L: NodeLocal> Group<L> {
             conclude(&op, Err(error), finished);
             return None;
         };
+        self.lasting += usize::from(!op.is_brief());
         self.messages[slot] = Some(op);
         self.messages_left += 1;
         Some(slot)
@@ -260,6 +270,7 @@ impl<L: NodeLocal> Group<L> {
         match self.messages.get_mut(slot).and_then(Option::take) {
             Some(op) => {
                 self.messages_left -= 1;
+                self.lasting -= usize::from(!op.is_brief());
                 conclude(&op, Ok(()), finished);
                 Ok(())
             }
@@ -310,6 +321,7 @@ impl<L: NodeLocal> Group<L> {
             if let Some(done) = self.active.take() {
                 self.spare = done.execution.into_workspace();
                 staging.give_back(done.loan);
+                self.lasting -= usize::from(!done.op.is_brief());
                 conclude(&done.op, Ok(()), finished);
             }
         }
@@ -349,6 +361,7 @@ impl<L: NodeLocal> Group<L> {
         let start =
             Start { ready: Arc::clone(ready), buffers, far: None, arith, call: packed, group, seq, mark };
         let execution = Execution::begun(start, std::mem::take(&mut self.spare));
+        self.lasting += usize::from(!op.is_brief());
         self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
         (Tried::Later(op), outcome.map(|_| ()))
     }
@@ -473,7 +486,7 @@ impl<L: NodeLocal> Group<L> {
             let own = why.site().is_some_and(|site| *site == op.site());
             conclude(&op, Err(if own { why.clone() } else { after(&why, op.site()) }), finished);
         }
-        self.messages_left = 0;
+        (self.messages_left, self.lasting) = (0, 0);
         self.open.clear();
         for op in self.queue.drain(..) {
             conclude(&op, Err(after(&why, op.site())), finished);

@@ -5,8 +5,8 @@
 //!
 //! Invariants
 //! - **E1** all transport state is touched only by the holder of the driver's lock.
-//! - **E2** while operations are pending, the seat is taken, or the progress thread has been woken after it was left: who finds
-//!   it taken need not queue for it.
+//! - **E2** while operations are pending, the seat is taken, or the progress thread has been called after it was left (`summons`): who
+//!   finds it taken need not queue for it.
 //! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
 //!   a submitter fills the inbox before it looks at `sleeping`).
 //! - **E4** callbacks run with no lock held, on threads of their own.
@@ -22,6 +22,7 @@ pub mod idle;
 pub mod numbers;
 pub mod op;
 pub mod staging;
+mod summons;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
@@ -38,6 +39,7 @@ use driver::{Bed, Driver};
 use group::{Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
 use op::OpState;
+use summons::{Nap, Summons, When};
 
 /// A yield costs about a microsecond where nobody else wants the core.
 const CALLER: Pace = Pace { spins: u32::MAX, yields: 500 };
@@ -55,8 +57,8 @@ struct Shared<T: Transports> {
     inbox: Mutex<Vec<Arc<OpState>>>,
     inbox_len: AtomicUsize,
     driver: Mutex<Driver<T>>,
-    /// Submitted and not finished, as far as the drivers have said.
-    work_left: AtomicBool,
+    /// What the progress thread has been called to.
+    summons: Summons,
     /// Callers who want the seat from the progress thread.
     wanted: AtomicUsize,
     thread_drives: AtomicBool,
@@ -84,7 +86,7 @@ impl<T: Transports> Engine<T> {
             inbox: Mutex::new(Vec::new()),
             inbox_len: AtomicUsize::new(0),
             driver: Mutex::new(Driver::new(settings.number("SMDDP_STAGING"))),
-            work_left: AtomicBool::new(false),
+            summons: Summons::default(),
             wanted: AtomicUsize::new(0),
             thread_drives: AtomicBool::new(false),
             listens: AtomicBool::new(false),
@@ -226,8 +228,14 @@ impl<T: Transports> Engine<T> {
 
     /// Starts an operation, moves what can be moved at once, and returns.
     pub fn submit(&self, op: Arc<OpState>) {
-        match self.shared.free_seat() {
+        let seat = self.shared.free_seat().or_else(|| {
+            // Called to the inbox, the thread would be in its caller's way again when that waits.
+            let from_thread = op.is_brief() && self.shared.thread_drives.load(Ordering::Acquire);
+            from_thread.then(|| self.shared.seat().ok()).flatten()
+        });
+        match seat {
             Some(mut driver) => {
+                self.shared.take_inbox(&mut driver);
                 driver.start(op);
                 driver.turn();
                 self.finish_help(driver);
@@ -315,20 +323,23 @@ impl<T: Transports> Engine<T> {
 
     /// E2.
     fn finish_help(&self, driver: MutexGuard<'_, Driver<T>>) {
-        let idle = driver.is_idle();
+        let left = driver.left();
         self.shared.leave(driver);
-        if !idle || self.shared.inbox_len.load(Ordering::SeqCst) > 0 {
-            self.wake_thread();
+        let submitted = self.shared.inbox_len.load(Ordering::SeqCst) > 0;
+        if let Some(when) = if submitted { Some(When::Now) } else { left } {
+            self.call_thread(when);
         }
     }
 
     fn wake_thread(&self) {
-        self.shared.work_left.store(true, Ordering::Release);
-        if let Ok(thread) = self.thread.lock()
-            && let Some(handle) = thread.as_ref()
-        {
-            handle.thread().unpark();
-        }
+        self.call_thread(When::Now);
+    }
+
+    fn call_thread(&self, when: When) {
+        self.shared.summons.call(when, || {
+            let handle = self.thread.lock().ok()?;
+            handle.as_ref().map(|handle| handle.thread().clone())
+        });
     }
 }
 
@@ -466,12 +477,12 @@ impl<T: Transports> Shared<T> {
     /// The progress thread has nothing to do until it is woken, or it is time to look for news (E5).
     fn rest(&self) {
         if !self.listens.load(Ordering::Relaxed) {
-            return std::thread::park();
+            return self.summons.park(None);
         }
         let start = Instant::now();
-        std::thread::park_timeout(idle::LISTEN);
+        self.summons.park(Some(idle::LISTEN));
         if start.elapsed() >= idle::LISTEN {
-            self.work_left.store(true, Ordering::Release);
+            self.summons.call(When::Now, || None);
         }
     }
 
@@ -509,22 +520,32 @@ impl<T: Transports> Shared<T> {
 
 /// The progress thread.
 fn progress<T: Transports>(shared: &Shared<T>) {
+    let mut nap = Nap::default();
     while !shared.stop.load(Ordering::Acquire) {
-        if !shared.work_left.swap(false, Ordering::AcqRel) {
-            shared.rest();
-            continue;
+        match shared.summons.take() {
+            None => {
+                nap = Nap::default();
+                shared.rest();
+                continue;
+            }
+            Some(When::Later) => nap.take(),
+            Some(When::Now) => {}
         }
         let mut driver = match shared.driver.try_lock() {
             Ok(driver) => driver,
-            // Who drives wakes this thread again if anything is left (E2).
+            // Who drives calls this thread again if anything is left (E2).
             Err(TryLockError::WouldBlock) => continue,
             Err(TryLockError::Poisoned(_)) => return,
         };
+        shared.take_inbox(&mut driver);
+        if !driver.is_idle() {
+            nap = Nap::default();
+        }
         shared.thread_drives.store(true, Ordering::Release);
         driver.listen();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
         if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
-            shared.work_left.store(true, Ordering::Release);
+            shared.summons.call(When::Now, || None);
         }
         shared.thread_drives.store(false, Ordering::Release);
         shared.leave(driver);

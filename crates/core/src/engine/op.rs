@@ -46,6 +46,9 @@ pub enum Work {
 /// of the limit.
 const HEARSAY: Duration = Duration::from_millis(500);
 
+/// The longest operation that is brief, in bytes: moved in some microseconds.
+const BRIEF: usize = 64 << 10;
+
 /// As it is kept in atomics; what is too long for it is 584 years.
 pub fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
@@ -107,6 +110,15 @@ impl OpState {
     #[inline]
     pub fn may_begin(&self) -> bool {
         self.gate.as_ref().is_none_or(Gate::is_open)
+    }
+
+    /// Whether it moves so little that it gains nothing by going on beside what its caller computes.
+    pub fn is_brief(&self) -> bool {
+        let bytes = match &self.work {
+            Work::Collective { input, output, .. } => input.len().max(output.len()),
+            Work::Message { region, .. } | Work::ReceiveAny { region, .. } => region.len(),
+        };
+        bytes <= BRIEF && self.gate.is_none()
     }
 
     #[inline]
