@@ -112,7 +112,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SINGLE_COPY",
         Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "blocks of 512 KiB and more of all_to_all, and of all_gather of two ranks up to 8 MiB, those of 256 KiB to 32 MiB of scatter and gather, and of broadcast of two ranks, straight between the ranks' memory, where the kernel allows it (process_vm_readv, process_vm_writev): unless the probe found slots faster, always, never",
+        "blocks of 512 KiB and more of all_to_all, and of all_gather of two ranks up to 8 MiB, those of 256 KiB to 32 MiB of scatter and gather, and of broadcast of two ranks, and messages from 256 KiB on, straight between the ranks' memory, where the kernel allows it (process_vm_readv, process_vm_writev): unless the probe found slots faster, always, never",
     ),
     row(
         "SMDDP_SHM_HAND_BACK",

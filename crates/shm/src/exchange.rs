@@ -390,7 +390,7 @@ impl<'a> Work<'a> {
                 true
             }
             Way::From(peer) => copy.read(peer, m.src, shift, start, here(m.dst)),
-            Way::To(peer) => copy.write((peer, self.me), m.dst, shift, start, here(m.src), self.segment),
+            Way::To(peer) => copy.write(peer, m.dst, shift, start, here(m.src), self.segment),
         }
     }
 

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 use smddp_core::Collective;
 
+use crate::deal::{DEALS, Deal};
 use crate::layout::{AbortCell, Alerts, Control};
 use crate::mask::MAX_LOCAL;
 use crate::ring::MAX_SLOTS;
@@ -103,7 +104,7 @@ pub(crate) struct Header {
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 5;
+pub(crate) const VERSION: u32 = 6;
 
 impl Header {
     pub(crate) fn agreed(&self) -> Agreed {
@@ -127,6 +128,7 @@ pub(crate) struct Layout {
     rank_stride: usize,
     heads: usize,
     door: usize,
+    deals: usize,
     messages: usize,
     data: usize,
 }
@@ -144,7 +146,8 @@ impl Layout {
         let cells = if pair >= 32 << 10 { 8 } else { 4 };
         let heads = size_of::<Control>();
         let door = heads + geometry.slots * HEAD_STRIDE;
-        let messages = (door + 8 * (1 + local_size)).next_multiple_of(HEAD_STRIDE);
+        let deals = (door + 8 * (1 + local_size)).next_multiple_of(HEAD_STRIDE);
+        let messages = (deals + local_size * DEALS * size_of::<Deal>()).next_multiple_of(HEAD_STRIDE);
         let data = (messages + pair * local_size).next_multiple_of(PAGE);
         Layout {
             local_size,
@@ -158,6 +161,7 @@ impl Layout {
             rank_stride: data + geometry.slots * geometry.slot,
             heads,
             door,
+            deals,
             messages,
             data,
         }
@@ -187,6 +191,10 @@ impl Layout {
     /// A word that says whether the rank's door is closed, and one for each local rank that may be inside.
     pub(crate) fn door(&self, rank: usize) -> usize {
         self.control(rank) + self.door
+    }
+
+    pub(crate) fn deal(&self, from: usize, to: usize, index: usize) -> usize {
+        self.control(from) + self.deals + (to * DEALS + index) * size_of::<Deal>()
     }
 
     pub(crate) fn slot(&self, rank: usize, index: usize) -> usize {
@@ -247,6 +255,7 @@ mod tests {
                     parts.push((l.slot(rank, index), geometry.slot));
                 }
                 for to in [0, last] {
+                    parts.push((l.deal(rank, to, 0), DEALS * size_of::<Deal>()));
                     for index in [0, l.cells - 1] {
                         parts.push((l.cell(rank, to, index), l.cell_stride));
                     }

@@ -13,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use smddp_core::call::PackedCall;
 use smddp_core::transport::MsgKey;
 
+use crate::deal::Deal;
 use crate::mask::WORDS;
 use crate::sync::{AtomicU32, AtomicU64, Cell, Futex, Ordering, publish_order};
 
@@ -27,7 +28,7 @@ pub(crate) struct SlotHead {
     pub(crate) inline: [u8; INLINE],
 }
 
-/// What a message cell's head carries: a frame of a message, whole messages following one another.
+/// What a message cell's head carries: a frame of a message, or an offer of one (`straight`), whole messages following one another.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Frame {
@@ -35,9 +36,10 @@ pub(crate) struct Frame {
     pub(crate) call: PackedCall,
     /// Bytes of the whole message.
     pub(crate) total: u64,
-    /// Bytes of it in this cell.
+    /// Bytes of it in this cell; of an offer, those of the address at which it lies.
     pub(crate) len: u32,
-    pub(crate) reserved: u32,
+    /// 0, or of an offer the number of its deal, plus one.
+    pub(crate) offer: u32,
 }
 
 /// One cache line: a word that says whose turn it is, and what is handed over.
@@ -183,6 +185,8 @@ pub(crate) trait Memory {
     fn slot(&self, rank: usize, index: usize) -> &Line<SlotHead>;
     /// Head of cell `index` of the messages from `from` to `to`.
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame>;
+    /// Deal `index` for the messages from `from` to `to`.
+    fn deal(&self, from: usize, to: usize, index: usize) -> &Deal;
     /// Whether the door of `rank` is closed: 0, or 1. Written by the rank (`door`).
     fn closed(&self, rank: usize) -> &AtomicU64;
     /// Whether `peer` is inside of it. Written by the peer, and by the kernel in its name.
@@ -192,6 +196,6 @@ pub(crate) trait Memory {
 #[cfg(not(loom))]
 const _: () = {
     assert!(size_of::<Line<SlotHead>>() == 64, "flag, call and inline data share a cache line");
-    assert!(size_of::<Line<Frame>>() == 64);
+    assert!(size_of::<Line<Frame>>() == 64 && size_of::<Deal>() == 64);
     assert!(size_of::<Alerts>() == 128);
 };

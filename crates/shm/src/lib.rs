@@ -17,6 +17,7 @@
 #![cfg_attr(loom, allow(dead_code))]
 
 mod abort;
+mod deal;
 mod door;
 mod doorbell;
 mod layout;
@@ -55,6 +56,8 @@ mod phases;
 #[cfg(not(loom))]
 pub mod probe;
 #[cfg(not(loom))]
+mod reach;
+#[cfg(not(loom))]
 mod relay;
 #[cfg(not(loom))]
 mod script;
@@ -64,6 +67,8 @@ mod segment;
 mod shared;
 #[cfg(not(loom))]
 mod single_copy;
+#[cfg(not(loom))]
+mod straight;
 
 #[cfg(all(test, loom))]
 mod loom_tests;

@@ -9,6 +9,7 @@ use loom::thread;
 use smddp_core::call::PackedCall;
 use smddp_core::transport::MsgKey;
 
+use crate::deal::{Deal, End, Stand};
 use crate::doorbell::{Sleeper, notify};
 use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logged, Memory, SlotHead};
 use crate::pair::Place;
@@ -31,6 +32,8 @@ struct Heap {
     cells: Vec<Line<Frame>>,
     /// Of rank 0: whether it is closed, and who is inside.
     door: [AtomicU64; 3],
+    /// Of rank 0 with rank 1.
+    deal: Deal,
 }
 
 impl Heap {
@@ -51,6 +54,7 @@ impl Heap {
             areas: (0..size).map(|_| (0..slots).map(|_| Cell::new([0; 2])).collect()).collect(),
             cells: (0..cells).map(|_| Line::new()).collect(),
             door: std::array::from_fn(|_| AtomicU64::new(0)),
+            deal: Deal::new(),
         })
     }
 }
@@ -71,6 +75,10 @@ impl Memory for Heap {
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame> {
         assert_eq!((from, to), (0, 1));
         &self.cells[index]
+    }
+    fn deal(&self, from: usize, to: usize, index: usize) -> &Deal {
+        assert_eq!((from, to, index), (0, 1, 0));
+        &self.deal
     }
     fn closed(&self, rank: usize) -> &AtomicU64 {
         assert_eq!(rank, 0);
@@ -383,7 +391,7 @@ const FRAMES: u32 = 4;
 
 fn frame(number: u32) -> Frame {
     let key = MsgKey { group: 1, seq: u64::from(number), tag: 2 };
-    Frame { key, call: PackedCall::zeroed(), total: 0, len: number, reserved: 0 }
+    Frame { key, call: PackedCall::zeroed(), total: 0, len: number, offer: 0 }
 }
 
 fn frames_pass() {
@@ -498,6 +506,87 @@ fn a_writer_that_does_not_fence_is_found() {
 #[should_panic]
 fn a_door_closed_without_a_fence_is_found() {
     explore(3, Some(Mistake::NoCloseFence), one_gives_up);
+}
+
+/// Rank 0 gives a message of two pieces, twice; both ranks copy, as they come to it.
+fn two_share_the_copying() {
+    const PIECES: u32 = 2;
+    let heap = Heap::new(2, 0, 1);
+    type Pieces = Arc<[Cell<u8>; PIECES as usize]>;
+    let pieces = || -> Pieces { Arc::new(std::array::from_fn(|_| Cell::new(0))) };
+    // The memory of each.
+    let (source, target) = (pieces(), pieces());
+    // SAFETY: what the model is to show (B2, B3); it panics on a race.
+    let copy = |source: &Pieces, target: &Pieces, at: u32| unsafe {
+        let byte = source[at as usize].with(|byte| *byte);
+        target[at as usize].with_mut(|place| *place = byte);
+    };
+    let (theirs, read, written) = (Arc::clone(&heap), Arc::clone(&source), Arc::clone(&target));
+    let taker = thread::spawn(move || {
+        let mut place = Place::default();
+        for round in 1..=2 {
+            while place.arrived(&theirs.cells[0], 1).is_none() {
+                thread::yield_now();
+            }
+            place.release(&theirs.cells[0], 1);
+            let deal = theirs.deal(0, 1, 0);
+            deal.accept(7, 8);
+            while let Some(at) = deal.claim_front() {
+                copy(&read, &written, at);
+            }
+            while !deal.is_whole(PIECES) {
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            let got = |at: usize| written[at].with(|byte| unsafe { *byte });
+            assert_eq!([got(0), got(1)], [round; 2]);
+            deal.end(End::Taken);
+        }
+    });
+    let mut place = Place::default();
+    let deal = heap.deal(0, 1, 0);
+    for round in 1..=2 {
+        // SAFETY: as above: both the first time and once the message before it was taken, the memory is this rank's.
+        source.iter().for_each(|piece| piece.with_mut(|byte| unsafe { *byte = round }));
+        deal.offer(PIECES);
+        assert!(place.is_free(&heap.cells[0], 1));
+        place.publish(&heap.cells[0], 1, Frame::zeroed());
+        loop {
+            match deal.stand() {
+                Stand::Over(end) => break assert_eq!(end, End::Taken),
+                Stand::Accepted => {
+                    assert_eq!(deal.target(), (7, 8));
+                    match deal.claim_back() {
+                        Some(at) => {
+                            copy(&source, &target, at);
+                            deal.count();
+                        }
+                        None => thread::yield_now(),
+                    }
+                }
+                _ => thread::yield_now(),
+            }
+        }
+        deal.free();
+    }
+    taker.join().unwrap();
+}
+
+#[test]
+fn a_message_is_copied_once_by_either() {
+    explore(2, None, two_share_the_copying);
+}
+
+#[test]
+#[should_panic]
+fn a_piece_counted_too_early_is_found() {
+    explore(2, Some(Mistake::RelaxedCount), two_share_the_copying);
+}
+
+#[test]
+#[should_panic]
+fn a_deal_ended_too_early_is_found() {
+    explore(2, Some(Mistake::RelaxedEnd), two_share_the_copying);
 }
 
 #[test]

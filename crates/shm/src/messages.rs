@@ -5,32 +5,53 @@
 //! - **S2** Cells from a peer are taken out only while a receive from that peer is posted. Taking out what is not yet wanted
 //!   (into a buffer of the message's size) lets receives be posted in any order. A lane somebody asked about in vain is
 //!   emptied as if one were posted, until the next poll is over.
+//! - **S3** Large messages are offered (`straight`), and an offer waits for its receive. While a rank waits for another message of that
+//!   peer and nothing comes for a while, or before it sleeps, it refuses the offer: the message comes through cells, and S2 holds for it.
 
 use std::collections::VecDeque;
 
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::transport::{Ctx, Message, MsgKey};
-use smddp_core::{Error, Result};
+use smddp_core::{Error, Region, Result};
 
 use crate::buffer::Buffer;
+use crate::deal::{DEALS, End};
 use crate::layout::{Frame, Memory};
 use crate::mask::Mask;
 use crate::pair::Place;
 use crate::pen::Pen;
 use crate::segment::Segment;
+use crate::straight::{Copier, Outcome, Straight};
+
+/// Polls in vain after which an offer is refused (S3).
+const IN_VAIN: u32 = 40;
+
+/// Bytes of an offer: an address.
+const OFFER: usize = size_of::<u64>();
 
 struct Outgoing {
     message: Message,
     sent: usize,
+    /// It has been offered in vain.
+    refused: bool,
 }
 
-/// A message that came before its receive. The last of a lane may still be arriving.
+/// A message that came before its receive.
 struct Early {
     key: MsgKey,
     call: PackedCall,
     total: usize,
-    buffer: Buffer,
+    held: Held,
+}
+
+enum Held {
+    /// What came of it. The last of a lane may still be arriving.
+    Bytes(Buffer),
+    Offer {
+        deal: usize,
+        from: u64,
+    },
 }
 
 /// Where the message that is arriving goes.
@@ -52,12 +73,20 @@ struct Incoming {
 struct Lane {
     put: Place,
     outgoing: VecDeque<Outgoing>,
+    /// Offered, not taken yet.
+    given: Vec<Straight>,
+    /// The peer cannot take what is offered.
+    unable: bool,
     take: Place,
     posted: Vec<Message>,
     incoming: Option<Incoming>,
     early: Vec<Early>,
+    /// Being taken.
+    taken: Vec<Straight>,
     /// Asked about since the last poll.
     curious: bool,
+    /// Polls since anything came.
+    in_vain: u32,
 }
 
 pub(crate) struct Messages {
@@ -72,12 +101,13 @@ pub(crate) struct Messages {
     /// Peers with something to send to, and to receive from.
     sending: Mask,
     receiving: Mask,
+    copier: Copier,
     /// Receives that were complete when they were posted.
     complete: Vec<Ctx>,
 }
 
 impl Messages {
-    pub(crate) fn new(me: usize, segment: &Segment, pen: Pen, hands_back: bool) -> Messages {
+    pub(crate) fn new(me: usize, segment: &Segment, pen: Pen, hands_back: bool, copier: Copier) -> Messages {
         let layout = segment.layout();
         Messages {
             me,
@@ -88,8 +118,14 @@ impl Messages {
             lanes: (0..layout.local_size).map(|_| Lane::default()).collect(),
             sending: Mask::default(),
             receiving: Mask::default(),
+            copier,
             complete: Vec::new(),
         }
+    }
+
+    /// Bytes copied straight between this rank's private memory and its peers' so far.
+    pub(crate) fn copied_once(&self) -> u64 {
+        self.copier.bytes()
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -115,12 +151,12 @@ impl Messages {
 
     pub(crate) fn send(&mut self, message: Message) -> Result<()> {
         let peer = self.check(&message)?;
-        self.lanes[peer].outgoing.push_back(Outgoing { message, sent: 0 });
+        self.lanes[peer].outgoing.push_back(Outgoing { message, sent: 0, refused: false });
         self.sending.set(peer);
         Ok(())
     }
 
-    pub(crate) fn recv(&mut self, message: Message) -> Result<()> {
+    pub(crate) fn recv(&mut self, message: Message, segment: &Segment) -> Result<()> {
         let peer = self.check(&message)?;
         let lane = &mut self.lanes[peer];
         let Some(at) = lane.early.iter().position(|early| early.key == message.key) else {
@@ -129,10 +165,19 @@ impl Messages {
             return Ok(());
         };
         // Ordered, so that one that is still arriving stays last.
-        let mut early = lane.early.remove(at);
+        let early = lane.early.remove(at);
         compare(&message, early.call, early.total)?;
-        let got = early.buffer.len();
-        message.region.slice(0, got).copy_from(early.buffer.region());
+        let mut buffer = match early.held {
+            Held::Bytes(buffer) => buffer,
+            Held::Offer { deal, from } => {
+                let straight = Straight { message, deal, from };
+                self.copier.accept(segment, peer, &straight);
+                lane.taken.push(straight);
+                self.receiving.set(peer);
+                return Ok(());
+            }
+        };
+        message.region.slice(0, buffer.len()).copy_from(buffer.region());
         match &mut lane.incoming {
             Some(incoming) if incoming.key == message.key => {
                 incoming.target = Target::Posted(message);
@@ -154,8 +199,8 @@ impl Messages {
         false
     }
 
-    /// Moves what can be moved; true when anything did.
-    pub(crate) fn poll(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> Result<bool> {
+    /// Moves what can be moved; true when anything did. `is_last`: before a sleep.
+    pub(crate) fn poll(&mut self, segment: &Segment, is_last: bool, done: &mut Vec<Ctx>) -> Result<bool> {
         let mut moved = !self.complete.is_empty();
         done.append(&mut self.complete);
         let mut budget = self.budget;
@@ -164,9 +209,10 @@ impl Messages {
         }
         let mut budget = self.budget;
         for peer in self.receiving.iter() {
-            moved |= self.take(peer, segment, done, &mut budget)?;
+            moved |= self.take(peer, segment, is_last, done, &mut budget)?;
             self.lanes[peer].curious = false;
         }
+        moved |= self.give(segment, done);
         Ok(moved)
     }
 
@@ -174,13 +220,25 @@ impl Messages {
     fn put(&mut self, peer: usize, segment: &Segment, done: &mut Vec<Ctx>, budget: &mut usize) -> bool {
         let lane = &mut self.lanes[peer];
         let mut moved = false;
-        while let Some(Outgoing { message, sent }) = lane.outgoing.front_mut() {
+        while let Some(Outgoing { message, sent, refused }) = lane.outgoing.front_mut() {
             let index = lane.put.index(self.cells);
             let cell = segment.cell(self.me, peer, index);
             if *budget == 0 || !lane.put.is_free(cell, self.cells) {
                 return moved;
             }
             let data = segment.cell_data(self.me, peer, index);
+            if !*refused
+                && !lane.unable
+                && *sent == 0
+                && self.copier.offers(message.region.len())
+                && let Some(straight) = self.copier.offer(segment, peer, *message)
+            {
+                lane.put.publish(cell, self.cells, straight.frame(data));
+                lane.given.push(straight);
+                lane.outgoing.pop_front();
+                moved = true;
+                continue;
+            }
             let len = (message.region.len() - *sent).min(data.len());
             self.pen.write(data.slice(0, len), message.region.slice(*sent, len), !self.hands_back);
             let frame = Frame {
@@ -188,7 +246,7 @@ impl Messages {
                 call: message.call,
                 total: message.region.len() as u64,
                 len: len as u32,
-                reserved: 0,
+                offer: 0,
             };
             lane.put.publish(cell, self.cells, frame);
             *sent += len;
@@ -202,7 +260,24 @@ impl Messages {
                 }
             }
         }
-        self.sending.clear(peer);
+        if lane.given.is_empty() {
+            self.sending.clear(peer);
+        }
+        moved
+    }
+
+    /// Goes on with what this rank has offered.
+    fn give(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
+        // What a rank reads itself is in its caches then: it writes for others when it has nothing to read.
+        let has_time = self.receiving.iter().all(|peer| self.lanes[peer].taken.is_empty());
+        let mut moved = false;
+        for peer in self.sending.iter() {
+            let lane = &mut self.lanes[peer];
+            moved |= lane.give(peer, segment, &mut self.copier, has_time, done);
+            if lane.given.is_empty() && lane.outgoing.is_empty() {
+                self.sending.clear(peer);
+            }
+        }
         moved
     }
 
@@ -211,20 +286,30 @@ impl Messages {
         &mut self,
         peer: usize,
         segment: &Segment,
+        is_last: bool,
         done: &mut Vec<Ctx>,
         budget: &mut usize,
     ) -> Result<bool> {
         let lane = &mut self.lanes[peer];
-        let mut moved = false;
+        let mut moved = lane.take_straight(peer, segment, &mut self.copier, done);
         while lane.curious || lane.is_awaited() {
             let index = lane.take.index(self.cells);
             let cell = segment.cell(peer, self.me, index);
             if *budget == 0 {
                 return Ok(moved);
             }
-            let Some(frame) = lane.take.arrived(cell, self.cells) else { return Ok(moved) };
+            let Some(frame) = lane.take.arrived(cell, self.cells) else {
+                return Ok(moved | lane.refuse(peer, segment, is_last, &self.copier));
+            };
+            lane.in_vain = 0;
             let len = frame.len as usize;
             let data = segment.cell_data(peer, self.me, index);
+            if frame.offer != 0 {
+                lane.meet_offer(&frame, peer, data, segment, &self.copier)?;
+                lane.take.release(cell, self.cells);
+                moved = true;
+                continue;
+            }
             let mut incoming = lane.meet(&frame, peer, data.len())?;
             let data = data.slice(0, len);
             match &incoming.target {
@@ -233,8 +318,8 @@ impl Messages {
                     if self.hands_back { place.take_from(data) } else { place.copy_from(data) }
                 }
                 Target::Early => {
-                    if let Some(early) = lane.early.last_mut() {
-                        early.buffer.append(data);
+                    if let Some(Early { held: Held::Bytes(buffer), .. }) = lane.early.last_mut() {
+                        buffer.append(data);
                     }
                 }
             }
@@ -248,7 +333,9 @@ impl Messages {
                 done.push(message.ctx);
             }
         }
-        self.receiving.clear(peer);
+        if lane.taken.is_empty() {
+            self.receiving.clear(peer);
+        }
         Ok(moved)
     }
 
@@ -262,8 +349,14 @@ impl Messages {
             let cell = segment.cell(peer, self.me, lane.take.index(self.cells));
             lane.is_awaited() && lane.take.arrived(cell, self.cells).is_none()
         };
+        let straight = |peer: usize, lane: &Lane| {
+            !lane.given.is_empty() || lane.taken.iter().any(|one| self.copier.waits(segment, peer, one))
+        };
         let lanes = self.lanes.iter().enumerate();
-        lanes.filter(move |(peer, lane)| full(*peer, lane) || empty(*peer, lane)).map(|(peer, _)| peer)
+        let waits = move |&(peer, lane): &(usize, &Lane)| {
+            full(peer, lane) || empty(peer, lane) || straight(peer, lane)
+        };
+        lanes.filter(waits).map(|(peer, _)| peer)
     }
 }
 
@@ -282,14 +375,119 @@ impl Lane {
         !self.posted.is_empty() || matches!(&self.incoming, Some(Incoming { target: Target::Posted(_), .. }))
     }
 
+    /// Goes on with what this rank has offered; true when anything moved.
+    fn give(
+        &mut self,
+        peer: usize,
+        segment: &Segment,
+        copier: &mut Copier,
+        has_time: bool,
+        done: &mut Vec<Ctx>,
+    ) -> bool {
+        let mut moved = false;
+        self.given.retain(|straight| {
+            let outcome = copier.give(segment, peer, straight, has_time);
+            moved |= outcome != Outcome::Nothing;
+            let Outcome::Over(end) = outcome else { return true };
+            let message = straight.message;
+            if end == End::Taken {
+                done.push(message.ctx);
+            } else {
+                self.unable |= end == End::Unable;
+                self.outgoing.push_back(Outgoing { message, sent: 0, refused: true });
+            }
+            false
+        });
+        moved
+    }
+
+    /// Goes on with what is being taken; true when anything moved.
+    fn take_straight(
+        &mut self,
+        peer: usize,
+        segment: &Segment,
+        copier: &mut Copier,
+        done: &mut Vec<Ctx>,
+    ) -> bool {
+        let mut moved = false;
+        self.taken.retain(|straight| {
+            let outcome = copier.take(segment, peer, straight);
+            moved |= outcome != Outcome::Nothing;
+            let Outcome::Over(end) = outcome else { return true };
+            if end == End::Taken {
+                done.push(straight.message.ctx);
+            } else {
+                // It comes through cells.
+                self.posted.push(straight.message);
+            }
+            false
+        });
+        moved
+    }
+
+    /// Takes note of an offered message, and begins to take it if its receive is posted.
+    fn meet_offer(
+        &mut self,
+        frame: &Frame,
+        peer: usize,
+        data: Region,
+        segment: &Segment,
+        copier: &Copier,
+    ) -> Result<()> {
+        let deal = (frame.offer - 1) as usize;
+        let mut known =
+            self.taken.iter().map(|one| one.deal).chain(self.early.iter().filter_map(Early::deal));
+        if self.incoming.is_some()
+            || deal >= DEALS
+            || frame.len as usize != OFFER
+            || known.any(|other| other == deal)
+        {
+            return broken(frame, peer, "makes no sense");
+        }
+        let Ok(total) = usize::try_from(frame.total) else { return broken(frame, peer, "is too long") };
+        let mut from = [0u8; OFFER];
+        // SAFETY: `from` is this function's alone.
+        unsafe { Region::of(&mut from) }.copy_from(data.slice(0, OFFER));
+        let from = u64::from_ne_bytes(from);
+        match self.posted_for(frame, total)? {
+            Some(message) => {
+                let straight = Straight { message, deal, from };
+                copier.accept(segment, peer, &straight);
+                self.taken.push(straight);
+            }
+            None => {
+                let held = Held::Offer { deal, from };
+                self.early.push(Early { key: frame.key, call: frame.call, total, held });
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing has come: refuses an offer that may be in the way of what is waited for (S3). True if it did.
+    fn refuse(&mut self, peer: usize, segment: &Segment, is_last: bool, copier: &Copier) -> bool {
+        let wanted = self.curious || !self.posted.is_empty();
+        let Some((at, deal)) = self
+            .early
+            .iter()
+            .enumerate()
+            .find_map(|(at, early)| Some((at, early.deal()?)))
+            .filter(|_| wanted)
+        else {
+            return false;
+        };
+        self.in_vain += 1;
+        if self.in_vain < IN_VAIN && !is_last {
+            return false;
+        }
+        self.in_vain = 0;
+        self.early.remove(at);
+        copier.refuse(segment, peer, deal);
+        true
+    }
+
     /// The message that `frame` belongs to, the frame checked against it.
     fn meet(&mut self, frame: &Frame, peer: usize, capacity: usize) -> Result<Incoming> {
-        let broken = |what: &str| {
-            Err(Error::Transport {
-                transport: "shared memory",
-                reason: format!("local rank {peer} sent a frame that {what} ({frame:?})"),
-            })
-        };
+        let broken = |what| broken(frame, peer, what);
         let Ok(total) = usize::try_from(frame.total) else { return broken("is too long") };
         let incoming = match self.incoming.take() {
             Some(incoming) if incoming.key == frame.key && incoming.total == total => incoming,
@@ -307,15 +505,55 @@ impl Lane {
 
     /// Where a message that begins goes.
     fn target(&mut self, frame: &Frame, total: usize) -> Result<Target> {
-        if let Some(at) = self.posted.iter().position(|m| m.key == frame.key) {
-            let message = self.posted.swap_remove(at);
-            compare(&message, frame.call, total)?;
+        if let Some(message) = self.posted_for(frame, total)? {
             return Ok(Target::Posted(message));
         }
-        let buffer = Buffer::with_room_for(total)?;
-        self.early.push(Early { key: frame.key, call: frame.call, total, buffer });
+        let held = Held::Bytes(Buffer::with_room_for(total)?);
+        self.early.push(Early { key: frame.key, call: frame.call, total, held });
         Ok(Target::Early)
     }
+
+    /// The posted receive that a message of `total` bytes which begins is for, taken out.
+    fn posted_for(&mut self, frame: &Frame, total: usize) -> Result<Option<Message>> {
+        let Some(at) = self.posted.iter().position(|m| m.key == frame.key) else { return Ok(None) };
+        let message = self.posted.swap_remove(at);
+        compare(&message, frame.call, total)?;
+        Ok(Some(message))
+    }
+}
+
+impl Early {
+    /// The deal of one that is only offered.
+    fn deal(&self) -> Option<usize> {
+        match self.held {
+            Held::Offer { deal, .. } => Some(deal),
+            Held::Bytes(_) => None,
+        }
+    }
+}
+
+impl Straight {
+    /// The frame that tells of it; its data is put into `data`.
+    fn frame(&self, data: Region) -> Frame {
+        let Straight { message, deal, from } = self;
+        let mut address = from.to_ne_bytes();
+        // SAFETY: `address` is this function's alone.
+        data.slice(0, OFFER).copy_from(unsafe { Region::of(&mut address) });
+        Frame {
+            key: message.key,
+            call: message.call,
+            total: message.region.len() as u64,
+            len: OFFER as u32,
+            offer: *deal as u32 + 1,
+        }
+    }
+}
+
+fn broken<R>(frame: &Frame, peer: usize, what: &str) -> Result<R> {
+    Err(Error::Transport {
+        transport: "shared memory",
+        reason: format!("local rank {peer} sent a frame that {what} ({frame:?})"),
+    })
 }
 
 /// Whether what a peer sent is what this rank wants to receive.

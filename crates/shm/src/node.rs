@@ -18,10 +18,12 @@ use crate::messages::Messages;
 use crate::peers::Peers;
 use crate::pen::Pen;
 use crate::phases::{Phases, TakenUp};
+use crate::reach::Reach;
 use crate::ring::Ring;
 use crate::script::SoFar;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
+use crate::straight::Copier;
 use crate::{abort, door, log};
 
 /// Bytes of an exchange that is over before a sleeper would have woken.
@@ -54,6 +56,7 @@ impl ShmNode {
         let geometry = segment.layout().geometry;
         let size = who.ranks.len();
         let segment = Arc::new(segment);
+        let reach = || Reach::new(who.local_rank, peers.pids().to_vec());
         ShmNode {
             me: who.local_rank,
             ranks: who.ranks.clone(),
@@ -63,7 +66,7 @@ impl ShmNode {
                 who.ranks.clone(),
                 geometry.slot,
                 who.streams_from.unwrap_or(usize::MAX),
-                SingleCopy::new(peers.pids().to_vec(), agreed.single_copy, who.single_copy),
+                SingleCopy::new(reach(), agreed.single_copy, who.single_copy),
                 agreed.hands_back,
             ),
             messages: Messages::new(
@@ -71,6 +74,7 @@ impl ShmNode {
                 &segment,
                 Pen::new(who.streams_from.is_some()),
                 agreed.hands_back,
+                Copier::new(who.local_rank, reach(), agreed.single_copy.alone && who.single_copy.alone),
             ),
             bell: Arc::new(ShmBell { segment: Arc::clone(&segment), rank: who.local_rank }),
             segment,
@@ -91,9 +95,9 @@ impl ShmNode {
         self.segment.layout().geometry
     }
 
-    /// Bytes that came straight from peers' private memory so far.
+    /// Bytes copied straight between this rank's private memory and its peers' so far.
     pub fn copied_once(&self) -> u64 {
-        self.phases.single_copy().bytes()
+        self.phases.single_copy().bytes() + self.messages.copied_once()
     }
 
     /// Bytes of results that were stored past the caches so far.
@@ -152,7 +156,7 @@ impl ShmNode {
         loop {
             let mut moved = false;
             if !self.messages.is_idle() {
-                moved = self.messages.poll(&self.segment, done)?;
+                moved = self.messages.poll(&self.segment, self.sleeper.is_armed(), done)?;
                 if moved {
                     self.notify();
                 }
@@ -343,7 +347,7 @@ impl NodeLocal for ShmNode {
     fn recv(&mut self, message: Message) -> Result<()> {
         self.check()?;
         self.stuck_on = None;
-        self.messages.recv(message)
+        self.messages.recv(message, &self.segment)
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {

@@ -375,7 +375,11 @@ mod tests {
     impl Rank {
         fn new(me: usize, case: &Case, geometry: Geometry, hands_back: bool) -> Rank {
             let size = case.order.len();
-            let copy = SingleCopy::new(vec![None; size], SingleCopies::NONE, SingleCopies::NONE);
+            let copy = SingleCopy::new(
+                crate::reach::Reach::new(0, vec![None; size]),
+                SingleCopies::NONE,
+                SingleCopies::NONE,
+            );
             let bytes = |salt| (0..CELLS * case.cell).map(|i| (i * 7 + me * 13 + salt) as u8).collect();
             Rank {
                 memory: [1, 2, 3].map(bytes),

@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags};
 use smddp_core::Region;
 
+use crate::deal::{DEALS, Deal};
 use crate::error::ShmError;
 use crate::geometry::{Agreed, Geometry, Header, Layout, MAGIC, VERSION};
 use crate::layout::{AbortCell, Alerts, Control, Frame, INLINE, Line, Memory, SlotHead};
@@ -175,6 +176,12 @@ impl Memory for Segment {
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame> {
         assert!(from.max(to) < self.layout.local_size && index < self.layout.cells);
         self.at(self.layout.cell(from, to, index))
+    }
+
+    #[inline]
+    fn deal(&self, from: usize, to: usize, index: usize) -> &Deal {
+        assert!(from.max(to) < self.layout.local_size && index < DEALS);
+        self.at(self.layout.deal(from, to, index))
     }
 
     #[inline]

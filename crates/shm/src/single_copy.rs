@@ -26,8 +26,8 @@ use smddp_core::transport::{Buffers, PhaseRun};
 use smddp_core::{Collective, Region};
 
 use crate::cut::{CUT_ALIGN, includes, travels};
-use crate::door;
 use crate::geometry::SingleCopies;
+use crate::reach::{Reach, door_of};
 use crate::segment::Segment;
 
 /// Exchanges of a phase that goes well.
@@ -77,7 +77,7 @@ impl Offer {
         if moves.iter().filter(|m| travels(m, me)).all(lasting) {
             let Buffers { input, output, scratch } = run.buffers;
             let [input, output, scratch] = [input, output, scratch].map(|region| region.as_ptr() as u64);
-            Offer { input, output, scratch, door: segment.insides(me) }
+            Offer { input, output, scratch, door: door_of(segment, me) }
         } else {
             Offer::default()
         }
@@ -181,29 +181,26 @@ pub(crate) struct SingleCopy {
     tried: SingleCopies,
     /// For which this rank offers its memory: none, where it did not work once.
     wanted: SingleCopies,
-    /// The peers' processes, by local rank; `None` where this rank knows no name for one.
-    pids: Vec<Option<i32>>,
+    reach: Reach,
     /// What the peers of the phase at hand offer, by local rank.
     offers: Vec<Offer>,
     /// What this rank copies of it.
     parts: Vec<Part>,
     /// Something of the phase at hand could not be taken.
     failed: bool,
-    /// Bytes copied between this rank's memory and its peers' so far.
-    bytes: u64,
 }
 
 impl SingleCopy {
-    /// Of ranks with these processes. Does the group try, and does this rank want it?
-    pub(crate) fn new(pids: Vec<Option<i32>>, tried: SingleCopies, wanted: SingleCopies) -> SingleCopy {
-        let wanted = if pids.contains(&None) { SingleCopies::NONE } else { wanted };
-        let offers = Vec::with_capacity(pids.len());
-        SingleCopy { tried, wanted, offers, pids, parts: Vec::new(), failed: false, bytes: 0 }
+    /// Does the group try, and does this rank want it?
+    pub(crate) fn new(reach: Reach, tried: SingleCopies, wanted: SingleCopies) -> SingleCopy {
+        let wanted = if reach.is_whole() { wanted } else { SingleCopies::NONE };
+        let offers = Vec::with_capacity(reach.size());
+        SingleCopy { tried, wanted, reach, offers, parts: Vec::new(), failed: false }
     }
 
     /// Whether a phase begins so (C1): the group tries and is on this node alone, and there are large blocks.
     pub(crate) fn takes(&self, run: &PhaseRun, moves: &[Move]) -> bool {
-        let size = self.pids.len();
+        let size = self.reach.size();
         let Some(collective) = collective_of(run).filter(|&collective| self.tried.allow(collective)) else {
             return false;
         };
@@ -258,8 +255,8 @@ impl SingleCopy {
     /// All offers are known: shares the work out.
     pub(crate) fn share_out(&mut self, run: &PhaseRun, moves: &[Move], me: usize) {
         self.parts.clear();
-        if let Some(shares) = collective_of(run).and_then(|it| Shares::of(it, self.pids.len())) {
-            shares.parts(moves, me, self.pids.len(), &mut self.parts);
+        if let Some(shares) = collective_of(run).and_then(|it| Shares::of(it, self.reach.size())) {
+            shares.parts(moves, me, self.reach.size(), &mut self.parts);
         }
     }
 
@@ -277,87 +274,45 @@ impl SingleCopy {
         done: usize,
         target: Region,
     ) -> bool {
-        let from = self.peer(rank).and_then(|(pid, offer)| Some((pid, offer.at(span, shift)?)));
-        let came = from.map(|(pid, from)| read_process(pid, from + done as u64, target));
-        self.note(came, target.len())
+        let from = self.offers.get(rank).and_then(|offer| offer.at(span, shift));
+        let came = from.is_some_and(|from| self.reach.read(rank, from + done as u64, target));
+        self.note(came)
     }
 
     /// Writes `source` into what `rank` has at `span`, from `done` on. Whether it is there; if not, the phase at hand has failed
     /// here.
     pub(crate) fn write(
         &mut self,
-        (rank, me): (usize, usize),
+        rank: usize,
         span: Span,
         shift: usize,
         done: usize,
         source: Region,
         segment: &Segment,
     ) -> bool {
-        let to = self.peer(rank).and_then(|(pid, offer)| Some((pid, offer.at(span, shift)?, offer.door)));
-        let went = to.map(|(pid, to, door)| {
-            if !door::enter(segment, rank, me) {
-                // It tells why by itself.
-                return Ok(0);
-            }
-            let went = write_process(pid, to + done as u64, source, door + 8 * me as u64);
-            if !matches!(went, Ok(went) if went == source.len()) {
-                door::leave(segment, rank, me);
-            }
-            went
-        });
-        self.note(went, source.len())
+        let to = self.offers.get(rank).and_then(|offer| Some((offer.door, offer.at(span, shift)?)));
+        let write = |(door, to)| self.reach.write(rank, door, to + done as u64, source, segment);
+        let went = to.is_some_and(write);
+        self.note(went)
     }
 
-    /// The process of `rank`, and what it offers.
-    fn peer(&self, rank: usize) -> Option<(i32, Offer)> {
-        Some((self.pids.get(rank).copied().flatten()?, *self.offers.get(rank)?))
-    }
-
-    /// Whether all of `len` bytes were copied; remembers if they were not.
-    fn note(&mut self, copied: Option<std::io::Result<usize>>, len: usize) -> bool {
-        if let Some(Err(error)) = &copied {
-            tracing::debug!(%error, "peers' memory cannot be reached: data goes through slots");
+    /// Remembers where something could not be copied.
+    fn note(&mut self, copied: bool) -> bool {
+        if !copied {
             self.wanted = SingleCopies::NONE;
+            self.failed = true;
         }
-        let all = matches!(copied, Some(Ok(copied)) if copied == len);
-        self.failed |= !all;
-        self.bytes += if all { len as u64 } else { 0 };
-        all
+        copied
     }
 
     /// Bytes copied between this rank's memory and its peers' so far.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.reach.bytes()
     }
 }
 
 fn collective_of(run: &PhaseRun) -> Option<Collective> {
     run.call.unpack().map(|call| call.collective)
-}
-
-/// How many bytes came of those at `from` in process `pid`.
-fn read_process(pid: i32, from: u64, target: Region) -> std::io::Result<usize> {
-    let local = libc::iovec { iov_base: target.as_ptr().cast(), iov_len: target.len() };
-    let remote = libc::iovec { iov_base: from as *mut libc::c_void, iov_len: target.len() };
-    // SAFETY: `target` is valid and this call's alone (R1, T1); the kernel checks the other process's range itself.
-    let came = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
-    usize::try_from(came).map_err(|_| std::io::Error::last_os_error())
-}
-
-/// How many bytes of `source` were written to `to` in process `pid`; if all, that this rank has left its door is, too, behind
-/// them: at `inside` (O2).
-fn write_process(pid: i32, to: u64, source: Region, inside: u64) -> std::io::Result<usize> {
-    let mut outside = door::OUTSIDE;
-    let vector = |base: *mut libc::c_void, iov_len| libc::iovec { iov_base: base, iov_len };
-    let word = size_of_val(&outside);
-    let local = [vector(source.as_ptr().cast(), source.len()), vector((&raw mut outside).cast(), word)];
-    let remote = [vector(to as *mut libc::c_void, source.len()), vector(inside as *mut libc::c_void, word)];
-    // SAFETY: `source` is valid and nobody writes to it meanwhile (R1); the kernel checks the other process's ranges itself, which
-    // that process has offered and keeps for as long as this rank is inside its door (C2, C5).
-    let went = unsafe { libc::process_vm_writev(pid, local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
-    let went = usize::try_from(went).map_err(|_| std::io::Error::last_os_error())?;
-    // All but the word: then it does not say that this rank has left.
-    Ok(if went == source.len() + word { source.len() } else { went.min(source.len().saturating_sub(1)) })
 }
 
 #[cfg(test)]
@@ -369,7 +324,6 @@ mod tests {
     use smddp_core::transport::{Arith, Ctx};
 
     use super::*;
-    use crate::geometry::{Agreed, Geometry, Layout};
 
     fn moves(collective: Collective, size: usize, root: u32, len: usize) -> Vec<Move> {
         let span = |off| Span::output(off, len);
@@ -436,39 +390,6 @@ mod tests {
         }
     }
 
-    /// O2 and C5, with both ranks in this process.
-    #[test]
-    fn what_is_written_through_an_open_door_is_there_and_nobody_is_left_inside() {
-        let layout = Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(2), 2);
-        let (segment, _file) = Segment::create(layout, 7, Agreed::default(), 1).unwrap();
-        let own = i32::try_from(std::process::id()).ok();
-        let mut copy = SingleCopy::new(vec![own; 2], SingleCopies::ALL, SingleCopies::ALL);
-        let (mut source, mut target) = ([5u8; 100], [0u8; 200]);
-        // SAFETY: both outlive the calls below, which alone touch them.
-        let source = unsafe { Region::of(&mut source) };
-        let output = target.as_mut_ptr() as u64;
-        for rank in [0, 1] {
-            copy.learn(Offer { input: 1, output, scratch: 1, door: segment.insides(rank) });
-        }
-        let place = Span::output(20, 150);
-        assert!(copy.write((1, 0), place, 10, 3, source, &segment));
-        assert_eq!(
-            (&target[..33], &target[33..133], &target[133..]),
-            (&[0; 33][..], &[5; 100][..], &[0; 67][..])
-        );
-        assert!(!door::is_inside(&segment, 1, 0));
-        target.fill(0);
-        // Memory that is not there, of which the kernel says so: the rank has left all the same.
-        copy.offers[1].output = 4096;
-        assert!(!copy.write((1, 0), place, 10, 3, source, &segment));
-        assert!(!door::is_inside(&segment, 1, 0));
-        copy.offers[1].output = output;
-        door::close(&segment, 1);
-        assert!(!copy.write((1, 0), place, 10, 3, source, &segment));
-        assert_eq!((target, copy.bytes()), ([0; 200], 100));
-        assert!(!door::is_inside(&segment, 1, 0));
-    }
-
     /// C1: a rank that knows no names for its peers' processes, in a container of its own say, begins as they do, and offers nothing.
     #[test]
     fn a_rank_that_cannot_begins_as_the_others_do() {
@@ -486,11 +407,13 @@ mod tests {
             ctx: Ctx(0),
         };
         for pids in [vec![Some(1), Some(2)], vec![None; 2]] {
-            let copy = SingleCopy::new(pids, SingleCopies::ALL, SingleCopies::ALL);
+            let copy = SingleCopy::new(Reach::new(0, pids), SingleCopies::ALL, SingleCopies::ALL);
             assert!(copy.takes(&run, &moves));
         }
-        let able = SingleCopy::new(vec![Some(1), Some(2)], SingleCopies::ALL, SingleCopies::ALL);
-        let unable = SingleCopy::new(vec![Some(1), None], SingleCopies::ALL, SingleCopies::ALL);
+        let able =
+            SingleCopy::new(Reach::new(0, vec![Some(1), Some(2)]), SingleCopies::ALL, SingleCopies::ALL);
+        let unable =
+            SingleCopy::new(Reach::new(0, vec![Some(1), None]), SingleCopies::ALL, SingleCopies::ALL);
         assert_eq!((able.wanted, unable.wanted), (SingleCopies::ALL, SingleCopies::NONE));
     }
 }

@@ -26,6 +26,17 @@ mod real {
         Ordering::Release
     }
 
+    /// The count of a piece that was written into a peer's memory.
+    #[inline]
+    pub(crate) fn count_order() -> Ordering {
+        Ordering::Release
+    }
+    /// The store that ends a deal: its giver has its memory back.
+    #[inline]
+    pub(crate) fn end_order() -> Ordering {
+        Ordering::Release
+    }
+
     /// Between "I am about to sleep" and the last look at what peers published.
     #[inline]
     pub(crate) fn arm_fence() {
@@ -109,6 +120,8 @@ mod model {
     pub(crate) enum Mistake {
         RelaxedPublish,
         RelaxedRecycle,
+        RelaxedCount,
+        RelaxedEnd,
         NoArmFence,
         NoNotifyFence,
         NoSecondLook,
@@ -131,6 +144,14 @@ mod model {
 
     pub(crate) fn recycle_order() -> Ordering {
         if made(Mistake::RelaxedRecycle) { Ordering::Relaxed } else { Ordering::Release }
+    }
+
+    pub(crate) fn count_order() -> Ordering {
+        if made(Mistake::RelaxedCount) { Ordering::Relaxed } else { Ordering::Release }
+    }
+
+    pub(crate) fn end_order() -> Ordering {
+        if made(Mistake::RelaxedEnd) { Ordering::Relaxed } else { Ordering::Release }
     }
 
     pub(crate) fn arm_fence() {

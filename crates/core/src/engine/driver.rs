@@ -350,10 +350,10 @@ mod tests {
 
     #[test]
     fn brief_work_of_one_node_is_left_for_later() {
-        let mut memory = vec![0u8; 65 << 10];
+        let mut memory = vec![0u8; (1 << 20) + 1];
         let mut driver = driver(&GroupShape::even(1, 2));
         assert_eq!(driver.left(), None);
-        driver.start(receive(&mut memory[..64 << 10], 0));
+        driver.start(receive(&mut memory[..1 << 20], 0));
         assert_eq!(driver.left(), Some(When::Later));
         driver.start(receive(&mut memory, 1));
         assert_eq!(driver.left(), Some(When::Now));

@@ -46,8 +46,8 @@ pub enum Work {
 /// of the limit.
 const HEARSAY: Duration = Duration::from_millis(500);
 
-/// The longest operation that is brief, in bytes: moved in some microseconds.
-const BRIEF: usize = 64 << 10;
+/// The longest operation that is brief, in bytes: moved in a tenth of a millisecond.
+const BRIEF: usize = 1 << 20;
 
 /// As it is kept in atomics; what is too long for it is 584 years.
 pub fn nanos(duration: Duration) -> u64 {
