@@ -8,6 +8,8 @@
 //! - *direct*: the same where each thread can address the other's data, as tensors in shared memory allow: each sums its half of both
 //!   and stores it to both.
 //! - *broadcast*: one thread fills slots from data that it has just written, the other copies out of them.
+//! - *all_gather*, *all_to_all*: two processes; each copies its own block, has the kernel copy the other's out of its memory, both just
+//!   written, and ends when the other has its own. S bytes are what a rank has in the end.
 //!
 //! `cargo bench -p smddp-shm --bench bounds` prints microseconds of a call in the fastest batch of about 1 ms, as `smddp-perf` does;
 //! with `-- --csv` as rows.
@@ -31,6 +33,8 @@ const SLOTS: u64 = RING.slots as u64;
 const BATCHES: usize = 30;
 /// Bytes of a batch's calls, about 1 ms.
 const BATCH: usize = 8 << 20;
+/// Bytes that the kernel copies at once, as it does for the library.
+const AT_ONCE: usize = 1 << 20;
 /// Read data goes to so small a place that it stays in the first cache.
 const BLOCK: usize = 4096;
 const SUM: Arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
@@ -59,6 +63,9 @@ const WORKS: [(Work, &str); 5] = [
     (Work::Direct, "direct"),
     (Work::Broadcast, "broadcast"),
 ];
+
+/// What two processes do whose data the kernel copies. Blocks that a rank brings: one for both, or one for each.
+const EXCHANGES: [(usize, &str); 2] = [(1, "all_gather"), (2, "all_to_all")];
 
 /// How many slots a thread has filled, and read of the other's, on lines of their own.
 #[repr(align(128))]
@@ -286,20 +293,115 @@ fn measure(work: Work) -> Vec<f64> {
     })
 }
 
+/// What two processes tell one another, in memory that they share.
+#[derive(Default)]
+struct Told {
+    /// Where each has its data.
+    data: [AtomicU64; 2],
+    /// How often each has been ready, and done with the other's data.
+    ready: [Count; 2],
+    done: [Count; 2],
+    /// Nanoseconds of each, by size.
+    times: [[AtomicU64; SIZES.len()]; 2],
+}
+
+impl Told {
+    fn meet(&self, me: usize, counts: &[Count; 2], number: u64) {
+        counts[me].0.store(number, Ordering::Release);
+        counts[1 - me].wait(number);
+    }
+
+    /// Does and times what process `me` does; `peer` is the other.
+    fn exchange(&self, me: usize, peer: libc::pid_t, brought: usize) {
+        let longest = SIZES[SIZES.len() - 1] / size_of::<f32>();
+        let (mut memory, mut results) = (vec![0f32; longest], vec![0f32; longest]);
+        let mut number = 0;
+        let mut once = |bytes: usize, round: usize| {
+            let half = bytes / 2 / size_of::<f32>();
+            let (data, result) = (&mut memory[..brought * half], &mut results[..2 * half]);
+            data.fill((round + me) as f32);
+            self.data[me].store(data.as_ptr() as u64, Ordering::Relaxed);
+            number += 1;
+            self.meet(me, &self.ready, number);
+            let theirs = self.data[1 - me].load(Ordering::Relaxed) + ((brought - 1) * me * bytes / 2) as u64;
+            let start = Instant::now();
+            let (own, other) = (me * half, (1 - me) * half);
+            result[own..own + half].copy_from_slice(&data[(brought - 1) * own..][..half]);
+            for (at, place) in result[other..other + half].chunks_mut(AT_ONCE / size_of::<f32>()).enumerate()
+            {
+                read_by_kernel(peer, theirs + (at * AT_ONCE) as u64, place);
+            }
+            self.meet(me, &self.done, number);
+            let time = start.elapsed().as_nanos() as u64;
+            let is_right = |(from, block): (usize, &[f32])| block.iter().all(|&x| x == (round + from) as f32);
+            assert!(result.chunks(half).enumerate().all(is_right), "the result is wrong");
+            time
+        };
+        for (at, bytes) in SIZES.into_iter().enumerate() {
+            let calls = BATCH.div_ceil(bytes);
+            let mut batch = |_| (0..calls).map(|round| once(bytes, round)).sum::<u64>() / calls as u64;
+            let fastest = (0..BATCHES).map(&mut batch).min().unwrap_or(0);
+            self.times[me][at].store(fastest, Ordering::Release);
+        }
+    }
+}
+
+/// Has the kernel fill `place` from `from` on in the memory of process `pid`.
+fn read_by_kernel(pid: libc::pid_t, from: u64, place: &mut [f32]) {
+    let len = size_of_val(place);
+    let local = libc::iovec { iov_base: place.as_mut_ptr().cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: from as *mut libc::c_void, iov_len: len };
+    // SAFETY: `place` is this call's alone, and any bytes are floats; the kernel checks the other range itself.
+    let came = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    assert_eq!(came, len as isize, "the kernel does not copy: {}", std::io::Error::last_os_error());
+}
+
+/// What the slower of two processes takes for each size.
+fn measure_processes(brought: usize) -> Vec<f64> {
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping of nobody's memory.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Told>(), access, kind, -1, 0) };
+    assert_ne!(page, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    // SAFETY: it is large enough, page-aligned, zero, which is valid, and stays.
+    let told: &Told = unsafe { &*page.cast() };
+    // SAFETY: this process has one thread now.
+    let (parent, child) = unsafe { (libc::getpid(), libc::fork()) };
+    assert!(child >= 0, "{}", std::io::Error::last_os_error());
+    if child == 0 {
+        // The parent would wait for ever for one that failed.
+        let ended = std::panic::catch_unwind(|| told.exchange(1, parent, brought));
+        // SAFETY: nothing of the parent's is to be cleaned up here.
+        unsafe { if ended.is_ok() { libc::_exit(0) } else { libc::kill(parent, libc::SIGTERM) } };
+        std::process::abort();
+    }
+    told.exchange(0, child, brought);
+    // SAFETY: its own child.
+    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    let slower =
+        |at: usize| told.times.iter().map(|times| times[at].load(Ordering::Acquire)).max().unwrap_or(0);
+    (0..SIZES.len()).map(|at| slower(at) as f64 / 1e3).collect()
+}
+
 fn main() {
-    let columns = WORKS.map(|(work, _)| measure(work));
+    // Some kernels let only a parent read its child's memory.
+    // SAFETY: no memory is involved.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0) };
+    let between_threads = WORKS.map(|(work, name)| (name, measure(work)));
+    let between_processes = EXCHANGES.map(|(brought, name)| (name, measure_processes(brought)));
+    let columns: Vec<_> = between_threads.into_iter().chain(between_processes).collect();
     if std::env::args().any(|arg| arg == "--csv") {
-        for ((_, name), times) in WORKS.iter().zip(&columns) {
+        for (name, times) in &columns {
             SIZES.iter().zip(times).for_each(|(bytes, time)| println!("{name},{bytes},{time:.2}"));
         }
         return;
     }
-    let line = |size: &str, cells: [String; 5]| {
-        println!("{size:>10} {}", cells.map(|cell| format!("{cell:>14}")).join(" "));
+    let line = |size: &str, cells: Vec<String>| {
+        let cells: Vec<_> = cells.iter().map(|cell| format!("{cell:>14}")).collect();
+        println!("{size:>10} {}", cells.join(" "));
     };
-    line("us (GB/s)", WORKS.map(|(_, name)| name.to_owned()));
+    line("us (GB/s)", columns.iter().map(|(name, _)| (*name).to_owned()).collect());
     for (at, bytes) in SIZES.into_iter().enumerate() {
         let cell = |times: &Vec<f64>| format!("{:.0} ({:.1})", times[at], bytes as f64 / times[at] / 1e3);
-        line(&bytes.to_string(), columns.each_ref().map(cell));
+        line(&bytes.to_string(), columns.iter().map(|(_, times)| cell(times)).collect());
     }
 }

@@ -82,10 +82,11 @@ AGAINST = ("--against", "smddp (Rust)")
 BOUNDS = """
 ### What two cores allow
 
-By `cargo bench -p smddp-shm --bench bounds` before and behind these rounds, two threads without a library: *link*,
-each fills slots and reads the other's, as much as an all_reduce must give and take; *private*, each copies what it
-has just written, as a rank must read its input; *least all_reduce* and *least broadcast*, the moves of those through
-slots, on data just written, and nothing else; *direct*, an all_reduce of data that both can address. µs, fastest batch.
+By `cargo bench -p smddp-shm --bench bounds` before and behind these rounds, two threads without a library, on data
+just written. *link*: each fills slots and reads the other's, as much as an all_reduce must give and take; *private*:
+each copies what it has just written, as a rank must read its input; *direct*: an all_reduce of data that both can
+address. *least*: the moves of a call and nothing else, through slots, or for all_gather and all_to_all by the kernel's
+copies. µs, fastest batch.
 
 """
 
@@ -229,14 +230,14 @@ def bounds_table(folder: Path) -> str:
             for row in csv.DictReader(file)
             if row["label"] == "smddp (Rust)"
         )
-    lines = [
-        "| size | link | private | direct | least all_reduce | smddp (Rust) | | least broadcast | smddp (Rust) | |",
-        "| --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    plain = ("link", "private", "direct")
+    calls = {"all_reduce": "allreduce", "broadcast": "broadcast", "all_gather": "allgather", "all_to_all": "alltoall"}
+    heads = ["size", *plain, *(word for name in calls for word in (f"least {name}", "smddp", ""))]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --: |' * len(heads)}"]
     for size in sorted({size for _, size in bound} & {size for _, size in ours}):
         cells = [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"]
-        cells += [f"{bound[name, size]:.0f}" for name in ("link", "private", "direct")]
-        for name, op in (("all_reduce", "allreduce"), ("broadcast", "broadcast")):
+        cells += [f"{bound[name, size]:.0f}" for name in plain]
+        for name, op in calls.items():
             least, taken = bound[name, size], ours[op, size]
             cells += [f"{least:.0f}", f"{taken:.0f}", f"{taken / least:.2f}x"]
         lines.append(f"| {' | '.join(cells)} |")

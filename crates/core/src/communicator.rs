@@ -174,6 +174,10 @@ impl<T: Transports> Handle<T> {
     /// Calls `f` once the operation is over: at once, on this thread, if it is; else on a callback thread.
     pub fn on_done(&self, f: Callback) {
         self.op.on_done(f);
+        if !self.op.is_done() {
+            // Nobody may ever wait for it.
+            self.engine.wake_thread();
+        }
     }
 }
 

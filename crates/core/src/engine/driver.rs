@@ -355,7 +355,8 @@ mod tests {
         assert_eq!(driver.left(), None);
         driver.start(receive(&mut memory[..1 << 20], 0));
         assert_eq!(driver.left(), Some(When::Later));
-        driver.start(receive(&mut memory, 1));
+        // Together they are not.
+        driver.start(receive(&mut memory[..1], 1));
         assert_eq!(driver.left(), Some(When::Now));
         driver.fail(0, &Error::Internal("test".to_owned()));
         driver.turn();

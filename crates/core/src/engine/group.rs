@@ -19,7 +19,7 @@ use crate::call::{Call, Collective};
 use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
 use crate::engine::graph::{Ready, SCRAP};
 use crate::engine::numbers::Stream;
-use crate::engine::op::{OpState, Work};
+use crate::engine::op::{BRIEF, OpState, Work};
 use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
@@ -79,8 +79,8 @@ pub struct Group<L> {
     active: Option<Active>,
     messages: Vec<Option<Arc<OpState>>>,
     messages_left: usize,
-    /// Operations queued or under way that are not brief.
-    lasting: usize,
+    /// What is queued or under way [weighs](OpState::weight) in all.
+    weight: usize,
     /// Messages, by index, that wait for any rank to send (G2).
     open: Vec<usize>,
     /// G4.
@@ -107,7 +107,7 @@ impl<L: NodeLocal> Group<L> {
             active: None,
             messages: Vec::new(),
             messages_left: 0,
-            lasting: 0,
+            weight: 0,
             open: Vec::new(),
             stirred: false,
             next_seq: 0,
@@ -125,7 +125,7 @@ impl<L: NodeLocal> Group<L> {
 
     /// Whether any of it is better not left until somebody waits for it: what is not brief, or needs another node.
     pub fn wants_thread(&self) -> bool {
-        self.lasting > 0 || (self.seat.shape.node_count() > 1 && self.is_busy())
+        self.weight > BRIEF || (self.seat.shape.node_count() > 1 && self.is_busy())
     }
 
     /// Whether any of it is in the hands of the fabric.
@@ -152,7 +152,7 @@ impl<L: NodeLocal> Group<L> {
             Work::Collective { ref ready, .. } => {
                 op.seq.store(self.next_seq, Ordering::Relaxed);
                 self.next_seq += u64::from(!ready.schedule.is_nothing());
-                self.lasting += usize::from(!op.is_brief());
+                self.weight = self.weight.saturating_add(op.weight());
                 self.queue.push_back(op);
                 self.stirred = true;
                 Ok(())
@@ -181,7 +181,7 @@ impl<L: NodeLocal> Group<L> {
             conclude(&op, Err(error), finished);
             return None;
         };
-        self.lasting += usize::from(!op.is_brief());
+        self.weight = self.weight.saturating_add(op.weight());
         self.messages[slot] = Some(op);
         self.messages_left += 1;
         Some(slot)
@@ -270,7 +270,7 @@ impl<L: NodeLocal> Group<L> {
         match self.messages.get_mut(slot).and_then(Option::take) {
             Some(op) => {
                 self.messages_left -= 1;
-                self.lasting -= usize::from(!op.is_brief());
+                self.weight = self.weight.saturating_sub(op.weight());
                 conclude(&op, Ok(()), finished);
                 Ok(())
             }
@@ -303,7 +303,12 @@ impl<L: NodeLocal> Group<L> {
         loop {
             if self.active.is_none() {
                 match self.queue.pop_front_if(|op| op.may_begin()) {
-                    Some(op) => self.active = Some(self.begin(op, staging)?),
+                    Some(op) => {
+                        let begun = self.begin(Arc::clone(&op), staging);
+                        // The group is about to fail, and no longer knows of this one.
+                        self.active =
+                            Some(begun.inspect_err(|why| conclude(&op, Err(why.clone()), finished))?);
+                    }
                     None => return Ok(moved),
                 }
                 moved = true;
@@ -321,7 +326,7 @@ impl<L: NodeLocal> Group<L> {
             if let Some(done) = self.active.take() {
                 self.spare = done.execution.into_workspace();
                 staging.give_back(done.loan);
-                self.lasting -= usize::from(!done.op.is_brief());
+                self.weight = self.weight.saturating_sub(done.op.weight());
                 conclude(&done.op, Ok(()), finished);
             }
         }
@@ -361,7 +366,7 @@ impl<L: NodeLocal> Group<L> {
         let start =
             Start { ready: Arc::clone(ready), buffers, far: None, arith, call: packed, group, seq, mark };
         let execution = Execution::begun(start, std::mem::take(&mut self.spare));
-        self.lasting += usize::from(!op.is_brief());
+        self.weight = self.weight.saturating_add(op.weight());
         self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
         (Tried::Later(op), outcome.map(|_| ()))
     }
@@ -486,7 +491,7 @@ impl<L: NodeLocal> Group<L> {
             let own = why.site().is_some_and(|site| *site == op.site());
             conclude(&op, Err(if own { why.clone() } else { after(&why, op.site()) }), finished);
         }
-        (self.messages_left, self.lasting) = (0, 0);
+        (self.messages_left, self.weight) = (0, 0);
         self.open.clear();
         for op in self.queue.drain(..) {
             conclude(&op, Err(after(&why, op.site())), finished);

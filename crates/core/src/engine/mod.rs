@@ -62,6 +62,10 @@ struct Shared<T: Transports> {
     /// Callers who want the seat from the progress thread.
     wanted: AtomicUsize,
     thread_drives: AtomicBool,
+    /// Who drives sleeps where no bell is heard.
+    deaf: AtomicBool,
+    /// Callers who sleep until their operation is done: they found the seat taken, and it may be left before that.
+    sleepers: AtomicUsize,
     /// There is a fabric: peers may have news for a process that has no work (E5).
     listens: AtomicBool,
     sleeping: AtomicBool,
@@ -89,6 +93,8 @@ impl<T: Transports> Engine<T> {
             summons: Summons::default(),
             wanted: AtomicUsize::new(0),
             thread_drives: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
             listens: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
             bell: Mutex::new(None),
@@ -226,12 +232,16 @@ impl<T: Transports> Engine<T> {
         Ok(result)
     }
 
-    /// Starts an operation, moves what can be moved at once, and returns.
+    /// Starts an operation, moves what can be moved at once, and returns. May wait for as long as a turn of the progress thread
+    /// takes.
     pub fn submit(&self, op: Arc<OpState>) {
-        let seat = self.shared.free_seat().or_else(|| {
+        let shared = &self.shared;
+        let seat = shared.free_seat().or_else(|| {
             // Called to the inbox, the thread would be in its caller's way again when that waits.
-            let from_thread = op.is_brief() && self.shared.thread_drives.load(Ordering::Acquire);
-            from_thread.then(|| self.shared.seat().ok()).flatten()
+            let from_thread = op.is_brief()
+                && shared.thread_drives.load(Ordering::Acquire)
+                && !shared.deaf.load(Ordering::Relaxed);
+            from_thread.then(|| shared.seat().ok()).flatten()
         });
         match seat {
             Some(mut driver) => {
@@ -275,7 +285,13 @@ impl<T: Transports> Engine<T> {
                 // The operation knows how it ended.
                 let _ = self.wait_seated(Some(driver), op, limit);
             }
-            Tried::Done | Tried::NotNow => self.finish_help(driver),
+            Tried::Done | Tried::NotNow => {
+                // Whoever makes one such call after the other keeps the seat from the thread.
+                if !driver.is_idle() {
+                    driver.turn();
+                }
+                self.finish_help(driver);
+            }
         }
         tried
     }
@@ -286,9 +302,9 @@ impl<T: Transports> Engine<T> {
     }
 
     /// As [`wait`](Self::wait), by a caller who may hold the seat already.
-    fn wait_seated(
-        &self,
-        mut seat: Option<MutexGuard<'_, Driver<T>>>,
+    fn wait_seated<'a>(
+        &'a self,
+        mut seat: Option<MutexGuard<'a, Driver<T>>>,
         op: &Arc<OpState>,
         limit: Option<Duration>,
     ) -> Result<()> {
@@ -312,7 +328,7 @@ impl<T: Transports> Engine<T> {
                 Err(TryLockError::WouldBlock) if self.shared.thread_drives.load(Ordering::Acquire) => {
                     self.with_seat(|driver| self.shared.drive(driver, &mut enough, until, CALLER))?;
                 }
-                Err(TryLockError::WouldBlock) => op.sleep(idle::LONGEST_SLEEP),
+                Err(TryLockError::WouldBlock) => seat = self.sleep_on(op),
                 Err(TryLockError::Poisoned(_)) => return Err(poisoned()),
             }
             if late() && !op.is_done() {
@@ -321,17 +337,34 @@ impl<T: Transports> Engine<T> {
         }
     }
 
+    /// Sleeps until `op` is done or a while has passed, unless the seat is free by now.
+    fn sleep_on(&self, op: &OpState) -> Option<MutexGuard<'_, Driver<T>>> {
+        self.shared.sleepers.fetch_add(1, Ordering::SeqCst);
+        // Who leaves the seat behind this look sees a sleeper.
+        let seat = self.shared.driver.try_lock().ok();
+        if seat.is_none() {
+            op.sleep(idle::LONGEST_SLEEP);
+        }
+        self.shared.sleepers.fetch_sub(1, Ordering::SeqCst);
+        seat
+    }
+
     /// E2.
     fn finish_help(&self, driver: MutexGuard<'_, Driver<T>>) {
         let left = driver.left();
-        self.shared.leave(driver);
+        let finished = Shared::leave(driver);
+        let is_waited_for = |_: &When| self.shared.sleepers.load(Ordering::SeqCst) > 0;
         let submitted = self.shared.inbox_len.load(Ordering::SeqCst) > 0;
-        if let Some(when) = if submitted { Some(When::Now) } else { left } {
+        if submitted || left.as_ref().is_some_and(is_waited_for) {
+            self.wake_thread();
+        } else if let Some(when) = left {
             self.call_thread(when);
         }
+        self.shared.hand_over(finished);
     }
 
-    fn wake_thread(&self) {
+    /// Calls the progress thread to what is under way: somebody wants it done who does not wait.
+    pub fn wake_thread(&self) {
         self.call_thread(When::Now);
     }
 
@@ -404,16 +437,14 @@ impl<T: Transports> Shared<T> {
         guard
     }
 
-    /// Leaves the seat, then hands callbacks over (E4).
-    fn leave(&self, mut driver: MutexGuard<'_, Driver<T>>) {
-        if driver.finished.is_empty() {
-            return;
-        }
-        let finished = std::mem::take(&mut driver.finished);
-        drop(driver);
-        for op in finished {
-            self.callbacks.run(op);
-        }
+    /// Leaves the seat. What is returned is to be handed over.
+    fn leave(mut driver: MutexGuard<'_, Driver<T>>) -> Vec<Arc<OpState>> {
+        std::mem::take(&mut driver.finished)
+    }
+
+    /// Has callbacks run (E4).
+    fn hand_over(&self, finished: Vec<Arc<OpState>>) {
+        finished.into_iter().for_each(|op| self.callbacks.run(op));
     }
 
     fn take_inbox(&self, driver: &mut Driver<T>) {
@@ -486,17 +517,22 @@ impl<T: Transports> Shared<T> {
         }
     }
 
+    fn hear_nothing(&self, sleep: impl FnOnce()) {
+        self.deaf.store(true, Ordering::Relaxed);
+        sleep();
+        self.deaf.store(false, Ordering::Relaxed);
+    }
+
     fn sleep(&self, driver: &mut Driver<T>, nap: Duration) {
         let Some(bed) = driver.lie_down(nap) else {
             // A caller may wait for an operation that another thread is about to put in the inbox.
-            std::thread::sleep(idle::SHORT_SLEEP);
-            return;
+            return self.hear_nothing(|| std::thread::sleep(idle::SHORT_SLEEP));
         };
         match bed {
-            Bed::Nap(limit) => std::thread::sleep(limit),
+            Bed::Nap(limit) => self.hear_nothing(|| std::thread::sleep(limit)),
             Bed::Fabric(limit) => {
                 if let Some(fabric) = driver.fabric.as_mut() {
-                    fabric.doze(limit);
+                    self.hear_nothing(|| fabric.doze(limit));
                 }
             }
             Bed::Bell(bell, limit) => {
@@ -543,12 +579,19 @@ fn progress<T: Transports>(shared: &Shared<T>) {
         }
         shared.thread_drives.store(true, Ordering::Release);
         driver.listen();
+        // Callers who take the seat again and again look for nobody's time limit but their own.
+        driver.look_around();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
         if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
             shared.summons.call(When::Now, || None);
         }
         shared.thread_drives.store(false, Ordering::Release);
-        shared.leave(driver);
+        let finished = Shared::leave(driver);
+        // Of who could not have the seat until now.
+        if shared.inbox_len.load(Ordering::SeqCst) > 0 {
+            shared.summons.call(When::Now, || None);
+        }
+        shared.hand_over(finished);
     }
 }
 

@@ -46,8 +46,8 @@ pub enum Work {
 /// of the limit.
 const HEARSAY: Duration = Duration::from_millis(500);
 
-/// The longest operation that is brief, in bytes: moved in a tenth of a millisecond.
-const BRIEF: usize = 1 << 20;
+/// What moves so few bytes, in a tenth of a millisecond or so, is brief: it gains nothing by going on beside what its caller computes.
+pub const BRIEF: usize = 1 << 20;
 
 /// As it is kept in atomics; what is too long for it is 584 years.
 pub fn nanos(duration: Duration) -> u64 {
@@ -112,13 +112,18 @@ impl OpState {
         self.gate.as_ref().is_none_or(Gate::is_open)
     }
 
-    /// Whether it moves so little that it gains nothing by going on beside what its caller computes.
-    pub fn is_brief(&self) -> bool {
-        let bytes = match &self.work {
+    /// Bytes it moves, about, for who judges whether operations are brief; those that wait for a device are not.
+    pub fn weight(&self) -> usize {
+        match &self.work {
+            _ if self.gate.is_some() => BRIEF + 1,
             Work::Collective { input, output, .. } => input.len().max(output.len()),
             Work::Message { region, .. } | Work::ReceiveAny { region, .. } => region.len(),
-        };
-        bytes <= BRIEF && self.gate.is_none()
+        }
+    }
+
+    /// Whether it alone is brief.
+    pub fn is_brief(&self) -> bool {
+        self.weight() <= BRIEF
     }
 
     #[inline]
