@@ -5,7 +5,7 @@
 //!   `withdraw` of its group has returned.
 //! - **T2** nothing relies on the order in which messages arrive; messages match by sender and [`MsgKey`] alone.
 //! - **T3** every first contact of an operation compares [`PackedCall`]s; unequal calls are `Error::Mismatch`.
-//! - **T4** `poll` allocates nothing in steady state and returns soon (at most about one slot's copy).
+//! - **T4** `poll` allocates nothing in steady state and returns soon (at most about one slot's copy, or a MiB each way by the kernel).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

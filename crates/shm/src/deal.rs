@@ -109,9 +109,9 @@ impl Deal {
         self.claim(|front, back| (front, back - 1)).map(|(_, back)| back - 1)
     }
 
-    /// The piece that was claimed last is left to the taker.
+    /// The piece that was claimed last is left to the taker, who writes behind whatever was written of it.
     pub(crate) fn leave_back(&self) {
-        self.claims.fetch_add(claims(0, 1), Ordering::Relaxed);
+        self.claims.fetch_add(claims(0, 1), count_order());
     }
 
     /// A claimed piece has been written (B3).
@@ -139,10 +139,10 @@ impl Deal {
         front == back && self.given.load(Ordering::Acquire) == u64::from(pieces.saturating_sub(back))
     }
 
-    /// Whether every piece has found its copier.
-    pub(crate) fn is_claimed(&self) -> bool {
+    /// Whether nothing is left but what the giver has claimed and not counted yet.
+    pub(crate) fn waits_for_giver(&self, pieces: u32) -> bool {
         let (front, back) = front_and_back(self.claims.load(Ordering::Relaxed));
-        front == back
+        front == back && !self.is_whole(pieces)
     }
 
     /// It is over.
@@ -164,7 +164,7 @@ impl Deal {
                 claims(front, back)
             })
         };
-        let before = self.claims.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim);
+        let before = self.claims.fetch_update(Ordering::Acquire, Ordering::Relaxed, claim);
         before.ok().map(front_and_back)
     }
 }

@@ -60,7 +60,7 @@ impl Geometry {
 pub struct SingleCopies {
     /// Those in which all ranks take from one another: all_to_all, and all_gather of two ranks.
     pub mutual: bool,
-    /// Those in which one rank gives or takes alone: scatter and gather, and broadcast of two ranks.
+    /// Those in which one rank gives or takes alone: scatter and gather, and broadcast of two ranks. Messages, too.
     pub alone: bool,
 }
 

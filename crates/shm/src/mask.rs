@@ -34,6 +34,12 @@ impl Mask {
     pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
         self.0.into_iter().enumerate().flat_map(|(word, bits)| bits_of(bits).map(move |b| word * 64 + b))
     }
+
+    /// From `first` on, and around.
+    pub(crate) fn iter_from(self, first: usize) -> impl Iterator<Item = usize> {
+        let behind = self.iter().filter(move |&rank| rank >= first);
+        behind.chain(self.iter().filter(move |&rank| rank < first))
+    }
 }
 
 /// The positions of the bits that are set, ascending.
@@ -63,5 +69,7 @@ mod tests {
         mask.clear(63);
         assert!(mask.has(64) && !mask.has(63) && !mask.is_empty());
         assert_eq!(mask.iter().collect::<Vec<_>>(), vec![0, 64, MAX_LOCAL - 1]);
+        assert_eq!(mask.iter_from(64).collect::<Vec<_>>(), vec![64, MAX_LOCAL - 1, 0]);
+        assert_eq!(mask.iter_from(0).collect::<Vec<_>>(), mask.iter().collect::<Vec<_>>());
     }
 }

@@ -21,6 +21,7 @@ use crate::layout::{Frame, Memory};
 use crate::mask::Mask;
 use crate::pair::Place;
 use crate::pen::Pen;
+use crate::reach::AT_ONCE;
 use crate::segment::Segment;
 use crate::straight::{Copier, Outcome, Straight};
 
@@ -102,6 +103,8 @@ pub(crate) struct Messages {
     sending: Mask,
     receiving: Mask,
     copier: Copier,
+    /// Whose straight messages come first in the next poll: another's each time.
+    first: usize,
     /// Receives that were complete when they were posted.
     complete: Vec<Ctx>,
 }
@@ -119,6 +122,7 @@ impl Messages {
             sending: Mask::default(),
             receiving: Mask::default(),
             copier,
+            first: 0,
             complete: Vec::new(),
         }
     }
@@ -179,7 +183,7 @@ impl Messages {
         };
         message.region.slice(0, buffer.len()).copy_from(buffer.region());
         match &mut lane.incoming {
-            Some(incoming) if incoming.key == message.key => {
+            Some(incoming) if incoming.key == message.key && incoming.total == early.total => {
                 incoming.target = Target::Posted(message);
                 self.receiving.set(peer);
             }
@@ -207,12 +211,14 @@ impl Messages {
         for peer in self.sending.iter() {
             moved |= self.put(peer, segment, done, &mut budget);
         }
+        moved |= self.take_straight(segment, done);
         let mut budget = self.budget;
         for peer in self.receiving.iter() {
             moved |= self.take(peer, segment, is_last, done, &mut budget)?;
             self.lanes[peer].curious = false;
         }
-        moved |= self.give(segment, done);
+        moved |= self.give_straight(segment, done);
+        self.first = (self.first + 1) % self.lanes.len();
         Ok(moved)
     }
 
@@ -266,14 +272,25 @@ impl Messages {
         moved
     }
 
-    /// Goes on with what this rank has offered.
-    fn give(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
-        // What a rank reads itself is in its caches then: it writes for others when it has nothing to read.
-        let has_time = self.receiving.iter().all(|peer| self.lanes[peer].taken.is_empty());
+    /// Goes on with what peers have offered.
+    fn take_straight(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
+        let mut budget = AT_ONCE;
         let mut moved = false;
-        for peer in self.sending.iter() {
+        for peer in self.receiving.iter_from(self.first) {
+            moved |= self.lanes[peer].take_straight(peer, segment, &mut self.copier, &mut budget, done);
+        }
+        moved
+    }
+
+    /// Goes on with what this rank has offered.
+    fn give_straight(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
+        // What a rank reads itself is in its caches then: it writes for others when it has nothing to read.
+        let reads = self.receiving.iter().any(|peer| !self.lanes[peer].taken.is_empty());
+        let mut budget = if reads { 0 } else { AT_ONCE };
+        let mut moved = false;
+        for peer in self.sending.iter_from(self.first) {
             let lane = &mut self.lanes[peer];
-            moved |= lane.give(peer, segment, &mut self.copier, has_time, done);
+            moved |= lane.give_straight(peer, segment, &mut self.copier, &mut budget, done);
             if lane.given.is_empty() && lane.outgoing.is_empty() {
                 self.sending.clear(peer);
             }
@@ -291,7 +308,7 @@ impl Messages {
         budget: &mut usize,
     ) -> Result<bool> {
         let lane = &mut self.lanes[peer];
-        let mut moved = lane.take_straight(peer, segment, &mut self.copier, done);
+        let mut moved = false;
         while lane.curious || lane.is_awaited() {
             let index = lane.take.index(self.cells);
             let cell = segment.cell(peer, self.me, index);
@@ -299,7 +316,8 @@ impl Messages {
                 return Ok(moved);
             }
             let Some(frame) = lane.take.arrived(cell, self.cells) else {
-                return Ok(moved | lane.refuse(peer, segment, is_last, &self.copier));
+                // A poll that has moved something is not the last before a sleep.
+                return Ok(moved || lane.refuse(peer, segment, is_last, &self.copier));
             };
             lane.in_vain = 0;
             let len = frame.len as usize;
@@ -342,7 +360,7 @@ impl Messages {
     /// Peers that have to move before one of this rank's messages does.
     pub(crate) fn waiting_for(&self, segment: &Segment) -> impl Iterator<Item = usize> {
         let full = |peer: usize, lane: &Lane| {
-            self.sending.has(peer)
+            !lane.outgoing.is_empty()
                 && !lane.put.is_free(segment.cell(self.me, peer, lane.put.index(self.cells)), self.cells)
         };
         let empty = |peer: usize, lane: &Lane| {
@@ -350,7 +368,8 @@ impl Messages {
             lane.is_awaited() && lane.take.arrived(cell, self.cells).is_none()
         };
         let straight = |peer: usize, lane: &Lane| {
-            !lane.given.is_empty() || lane.taken.iter().any(|one| self.copier.waits(segment, peer, one))
+            lane.given.iter().any(|one| self.copier.waits_to_give(segment, peer, one))
+                || lane.taken.iter().any(|one| self.copier.waits_to_take(segment, peer, one))
         };
         let lanes = self.lanes.iter().enumerate();
         let waits = move |&(peer, lane): &(usize, &Lane)| {
@@ -376,17 +395,17 @@ impl Lane {
     }
 
     /// Goes on with what this rank has offered; true when anything moved.
-    fn give(
+    fn give_straight(
         &mut self,
         peer: usize,
         segment: &Segment,
         copier: &mut Copier,
-        has_time: bool,
+        budget: &mut usize,
         done: &mut Vec<Ctx>,
     ) -> bool {
         let mut moved = false;
         self.given.retain(|straight| {
-            let outcome = copier.give(segment, peer, straight, has_time);
+            let outcome = copier.give(segment, peer, straight, budget);
             moved |= outcome != Outcome::Nothing;
             let Outcome::Over(end) = outcome else { return true };
             let message = straight.message;
@@ -407,11 +426,12 @@ impl Lane {
         peer: usize,
         segment: &Segment,
         copier: &mut Copier,
+        budget: &mut usize,
         done: &mut Vec<Ctx>,
     ) -> bool {
         let mut moved = false;
         self.taken.retain(|straight| {
-            let outcome = copier.take(segment, peer, straight);
+            let outcome = copier.take(segment, peer, straight, budget);
             moved |= outcome != Outcome::Nothing;
             let Outcome::Over(end) = outcome else { return true };
             if end == End::Taken {

@@ -56,7 +56,7 @@ impl ShmNode {
         let geometry = segment.layout().geometry;
         let size = who.ranks.len();
         let segment = Arc::new(segment);
-        let reach = || Reach::new(who.local_rank, peers.pids().to_vec());
+        let reach = || Reach::watching(who.local_rank, &peers);
         ShmNode {
             me: who.local_rank,
             ranks: who.ranks.clone(),

@@ -18,11 +18,22 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(n) if n > 0)
     }
+}
+
+/// A process that has ended, as it was watched.
+#[cfg(test)]
+pub(crate) fn ended() -> Arc<Process> {
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let process = watch(child.id()).unwrap();
+    assert!(!process.has_ended());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    process
 }
 
 /// The process `pid`, which is alive while this is called. `None` where the kernel does not let us watch it.
@@ -82,6 +93,11 @@ impl Peers {
     /// The processes of the local ranks, as far as they have a name here.
     pub(crate) fn pids(&self) -> &[Option<i32>] {
         &self.pids
+    }
+
+    /// Those processes, as far as they can be watched; none, where nobody can be.
+    pub(crate) fn processes(&self) -> &[Option<Arc<Process>>] {
+        &self.processes
     }
 
     /// Local ranks whose process has ended.

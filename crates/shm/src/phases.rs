@@ -21,6 +21,7 @@ use crate::exchange::{
 };
 use crate::log;
 use crate::pen::Pen;
+use crate::reach::AT_ONCE;
 use crate::relay::Relay;
 use crate::ring::Ring;
 use crate::script::{Playing, Script, SoFar};
@@ -440,7 +441,7 @@ impl Phases {
         if ring.consumed() == ring.published() {
             return Ok(Step::Idle);
         }
-        let budget = if *way == Way::SingleCopy { single_copy::AT_ONCE } else { self.budget };
+        let budget = if *way == Way::SingleCopy { AT_ONCE } else { self.budget };
         let which = past_caches(run, &self.consuming.group, self.ranks.len(), self.streams_from);
         let mut work = Work::new(self.me, &self.ranks, run, segment, ring, &mut self.sources, budget)
             .streaming(which, &mut self.streamed);

@@ -1,13 +1,18 @@
 //! Copies between this rank's private memory and its peers', by the kernel (`process_vm_readv`, `process_vm_writev`).
 
 use std::io::{Error, Result};
+use std::sync::Arc;
 
 use smddp_core::Region;
 
 use crate::door;
 use crate::layout::Memory;
+use crate::peers::{Peers, Process};
 use crate::segment::Segment;
 use crate::sync::{Ordering, enter_fence};
+
+/// Bytes one poll may copy so each way: a system call. Smaller ones cost up to a quarter (docs/performance-log.md).
+pub(crate) const AT_ONCE: usize = 1 << 20;
 
 /// Where a rank's door is for its peers, in their address space.
 pub(crate) fn door_of(segment: &Segment, me: usize) -> u64 {
@@ -19,13 +24,33 @@ pub(crate) struct Reach {
     me: usize,
     /// By local rank; `None` where this rank knows no name for one.
     pids: Vec<Option<i32>>,
+    /// As far as they can be watched.
+    processes: Vec<Option<Arc<Process>>>,
     /// Bytes copied so far.
     bytes: u64,
 }
 
 impl Reach {
     pub(crate) fn new(me: usize, pids: Vec<Option<i32>>) -> Reach {
-        Reach { me, pids, bytes: 0 }
+        Reach { me, pids, processes: Vec::new(), bytes: 0 }
+    }
+
+    /// A reach that knows when a number has become another process's.
+    pub(crate) fn watching(me: usize, peers: &Peers) -> Reach {
+        Reach { processes: peers.processes().to_vec(), ..Reach::new(me, peers.pids().to_vec()) }
+    }
+
+    /// As if `peer` had been a process that has ended, and another had its number now.
+    #[cfg(test)]
+    pub(crate) fn of_stranger(mut self, peer: usize) -> Reach {
+        self.processes = vec![None; self.size()];
+        self.processes[peer] = Some(crate::peers::ended());
+        self
+    }
+
+    /// Whether `peer` is the process it was, as far as can be known.
+    pub(crate) fn is_alive(&self, peer: usize) -> bool {
+        !matches!(self.processes.get(peer), Some(Some(process)) if process.has_ended())
     }
 
     /// Ranks of the node.
@@ -58,11 +83,14 @@ impl Reach {
         segment: &Segment,
     ) -> bool {
         let Ok(pid) = self.pid(peer) else { return false };
+        if !self.is_alive(peer) {
+            return false;
+        }
         if !door::enter(segment, peer, self.me) {
             // It tells why by itself.
             return false;
         }
-        let went = write_process(pid, to, source, door + 8 * self.me as u64);
+        let went = write_process(pid, to, source, door.wrapping_add(8 * self.me as u64));
         if !matches!(went, Ok(went) if went == source.len()) {
             door::leave(segment, peer, self.me);
         }
@@ -141,6 +169,8 @@ mod tests {
         // Memory that is not there, of which the kernel says so: the rank has left all the same.
         assert!(!reach.write(1, door, 4096, source, &segment));
         assert!(!door::is_inside(&segment, 1, 0));
+        let mut too_late = Reach::new(0, vec![own; 2]).of_stranger(1);
+        assert!(!too_late.write(1, door, to + 33, source, &segment) && too_late.bytes() == 0);
         door::close(&segment, 1);
         assert!(!reach.write(1, door, to + 33, source, &segment));
         assert_eq!((target, reach.bytes()), ([0; 200], 100));

@@ -51,9 +51,6 @@ const MOST_GATHERED: usize = 8 << 20;
 /// the third as well.
 const STRETCH: usize = 4 << 20;
 
-/// Bytes one poll may copy so: a system call each. Smaller ones cost up to a quarter (docs/performance-log.md).
-pub(crate) const AT_ONCE: usize = 1 << 20;
-
 /// What a rank says in the first exchange: where its buffers lie. All zero: it offers nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
@@ -275,7 +272,7 @@ impl SingleCopy {
         target: Region,
     ) -> bool {
         let from = self.offers.get(rank).and_then(|offer| offer.at(span, shift));
-        let came = from.is_some_and(|from| self.reach.read(rank, from + done as u64, target));
+        let came = from.is_some_and(|from| self.reach.read(rank, from.wrapping_add(done as u64), target));
         self.note(came)
     }
 
@@ -291,7 +288,9 @@ impl SingleCopy {
         segment: &Segment,
     ) -> bool {
         let to = self.offers.get(rank).and_then(|offer| Some((offer.door, offer.at(span, shift)?)));
-        let write = |(door, to)| self.reach.write(rank, door, to + done as u64, source, segment);
+        let write = |(door, to): (u64, u64)| {
+            self.reach.write(rank, door, to.wrapping_add(done as u64), source, segment)
+        };
         let went = to.is_some_and(write);
         self.note(went)
     }

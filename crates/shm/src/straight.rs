@@ -8,16 +8,15 @@ use smddp_core::transport::Message;
 
 use crate::deal::{Deal, End, Stand};
 use crate::layout::Memory;
-use crate::reach::{Reach, door_of, still_stood};
+use crate::reach::{AT_ONCE, Reach, door_of, still_stood};
 use crate::segment::Segment;
 
 /// The shortest message that is faster so than through cells (docs/performance-log.md).
 pub(crate) const LEAST: usize = 256 << 10;
 
-/// A piece is a quarter of its message, within these bounds: a system call each, and neither side ends long after the other.
+/// A piece is a quarter of its message, at least so long and at most [`AT_ONCE`]: a system call each, and neither side ends long after the other.
 const PIECES: usize = 4;
 const SHORTEST: usize = 64 << 10;
-const LONGEST: usize = 1 << 20;
 
 /// A message that this rank gives, or takes.
 pub(crate) struct Straight {
@@ -50,7 +49,7 @@ fn pieces(total: usize) -> u32 {
 }
 
 fn piece(total: usize) -> usize {
-    (total / PIECES).clamp(SHORTEST, LONGEST).next_multiple_of(SHORTEST)
+    (total / PIECES).clamp(SHORTEST, AT_ONCE).next_multiple_of(SHORTEST)
 }
 
 /// Piece `index` of `whole`; empty behind its end.
@@ -97,13 +96,13 @@ impl Copier {
         segment.deal(peer, self.me, deal).end(End::Refused);
     }
 
-    /// Looks after a message to `peer`: writes a piece, if one is left and this rank `has_time`.
+    /// Looks after a message to `peer`: writes a piece, if one is left and `budget`.
     pub(crate) fn give(
         &mut self,
         segment: &Segment,
         peer: usize,
         straight: &Straight,
-        has_time: bool,
+        budget: &mut usize,
     ) -> Outcome {
         let deal = segment.deal(self.me, peer, straight.deal);
         match deal.stand() {
@@ -111,11 +110,13 @@ impl Copier {
                 deal.free();
                 Outcome::Over(end)
             }
-            Stand::Accepted if self.wanted && has_time => match deal.claim_back() {
+            Stand::Accepted if self.wanted && *budget > 0 => match deal.claim_back() {
                 Some(index) => {
                     let (to, door) = deal.target();
                     let (start, source) = nth_piece(straight.message.region, index);
-                    if self.reach.write(peer, door, to.wrapping_add(start as u64), source, segment) {
+                    let to = to.wrapping_add(start as u64);
+                    *budget = budget.saturating_sub(source.len());
+                    if !source.is_empty() && self.reach.write(peer, door, to, source, segment) {
                         deal.count();
                     } else {
                         deal.leave_back();
@@ -129,11 +130,21 @@ impl Copier {
         }
     }
 
-    /// Looks after a message from `peer`: reads a piece, if there is one left.
-    pub(crate) fn take(&mut self, segment: &Segment, peer: usize, straight: &Straight) -> Outcome {
+    /// Looks after a message from `peer`: reads a piece, if one is left and `budget`.
+    pub(crate) fn take(
+        &mut self,
+        segment: &Segment,
+        peer: usize,
+        straight: &Straight,
+        budget: &mut usize,
+    ) -> Outcome {
         let deal = self.taken(segment, peer, straight);
+        if *budget == 0 {
+            return Outcome::Nothing;
+        }
         if let Some(index) = deal.claim_front().filter(|_| self.wanted) {
             let (start, target) = nth_piece(straight.message.region, index);
+            *budget = budget.saturating_sub(target.len());
             if self.reach.read(peer, straight.from.wrapping_add(start as u64), target) {
                 return Outcome::Moved;
             }
@@ -143,17 +154,26 @@ impl Copier {
             deal.end(End::Unable);
             return Outcome::Over(End::Unable);
         }
-        // Of a rank that has given up nothing counts; why it did is heard soon.
-        if deal.is_whole(pieces(straight.message.region.len())) && still_stood(segment, peer) {
+        // Of a rank that has given up nothing counts; why it did is heard soon. Nor does what a stranger with its number had there.
+        if deal.is_whole(pieces(straight.message.region.len()))
+            && still_stood(segment, peer)
+            && self.reach.is_alive(peer)
+        {
             deal.end(End::Taken);
             return Outcome::Over(End::Taken);
         }
         Outcome::Nothing
     }
 
-    /// Whether nothing goes on before `peer` has written what it claimed.
-    pub(crate) fn waits(&self, segment: &Segment, peer: usize, straight: &Straight) -> bool {
-        self.taken(segment, peer, straight).is_claimed()
+    /// Whether a message to `peer` is not over before that does something.
+    pub(crate) fn waits_to_give(&self, segment: &Segment, peer: usize, straight: &Straight) -> bool {
+        !matches!(segment.deal(self.me, peer, straight.deal).stand(), Stand::Over(_))
+    }
+
+    /// Whether a message from `peer` is not over before that has written what it claimed, or never will be.
+    pub(crate) fn waits_to_take(&self, segment: &Segment, peer: usize, straight: &Straight) -> bool {
+        let pieces = pieces(straight.message.region.len());
+        self.taken(segment, peer, straight).waits_for_giver(pieces) || !self.reach.is_alive(peer)
     }
 
     fn taken<'a>(&self, segment: &'a Segment, peer: usize, straight: &Straight) -> &'a Deal {
@@ -200,21 +220,34 @@ mod tests {
         let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
         let (segment, [_, mut taker], [_, taken]) = agreed(&mut source, &mut target);
         for _ in 0..pieces(LEN) {
-            assert_eq!(taker.take(&segment, 0, &taken), Outcome::Moved);
+            assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Moved);
         }
         door::close(&segment, 0);
-        assert_eq!(taker.take(&segment, 0, &taken), Outcome::Nothing);
+        assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Nothing);
+    }
+
+    /// What was read last may have been a stranger's.
+    #[test]
+    fn what_comes_of_a_process_that_has_ended_is_not_taken() {
+        let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
+        let (segment, [_, mut taker], [_, taken]) = agreed(&mut source, &mut target);
+        taker.reach = taker.reach.of_stranger(0);
+        for _ in 0..pieces(LEN) {
+            assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Moved);
+        }
+        assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Nothing);
+        assert!(taker.waits_to_take(&segment, 0, &taken), "it says who is missing");
     }
 
     #[test]
     fn nothing_is_written_for_a_rank_that_has_given_up() {
         let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
         let (segment, [mut giver, _], [given, _]) = agreed(&mut source, &mut target);
-        assert_eq!(giver.give(&segment, 1, &given, true), Outcome::Moved);
+        assert_eq!(giver.give(&segment, 1, &given, &mut AT_ONCE.clone()), Outcome::Moved);
         door::close(&segment, 1);
         target.fill(2);
         for _ in 0..10 {
-            giver.give(&segment, 1, &given, true);
+            giver.give(&segment, 1, &given, &mut AT_ONCE.clone());
         }
         assert!(target == vec![2; LEN]);
         assert_eq!(giver.bytes(), (LEN / 4) as u64, "but for the first piece");
@@ -226,10 +259,14 @@ mod tests {
         let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
         let (segment, [_, mut taker], [given, taken]) = agreed(&mut source, &mut target);
         let mut lost = Copier::new(0, Reach::new(0, vec![Some(0), Some(i32::MAX)]), true);
-        lost.give(&segment, 1, &given, true);
-        assert_eq!(lost.give(&segment, 1, &given, true), Outcome::Nothing, "it does not try again");
-        while taker.take(&segment, 0, &taken) == Outcome::Moved {}
-        assert_eq!(lost.give(&segment, 1, &given, true), Outcome::Over(End::Taken));
+        lost.give(&segment, 1, &given, &mut AT_ONCE.clone());
+        assert_eq!(
+            lost.give(&segment, 1, &given, &mut AT_ONCE.clone()),
+            Outcome::Nothing,
+            "it does not try again"
+        );
+        while taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()) == Outcome::Moved {}
+        assert_eq!(lost.give(&segment, 1, &given, &mut AT_ONCE.clone()), Outcome::Over(End::Taken));
         assert!(target == source && lost.bytes() == 0);
         assert_eq!(segment.deal(0, 1, given.deal).stand(), Stand::Free);
     }
@@ -240,8 +277,8 @@ mod tests {
         let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
         let (segment, [mut giver, mut taker], [given, taken]) = agreed(&mut source, &mut target);
         let elsewhere = Straight { from: 4096, ..taken };
-        assert_eq!(taker.take(&segment, 0, &elsewhere), Outcome::Over(End::Unable));
-        assert_eq!(giver.give(&segment, 1, &given, true), Outcome::Over(End::Unable));
+        assert_eq!(taker.take(&segment, 0, &elsewhere, &mut AT_ONCE.clone()), Outcome::Over(End::Unable));
+        assert_eq!(giver.give(&segment, 1, &given, &mut AT_ONCE.clone()), Outcome::Over(End::Unable));
         assert!(!taker.offers(LEN) && giver.offers(LEN));
     }
 
@@ -254,7 +291,7 @@ mod tests {
             for index in 0..pieces(len) {
                 let (start, piece) = nth_piece(whole, index);
                 assert_eq!(start, end);
-                assert!(!piece.is_empty() && piece.len() <= LONGEST);
+                assert!(!piece.is_empty() && piece.len() <= AT_ONCE);
                 end += piece.len();
             }
             assert_eq!(end, len);

@@ -127,6 +127,28 @@ fn messages_of_any_length_arrive_whole() {
     );
 }
 
+/// Its peer may have left since: a rank that has what it waited for waits for nobody.
+#[test]
+fn who_need_only_look_waits_for_nobody() {
+    let mut pair = Pair::new(&[LEN, 8, 8, 8, 8]);
+    (0..5).for_each(|number| pair.recv(number));
+    pair.send(0);
+    pair.poll_giver();
+    while pair.poll_taker() {}
+    assert_eq!((&pair.taken[..], &pair.given[..]), (&[0][..], &[][..]));
+    assert!(pair.giver.waiting_for().is_empty(), "{:?}", pair.giver.waiting_for());
+    // The other way around: the giver has written all.
+    let mut pair = Pair::new(&[LEN]);
+    pair.recv(0);
+    pair.send(0);
+    pair.poll_giver();
+    pair.poll_taker();
+    assert!(pair.taker.waiting_for().is_empty(), "it could read itself");
+    while pair.poll_giver() {}
+    assert!(pair.taker.waiting_for().is_empty() && pair.giver.waiting_for() == [1]);
+    pair.finish(&[0]);
+}
+
 #[test]
 fn an_offer_waits_for_its_receive_and_shows_itself() {
     let mut pair = Pair::new(&[LEN, 8]);

@@ -50,7 +50,7 @@ const LOOKS_PER_SPIN: u32 = 4;
 /// Yields of a call on its caller's stack before it becomes an operation: where ranks share cores, the peer that it waits for mostly
 /// needs one or two turns of the core, and an operation costs more than a yield (docs/performance-log.md).
 const YIELDS_AT_ONCE: u32 = 50;
-/// A clock read costs as much as a poll; a turn copies at most about a slot.
+/// A clock read costs as much as a poll; a turn copies about a slot or a MiB at most (T4).
 const TURNS_PER_LOOK: u32 = 64;
 
 struct Shared<T: Transports> {
