@@ -508,8 +508,8 @@ fn a_door_closed_without_a_fence_is_found() {
     explore(3, Some(Mistake::NoCloseFence), one_gives_up);
 }
 
-/// Rank 0 gives a message of two pieces, twice; both ranks copy, as they come to it.
-fn two_share_the_copying() {
+/// Rank 0 gives a message of two pieces, twice; both ranks copy, as they come to it. Or rank 0 fails at its first, in the midst.
+fn two_share_the_copying(fails: bool) {
     const PIECES: u32 = 2;
     let heap = Heap::new(2, 0, 1);
     type Pieces = Arc<[Cell<u8>; PIECES as usize]>;
@@ -531,11 +531,12 @@ fn two_share_the_copying() {
             place.release(&theirs.cells[0], 1);
             let deal = theirs.deal(0, 1, 0);
             deal.accept(7, 8);
-            while let Some(at) = deal.claim_front() {
-                copy(&read, &written, at);
-            }
-            while !deal.is_whole(PIECES) {
-                thread::yield_now();
+            loop {
+                match deal.claim_front() {
+                    Some(at) => copy(&read, &written, at),
+                    None if deal.is_whole(PIECES) => break,
+                    None => thread::yield_now(),
+                }
             }
             // SAFETY: as above.
             let got = |at: usize| written[at].with(|byte| unsafe { *byte });
@@ -545,6 +546,7 @@ fn two_share_the_copying() {
     });
     let mut place = Place::default();
     let deal = heap.deal(0, 1, 0);
+    let mut has_failed = false;
     for round in 1..=2 {
         // SAFETY: as above: both the first time and once the message before it was taken, the memory is this rank's.
         source.iter().for_each(|piece| piece.with_mut(|byte| unsafe { *byte = round }));
@@ -556,10 +558,11 @@ fn two_share_the_copying() {
                 Stand::Over(end) => break assert_eq!(end, End::Taken),
                 Stand::Accepted => {
                     assert_eq!(deal.target(), (7, 8));
-                    match deal.claim_back() {
+                    match if has_failed { None } else { deal.claim_back() } {
                         Some(at) => {
                             copy(&source, &target, at);
-                            deal.count();
+                            has_failed = fails;
+                            if fails { deal.leave_back() } else { deal.count() }
                         }
                         None => thread::yield_now(),
                     }
@@ -574,19 +577,30 @@ fn two_share_the_copying() {
 
 #[test]
 fn a_message_is_copied_once_by_either() {
-    explore(2, None, two_share_the_copying);
+    explore(2, None, || two_share_the_copying(false));
+}
+
+#[test]
+fn what_one_fails_to_copy_the_other_does() {
+    explore(2, None, || two_share_the_copying(true));
+}
+
+#[test]
+#[should_panic]
+fn a_piece_left_too_early_is_found() {
+    explore(2, Some(Mistake::RelaxedCount), || two_share_the_copying(true));
 }
 
 #[test]
 #[should_panic]
 fn a_piece_counted_too_early_is_found() {
-    explore(2, Some(Mistake::RelaxedCount), two_share_the_copying);
+    explore(2, Some(Mistake::RelaxedCount), || two_share_the_copying(false));
 }
 
 #[test]
 #[should_panic]
 fn a_deal_ended_too_early_is_found() {
-    explore(2, Some(Mistake::RelaxedEnd), two_share_the_copying);
+    explore(2, Some(Mistake::RelaxedEnd), || two_share_the_copying(false));
 }
 
 #[test]
