@@ -451,6 +451,9 @@ class Collectives:
         to, tag = self._group_rank("send", "dst", dst), _tag("send", tag)
         if self._by_device(tensor):
             return self._between_devices("send", Message(to, True, input_span("send", "tensor", tensor), tensor))
+        work = self._short_message(True, to, tag, tensors)
+        if work is not None:
+            return work
         span = sent_span(tensor)
         code, _ = mover(tensor)
         return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
@@ -461,6 +464,9 @@ class Collectives:
         of, tag = self._group_rank("recv", "src", src), _tag("recv", tag)
         if self._by_device(tensor):
             return self._between_devices("recv", Message(of, False, output_span("recv", "tensor", tensor), tensor))
+        work = self._short_message(False, of, tag, tensors)
+        if work is not None:
+            return work
         span = received_span(tensor)
         code, _ = mover(tensor)
         return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
@@ -569,6 +575,13 @@ class Collectives:
         if self._comm.run_tensors(collective, code, root, output, input, _limit(codes.NAMES[collective], opts)):
             return DONE
         return None
+
+    def _short_message(self, sends: bool, peer: int, tag: int, tensors: list[Tensor]) -> Work | None:
+        """The short way of a message; None: its tensor, or a profiler, needs the long one."""
+        if self._profiler._is_profiler_enabled:
+            return None
+        handle = self._comm.start_message(sends, peer, tag, tensors[0])
+        return None if handle is None else self._cuda.note(SmddpWork(handle, tensors))
 
     def _issue(
         self,

@@ -128,15 +128,16 @@ def output_list(op: str, argument: str, tensors: Sequence[Tensor], *, also_read:
 
 def sent_span(tensor: Tensor) -> Span:
     """A tensor that is a message. Messages between devices pass through the host."""
-    source = check("send", "tensor", tensor)
-    return input_span("send", "tensor", source.detach().cpu() if source.is_cuda else source)
+    if _is_on_device(tensor):
+        tensor = check("send", "tensor", tensor).detach().cpu()
+    return input_span("send", "tensor", tensor)
 
 
 def received_span(tensor: Tensor) -> Span:
     """A tensor that a message is written to."""
+    if not _is_on_device(tensor):
+        return output_span("recv", "tensor", tensor)
     target = check("recv", "tensor", tensor).detach()
-    if not target.is_cuda:
-        return output_span("recv", "tensor", target)
     refuse_overlap("recv", "tensor", target)
     inside = torch.empty(target.shape, dtype=target.dtype, device="cpu", pin_memory=True)
     return _of(inside, Once(lambda: _copy(target, inside)))
@@ -196,6 +197,10 @@ def reduction_code(op: str, reduction: ReduceOp, tensor: object) -> tuple[int, f
     supported = ", ".join([*_REDUCTION_NAMES.values(), "PREMUL_SUM"])
     dtype = getattr(tensor, "dtype", "unknown")
     raise UnsupportedError.of(op, name, dtype, f"there is no such reduction here; there are: {supported}")
+
+
+def _is_on_device(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_cuda
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -196,6 +196,30 @@ impl Communicator {
         self.launch(py, request, keep).map(Some)
     }
 
+    /// The short way for a dense CPU tensor as a message to `peer`, or from it: a handle, or None when the tensor needs the long way.
+    #[pyo3(signature = (sends, peer, tag, tensor))]
+    fn start_message(
+        &self,
+        py: Python<'_>,
+        sends: bool,
+        peer: usize,
+        tag: u64,
+        tensor: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Handle>> {
+        let dense = dlpack::describe(py, tensor).filter(|dense| dense.device.is_none());
+        let Some(dense) = dense else { return Ok(None) };
+        let (memory, dtype) = (region(dense.memory()), dense.dtype);
+        // SAFETY: P2: the handle holds the tensor.
+        let started = py.detach(|| unsafe {
+            if sends {
+                self.inner.start_send(peer, tag, dtype, memory)
+            } else {
+                self.inner.start_recv(peer, tag, dtype, memory)
+            }
+        });
+        Ok(Some(Handle::new(raise(py, started)?, [Some(tensor.clone().unbind()), None])))
+    }
+
     /// Starts sending `memory` to rank `to`.
     #[pyo3(signature = (to, tag, dtype, memory, keep=None))]
     fn start_send(

@@ -194,6 +194,8 @@ pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<Dense> {
     };
     // SAFETY: just filled, and `object` is alive.
     let (address, count) = unsafe { view.dense() }?;
+    // A storage that was given back has no address.
+    (address != 0 || count == 0).then_some(())?;
     Some(Dense { device, dtype: view.dtype()?, address, count })
 }
 
@@ -230,10 +232,6 @@ pub fn tensors(
         Some(input) => describe(py, input)?,
     };
     if from.dtype != into.dtype || from.device != into.device {
-        return None;
-    }
-    // As of a tensor whose storage was given back.
-    if [into, from].iter().any(|tensor| tensor.address == 0 && tensor.count > 0) {
         return None;
     }
     let (count, from_count) = (into.count, from.count);
