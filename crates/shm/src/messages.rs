@@ -99,9 +99,11 @@ pub(crate) struct Messages {
     /// Bytes one poll may copy, each way.
     budget: usize,
     lanes: Vec<Lane>,
-    /// Peers with something to send to, and to receive from.
+    /// Peers with something to send to, and to receive from, through cells; and those with straight messages under way.
     sending: Mask,
     receiving: Mask,
+    giving: Mask,
+    taking: Mask,
     copier: Copier,
     /// Whose straight messages come first in the next poll: another's each time.
     first: usize,
@@ -121,6 +123,8 @@ impl Messages {
             lanes: (0..layout.local_size).map(|_| Lane::default()).collect(),
             sending: Mask::default(),
             receiving: Mask::default(),
+            giving: Mask::default(),
+            taking: Mask::default(),
             copier,
             first: 0,
             complete: Vec::new(),
@@ -133,7 +137,8 @@ impl Messages {
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        self.sending.is_empty() && self.receiving.is_empty() && self.complete.is_empty()
+        let masks = [self.sending, self.receiving, self.giving, self.taking];
+        masks.iter().all(Mask::is_empty) && self.complete.is_empty()
     }
 
     /// Forgets everything.
@@ -141,7 +146,9 @@ impl Messages {
         for lane in &mut self.lanes {
             *lane = Lane { put: lane.put, take: lane.take, ..Lane::default() };
         }
-        (self.sending, self.receiving) = (Mask::default(), Mask::default());
+        for mask in [&mut self.sending, &mut self.receiving, &mut self.giving, &mut self.taking] {
+            *mask = Mask::default();
+        }
         self.complete.clear();
     }
 
@@ -177,7 +184,7 @@ impl Messages {
                 let straight = Straight { message, deal, from };
                 self.copier.accept(segment, peer, &straight);
                 lane.taken.push(straight);
-                self.receiving.set(peer);
+                self.taking.set(peer);
                 return Ok(());
             }
         };
@@ -241,6 +248,7 @@ impl Messages {
             {
                 lane.put.publish(cell, self.cells, straight.frame(data));
                 lane.given.push(straight);
+                self.giving.set(peer);
                 lane.outgoing.pop_front();
                 moved = true;
                 continue;
@@ -266,9 +274,7 @@ impl Messages {
                 }
             }
         }
-        if lane.given.is_empty() {
-            self.sending.clear(peer);
-        }
+        self.sending.clear(peer);
         moved
     }
 
@@ -276,8 +282,15 @@ impl Messages {
     fn take_straight(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
         let mut budget = AT_ONCE;
         let mut moved = false;
-        for peer in self.receiving.iter_from(self.first) {
-            moved |= self.lanes[peer].take_straight(peer, segment, &mut self.copier, &mut budget, done);
+        for peer in self.taking.iter_from(self.first) {
+            let lane = &mut self.lanes[peer];
+            moved |= lane.take_straight(peer, segment, &mut self.copier, &mut budget, done);
+            if lane.taken.is_empty() {
+                self.taking.clear(peer);
+            }
+            if !lane.posted.is_empty() {
+                self.receiving.set(peer);
+            }
         }
         moved
     }
@@ -285,14 +298,16 @@ impl Messages {
     /// Goes on with what this rank has offered.
     fn give_straight(&mut self, segment: &Segment, done: &mut Vec<Ctx>) -> bool {
         // What a rank reads itself is in its caches then: it writes for others when it has nothing to read.
-        let reads = self.receiving.iter().any(|peer| !self.lanes[peer].taken.is_empty());
-        let mut budget = if reads { 0 } else { AT_ONCE };
+        let mut budget = if self.taking.is_empty() { AT_ONCE } else { 0 };
         let mut moved = false;
-        for peer in self.sending.iter_from(self.first) {
+        for peer in self.giving.iter_from(self.first) {
             let lane = &mut self.lanes[peer];
             moved |= lane.give_straight(peer, segment, &mut self.copier, &mut budget, done);
-            if lane.given.is_empty() && lane.outgoing.is_empty() {
-                self.sending.clear(peer);
+            if lane.given.is_empty() {
+                self.giving.clear(peer);
+            }
+            if !lane.outgoing.is_empty() {
+                self.sending.set(peer);
             }
         }
         moved
@@ -323,7 +338,9 @@ impl Messages {
             let len = frame.len as usize;
             let data = segment.cell_data(peer, self.me, index);
             if frame.offer != 0 {
-                lane.meet_offer(&frame, peer, data, segment, &self.copier)?;
+                if lane.meet_offer(&frame, peer, data, segment, &self.copier)? {
+                    self.taking.set(peer);
+                }
                 lane.take.release(cell, self.cells);
                 moved = true;
                 continue;
@@ -351,9 +368,7 @@ impl Messages {
                 done.push(message.ctx);
             }
         }
-        if lane.taken.is_empty() {
-            self.receiving.clear(peer);
-        }
+        self.receiving.clear(peer);
         Ok(moved)
     }
 
@@ -445,7 +460,7 @@ impl Lane {
         moved
     }
 
-    /// Takes note of an offered message, and begins to take it if its receive is posted.
+    /// Takes note of an offered message, and begins to take it if its receive is posted; true if so.
     fn meet_offer(
         &mut self,
         frame: &Frame,
@@ -453,7 +468,7 @@ impl Lane {
         data: Region,
         segment: &Segment,
         copier: &Copier,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let deal = (frame.offer - 1) as usize;
         let mut known =
             self.taken.iter().map(|one| one.deal).chain(self.early.iter().filter_map(Early::deal));
@@ -474,13 +489,14 @@ impl Lane {
                 let straight = Straight { message, deal, from };
                 copier.accept(segment, peer, &straight);
                 self.taken.push(straight);
+                Ok(true)
             }
             None => {
                 let held = Held::Offer { deal, from };
                 self.early.push(Early { key: frame.key, call: frame.call, total, held });
+                Ok(false)
             }
         }
-        Ok(())
     }
 
     /// Nothing has come: refuses an offer that may be in the way of what is waited for (S3). True if it did.
