@@ -368,6 +368,9 @@ fn measure_processes(brought: usize) -> Vec<f64> {
     let (parent, child) = unsafe { (libc::getpid(), libc::fork()) };
     assert!(child >= 0, "{}", std::io::Error::last_os_error());
     if child == 0 {
+        // Else it would wait for ever for a parent that failed.
+        // SAFETY: no memory is involved.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
         // The parent would wait for ever for one that failed.
         let ended = std::panic::catch_unwind(|| told.exchange(1, parent, brought));
         // SAFETY: nothing of the parent's is to be cleaned up here.

@@ -255,14 +255,7 @@ impl Messages {
             }
             let len = (message.region.len() - *sent).min(data.len());
             self.pen.write(data.slice(0, len), message.region.slice(*sent, len), !self.hands_back);
-            let frame = Frame {
-                key: message.key,
-                call: message.call,
-                total: message.region.len() as u64,
-                len: len as u32,
-                offer: 0,
-            };
-            lane.put.publish(cell, self.cells, frame);
+            lane.put.publish(cell, self.cells, frame(message, len, 0));
             *sent += len;
             *budget = budget.saturating_sub(len.max(1));
             moved = true;
@@ -575,14 +568,14 @@ impl Straight {
         let mut address = from.to_ne_bytes();
         // SAFETY: `address` is this function's alone.
         data.slice(0, OFFER).copy_from(unsafe { Region::of(&mut address) });
-        Frame {
-            key: message.key,
-            call: message.call,
-            total: message.region.len() as u64,
-            len: OFFER as u32,
-            offer: *deal as u32 + 1,
-        }
+        frame(message, OFFER, *deal as u32 + 1)
     }
+}
+
+/// One of `message`, with `len` bytes behind it.
+fn frame(message: &Message, len: usize, offer: u32) -> Frame {
+    let total = message.region.len() as u64;
+    Frame { key: message.key, call: message.call, total, len: len as u32, offer }
 }
 
 fn broken<R>(frame: &Frame, peer: usize, what: &str) -> Result<R> {

@@ -14,11 +14,6 @@ use crate::sync::{Ordering, enter_fence};
 /// Bytes one poll may copy so each way: a system call. Smaller ones cost up to a quarter (docs/performance-log.md).
 pub(crate) const AT_ONCE: usize = 1 << 20;
 
-/// Where a rank's door is for its peers, in their address space.
-pub(crate) fn door_of(segment: &Segment, me: usize) -> u64 {
-    segment.insides(me)
-}
-
 /// The peers' processes, as this rank knows them.
 pub(crate) struct Reach {
     me: usize,
@@ -158,7 +153,7 @@ mod tests {
         let (mut source, mut target) = ([5u8; 100], [0u8; 200]);
         // SAFETY: both outlive the calls below, which alone touch them.
         let source = unsafe { Region::of(&mut source) };
-        let (to, door) = (target.as_mut_ptr() as u64, door_of(&segment, 1));
+        let (to, door) = (target.as_mut_ptr() as u64, segment.insides(1));
         assert!(reach.write(1, door, to + 33, source, &segment));
         assert_eq!(
             (&target[..33], &target[33..133], &target[133..]),

@@ -27,7 +27,7 @@ use smddp_core::{Collective, Region};
 
 use crate::cut::{CUT_ALIGN, includes, travels};
 use crate::geometry::SingleCopies;
-use crate::reach::{Reach, door_of};
+use crate::reach::Reach;
 use crate::segment::Segment;
 
 /// Exchanges of a phase that goes well.
@@ -74,7 +74,7 @@ impl Offer {
         if moves.iter().filter(|m| travels(m, me)).all(lasting) {
             let Buffers { input, output, scratch } = run.buffers;
             let [input, output, scratch] = [input, output, scratch].map(|region| region.as_ptr() as u64);
-            Offer { input, output, scratch, door: door_of(segment, me) }
+            Offer { input, output, scratch, door: segment.insides(me) }
         } else {
             Offer::default()
         }

@@ -1,6 +1,6 @@
 //! Large messages straight from one rank's private memory into another's, copied by both (`deal`, `reach`).
 //!
-//! A frame without data tells of such a message (*offer*): where it lies, and by which deal it is copied. Nothing is copied before its
+//! A frame that carries none of its data tells of such a message (*offer*): where it lies, and by which deal it is copied. Nothing is copied before its
 //! receive is posted, and it holds up no other message.
 
 use smddp_core::Region;
@@ -8,7 +8,7 @@ use smddp_core::transport::Message;
 
 use crate::deal::{Deal, End, Stand};
 use crate::layout::Memory;
-use crate::reach::{AT_ONCE, Reach, door_of, still_stood};
+use crate::reach::{AT_ONCE, Reach, still_stood};
 use crate::segment::Segment;
 
 /// The shortest message that is faster so than through cells (docs/performance-log.md).
@@ -87,7 +87,7 @@ impl Copier {
     pub(crate) fn accept(&self, segment: &Segment, peer: usize, straight: &Straight) {
         if self.wanted {
             let target = straight.message.region.as_ptr() as u64;
-            self.taken(segment, peer, straight).accept(target, door_of(segment, self.me));
+            self.taken(segment, peer, straight).accept(target, segment.insides(self.me));
         }
     }
 

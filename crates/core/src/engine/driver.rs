@@ -317,7 +317,7 @@ mod tests {
     use crate::call::{Call, Collective};
     use crate::dtype::DType;
     use crate::engine::execution::Route;
-    use crate::engine::op::Work;
+    use crate::engine::op::{BRIEF, Work};
     use crate::memory::Region;
     use crate::testing::{MemoryNode, MemoryTransports};
     use crate::topology::GroupShape;
@@ -350,10 +350,10 @@ mod tests {
 
     #[test]
     fn brief_work_of_one_node_is_left_for_later() {
-        let mut memory = vec![0u8; (1 << 20) + 1];
+        let mut memory = vec![0u8; BRIEF];
         let mut driver = driver(&GroupShape::even(1, 2));
         assert_eq!(driver.left(), None);
-        driver.start(receive(&mut memory[..1 << 20], 0));
+        driver.start(receive(&mut memory, 0));
         assert_eq!(driver.left(), Some(When::Later));
         // Together they are not.
         driver.start(receive(&mut memory[..1], 1));

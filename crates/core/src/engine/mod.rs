@@ -241,11 +241,12 @@ impl<T: Transports> Engine<T> {
             let from_thread = op.is_brief()
                 && shared.thread_drives.load(Ordering::Acquire)
                 && !shared.deaf.load(Ordering::Relaxed);
-            from_thread.then(|| shared.seat().ok()).flatten()
+            let mut driver = from_thread.then(|| shared.seat().ok())??;
+            shared.take_inbox(&mut driver);
+            Some(driver)
         });
         match seat {
             Some(mut driver) => {
-                self.shared.take_inbox(&mut driver);
                 driver.start(op);
                 driver.turn();
                 self.finish_help(driver);
