@@ -24,6 +24,7 @@ pub mod testing;
 pub mod threads;
 pub mod topology;
 pub mod transport;
+pub mod yields;
 
 pub use call::{Call, Collective};
 pub use dtype::{DType, ReduceOp};

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::memory::{Owner, Region};
 use crate::plan::{Buf, Plan, Span};
 use crate::shared::Shared;
+use crate::yields::{LOOK_OUT, LookOut, Yields};
 
 /// The engine's own mark on a submitted piece of work; comes back unchanged when it is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,24 +94,27 @@ pub struct Message {
 }
 
 /// How long a phase that runs on the spot waits for its peers: some looks one behind the other, then some with the core yielded
-/// before each, for a peer that shares it; no longer than nobody else of this process waits.
+/// before each, for a peer that shares it; no longer than nobody else of this process waits. Where yields are dear, looks alone in
+/// place of them, if there are to be any.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience<'a> {
     looks: u32,
     yields: u32,
-    /// Who else waits meanwhile.
-    others: &'a AtomicUsize,
+    may_spin: bool,
+    look_out: LookOut,
+    /// Who else waits meanwhile, and how to yield to them; none: never.
+    company: Option<(&'a AtomicUsize, &'a Yields)>,
 }
 
 impl<'a> Patience<'a> {
-    pub fn new(looks: u32, yields: u32, others: &'a AtomicUsize) -> Patience<'a> {
-        Patience { looks, yields, others }
+    pub fn new(looks: u32, yields: u32, others: &'a AtomicUsize, way: &'a Yields) -> Patience<'a> {
+        let (may_spin, company) = (looks > 0, Some((others, way)));
+        Patience { looks, yields, may_spin, look_out: LookOut::default(), company }
     }
 
     /// Without yields.
     pub fn of_looks(looks: u32) -> Patience<'static> {
-        static NOBODY: AtomicUsize = AtomicUsize::new(0);
-        Patience { looks, yields: 0, others: &NOBODY }
+        Patience { looks, yields: 0, may_spin: true, look_out: LookOut::default(), company: None }
     }
 
     /// Waits a little after a look in vain. False: it is at its end.
@@ -121,11 +125,20 @@ impl<'a> Patience<'a> {
             std::hint::spin_loop();
             return true;
         }
-        if self.yields == 0 || self.others.load(Ordering::Relaxed) > 0 {
+        self.wait_longer()
+    }
+
+    fn wait_longer(&mut self) -> bool {
+        let Some((others, way)) = self.company else { return false };
+        if self.yields == 0 || others.load(Ordering::Relaxed) > 0 {
             return false;
         }
+        if self.may_spin && way.are_dear() {
+            std::hint::spin_loop();
+            return self.look_out.lasts(LOOK_OUT);
+        }
         self.yields -= 1;
-        std::thread::yield_now();
+        way.give_way();
         true
     }
 }
@@ -266,8 +279,20 @@ mod tests {
         let others = AtomicUsize::new(0);
         assert_eq!(waits(Patience::of_looks(0)), 0);
         assert_eq!(waits(Patience::of_looks(3)), 3);
-        assert_eq!(waits(Patience::new(3, 4, &others)), 7);
+        let way = Yields::default();
+        assert_eq!(waits(Patience::new(3, 4, &others, &way)), 7);
         others.store(1, Ordering::Relaxed);
-        assert_eq!(waits(Patience::new(3, 4, &others)), 3);
+        assert_eq!(waits(Patience::new(3, 4, &others, &way)), 3);
+    }
+
+    #[test]
+    fn where_yields_are_dear_patience_looks_on_instead() {
+        let (others, way) = (AtomicUsize::new(0), Yields::dear());
+        let mut patience = Patience::new(3, 4, &others, &way);
+        while patience.wait() {}
+        assert_eq!((patience.looks, patience.yields), (0, 4));
+        // Without yields there is nothing in place of them; who may not spin yields.
+        assert_eq!(waits(Patience::new(3, 0, &others, &way)), 3);
+        assert_eq!(waits(Patience::new(0, 4, &others, &way)), 4);
     }
 }

@@ -15,6 +15,7 @@ use smddp_core::dtype::{DType, ReduceOp};
 use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
 use smddp_core::transport::{Arith, Ctx, NodeLocal, Patience, PhaseRun};
+use smddp_core::yields::Yields;
 use smddp_core::{Error, Region};
 use smddp_shm::{Geometry, Membership};
 
@@ -326,14 +327,14 @@ fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
 #[test]
 fn a_phase_on_the_spot_yields_until_its_peer_has_come() {
     let plan = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8))]);
-    let nobody = AtomicUsize::new(0);
+    let (nobody, way) = (AtomicUsize::new(0), Yields::default());
     let come = on_ranks(2, SMALL, |rank, mut node| {
         let mut memory = Memory { input: vec![1; 8], output: vec![0; 8], scratch: vec![] };
         let phase = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call(8), 0);
         if rank == 1 {
             std::thread::sleep(Duration::from_millis(50));
         }
-        let over = node.run_now(&phase, Patience::new(0, u32::MAX, &nobody)).unwrap();
+        let over = node.run_now(&phase, Patience::new(0, u32::MAX, &nobody, &way)).unwrap();
         (over, memory.output)
     });
     assert_eq!(come, [(true, vec![2; 8]), (true, vec![2; 8])]);

@@ -6,11 +6,15 @@
 
 use std::time::Duration;
 
+use crate::yields::{LookOut, Yields};
+
 /// Fruitless polls in each stage.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     pub spins: u32,
     pub yields: u32,
+    /// How long to look on instead of yielding where yields are dear.
+    pub look_out: Duration,
 }
 
 /// What to do next.
@@ -23,20 +27,23 @@ pub enum Step {
 
 /// Counts fruitless polls.
 #[derive(Debug)]
-pub struct Idle {
+pub struct Idle<'a> {
     pace: Pace,
+    yields: &'a Yields,
     count: u32,
+    look_out: LookOut,
     sleeps: u32,
 }
 
-impl Idle {
-    pub fn new(pace: Pace) -> Idle {
-        Idle { pace, count: 0, sleeps: 0 }
+impl<'a> Idle<'a> {
+    pub fn new(pace: Pace, yields: &'a Yields) -> Idle<'a> {
+        Idle { pace, yields, count: 0, look_out: LookOut::default(), sleeps: 0 }
     }
 
     /// Something moved.
     pub fn reset(&mut self) {
         self.count = 0;
+        self.look_out = LookOut::default();
         self.sleeps = 0;
     }
 
@@ -49,9 +56,12 @@ impl Idle {
 
     pub fn fruitless(&mut self) -> Step {
         self.count = self.count.saturating_add(1);
-        if self.count <= self.pace.spins {
+        let Pace { spins, yields, look_out } = self.pace;
+        if self.count <= spins {
             Step::Spin
-        } else if self.count <= self.pace.spins.saturating_add(self.pace.yields) {
+        } else if spins > 0 && self.yields.are_dear() {
+            if self.look_out.lasts(look_out) { Step::Spin } else { Step::Sleep }
+        } else if self.count <= spins.saturating_add(yields) {
             Step::Yield
         } else {
             Step::Sleep
@@ -76,7 +86,8 @@ mod tests {
 
     #[test]
     fn stages_come_in_order_and_start_again() {
-        let mut idle = Idle::new(Pace { spins: 2, yields: 1 });
+        let (pace, yields) = (Pace { spins: 2, yields: 1, look_out: Duration::MAX }, Yields::default());
+        let mut idle = Idle::new(pace, &yields);
         let stages: Vec<Step> = (0..4).map(|_| idle.fruitless()).collect();
         assert_eq!(stages, [Step::Spin, Step::Spin, Step::Yield, Step::Sleep]);
         idle.reset();
@@ -84,5 +95,17 @@ mod tests {
         let naps: Vec<Duration> = (0..100).map(|_| idle.nap()).collect();
         assert_eq!(naps[0], SHORT_SLEEP);
         assert!(naps.is_sorted() && naps[99] == SHORT_SLEEP * 16);
+    }
+
+    #[test]
+    fn where_yields_are_dear_there_are_looks_instead() {
+        let dear = Yields::dear();
+        let third = |spins, look_out| {
+            let mut idle = Idle::new(Pace { spins, yields: 9, look_out }, &dear);
+            (0..3).map(|_| idle.fruitless()).last()
+        };
+        assert_eq!(third(2, Duration::MAX), Some(Step::Spin));
+        assert_eq!(third(2, Duration::ZERO), Some(Step::Sleep));
+        assert_eq!(third(0, Duration::MAX), Some(Step::Yield), "ranks share cores");
     }
 }

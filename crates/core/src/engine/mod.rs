@@ -34,6 +34,7 @@ use crate::memory::Owner;
 use crate::process;
 use crate::settings::Settings;
 use crate::transport::{Bell, Fabric, Patience, Transports};
+use crate::yields::{self, Yields};
 use callbacks::Callbacks;
 use driver::{Bed, Driver};
 use group::{Immediate, Seat, Tried};
@@ -42,9 +43,9 @@ use op::OpState;
 use summons::{Nap, Summons, When};
 
 /// A yield costs about a microsecond where nobody else wants the core.
-const CALLER: Pace = Pace { spins: u32::MAX, yields: 500 };
+const CALLER: Pace = Pace { spins: u32::MAX, yields: 500, look_out: yields::LOOK_OUT };
 /// The progress thread shares its core with the user's compute: it hardly spins.
-const THREAD: Pace = Pace { spins: 20, yields: 50 };
+const THREAD: Pace = Pace { spins: 20, yields: 50, look_out: Duration::ZERO };
 /// A transport that looks for one thing alone looks so often in the time of a driver's turn.
 const LOOKS_PER_SPIN: u32 = 4;
 /// Yields of a call on its caller's stack before it becomes an operation: where ranks share cores, the peer that it waits for mostly
@@ -72,6 +73,7 @@ struct Shared<T: Transports> {
     bell: Mutex<Option<Arc<dyn Bell>>>,
     stop: AtomicBool,
     spins: AtomicU32,
+    yields: Yields,
     callbacks: Callbacks,
 }
 
@@ -100,6 +102,7 @@ impl<T: Transports> Engine<T> {
             bell: Mutex::new(None),
             stop: AtomicBool::new(false),
             spins: AtomicU32::new(settings.number("SMDDP_SPIN") as u32),
+            yields: Yields::default(),
             callbacks: Callbacks::default(),
         });
         let for_thread = Arc::clone(&shared);
@@ -279,7 +282,7 @@ impl<T: Transports> Engine<T> {
         let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
         // What other groups have under way goes on meanwhile only if this call becomes an operation.
         let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
-        let patience = Patience::new(looks, yields, &self.shared.wanted);
+        let patience = Patience::new(looks, yields, &self.shared.wanted, &self.shared.yields);
         let tried = driver.run_now(group, call, patience);
         match &tried {
             Tried::Later(op) => {
@@ -475,7 +478,7 @@ impl<T: Transports> Shared<T> {
         pace: Pace,
     ) {
         let spins = self.spins.load(Ordering::Relaxed);
-        let mut idle = Idle::new(Pace { spins: spins.min(pace.spins), ..pace });
+        let mut idle = Idle::new(Pace { spins: spins.min(pace.spins), ..pace }, &self.yields);
         let mut turns: u32 = 0;
         loop {
             self.take_inbox(driver);
@@ -490,7 +493,7 @@ impl<T: Transports> Shared<T> {
             } else {
                 match idle.fruitless() {
                     Step::Spin => std::hint::spin_loop(),
-                    Step::Yield => std::thread::yield_now(),
+                    Step::Yield => self.yields.give_way(),
                     Step::Sleep => {
                         self.sleep(driver, idle.nap());
                         look_at_clock = true;
