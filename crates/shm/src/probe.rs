@@ -186,12 +186,14 @@ impl Meeting {
 
 fn exchange<const N: usize>(
     measure: Measure<N>,
-    mut ends: Vec<ShmNode>,
+    ends: Vec<ShmNode>,
     me: usize,
     meeting: &Meeting,
     deadline: Instant,
 ) -> Result<Option<Vec<[f64; N]>>, Error> {
     let mut rank = Rank::new(me, meeting, deadline);
+    // Dropped before the rank's data: out of time, the other end may still be writing there until this one's doors close.
+    let mut ends = ends;
     let mut fastest = vec![[f64::INFINITY; N]; ends.len()];
     for round in 0..=MOST_ROUNDS {
         for (index, node) in ends.iter_mut().enumerate() {
@@ -242,7 +244,8 @@ impl<'a> Rank<'a> {
     /// All-reduces, broadcasts, and broadcasts whose reader hands lines back. `None` where the deadline came first, as for all
     /// that follow.
     fn all_reduce_and_broadcast(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 3]>, Error> {
-        // SAFETY: `data` stays in place; a run that did not end before `run` returned is not polled again.
+        // SAFETY: `data` stays in place until the ends, with their doors, are closed (`exchange`); a run that did not end before `run`
+        // returned is not polled again.
         let whole = unsafe { Region::of(&mut self.data) };
         let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
         let pieces: [usize; PIECES] = std::array::from_fn(|piece| piece * PIECE);
