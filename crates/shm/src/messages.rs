@@ -105,7 +105,7 @@ pub(crate) struct Messages {
     giving: Mask,
     taking: Mask,
     copier: Copier,
-    /// Whose straight messages come first in the next poll: another's each time.
+    /// Whose messages come first in the next poll: another's each time.
     first: usize,
     /// Receives that were complete when they were posted.
     complete: Vec<Ctx>,
@@ -215,12 +215,12 @@ impl Messages {
         let mut moved = !self.complete.is_empty();
         done.append(&mut self.complete);
         let mut budget = self.budget;
-        for peer in self.sending.iter() {
+        for peer in self.sending.iter_from(self.first) {
             moved |= self.put(peer, segment, done, &mut budget);
         }
         moved |= self.take_straight(segment, done);
         let mut budget = self.budget;
-        for peer in self.receiving.iter() {
+        for peer in self.receiving.iter_from(self.first) {
             moved |= self.take(peer, segment, is_last, done, &mut budget)?;
             self.lanes[peer].curious = false;
         }
