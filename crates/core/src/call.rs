@@ -78,7 +78,8 @@ impl fmt::Display for Collective {
 ///
 /// `count` is in elements: of the whole buffer for all_reduce, broadcast, reduce; of one rank's block for
 /// all_gather, reduce_scatter, gather, scatter, all_to_all. Uneven calls whose sizes differ from rank to rank by
-/// design set [`Call::uneven`]; `count` is then a number all ranks agree on (or 0) and lengths are compared a message.
+/// design set [`Call::uneven`]; `count` is then a checksum of the lengths of all ranks' blocks, or 0 where each rank knows its own
+/// alone, whose lengths are compared a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
     pub collective: Collective,
@@ -185,6 +186,9 @@ impl fmt::Display for Call {
         write!(f, "{}({}", self.collective, self.dtype)?;
         if self.uneven {
             write!(f, ", uneven")?;
+            if self.count != 0 {
+                write!(f, ", lengths #{:04x}", self.count & 0xffff)?;
+            }
         } else {
             write!(f, "[{}]", self.count)?;
         }

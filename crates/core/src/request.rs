@@ -1,7 +1,10 @@
 //! What a caller asks of a group.
 
+use std::hash::Hasher;
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustc_hash::FxHasher;
 
 use crate::call::{Call, Collective};
 use crate::dtype::{DType, ReduceOp};
@@ -77,17 +80,30 @@ impl Request {
     }
 
     pub(crate) fn call(&self, shared: bool) -> Call {
+        let count = match (&self.counts, &self.splits) {
+            (Some(counts), _) => checksum(counts),
+            // Each rank has its own.
+            (None, Some(_)) => 0,
+            (None, None) => self.count as u64,
+        };
         Call {
             collective: self.collective,
             dtype: self.dtype,
             op: self.op,
             root: self.root as u32,
-            count: if self.splits.is_some() { 0 } else { self.count as u64 },
+            count,
             uneven: self.counts.is_some() || self.splits.is_some(),
             shared,
             far: self.far.is_some(),
         }
     }
+}
+
+/// Tells ranks whose lists of lengths differ, which their calls would not show otherwise.
+fn checksum(counts: &[usize]) -> u64 {
+    let mut hasher = FxHasher::default();
+    counts.iter().for_each(|&count| hasher.write_u64(count as u64));
+    hasher.finish()
 }
 
 #[cfg(test)]
@@ -142,5 +158,17 @@ mod tests {
             ..Request::new(Collective::AllGather, DType::U8, 0, Region::EMPTY, Region::EMPTY)
         };
         assert_eq!(uneven.read_by_others(0), None);
+    }
+
+    #[test]
+    fn calls_of_other_lengths_differ() {
+        let call = |counts: &[usize]| {
+            let request = Request::new(Collective::AllGather, DType::U8, 0, Region::EMPTY, Region::EMPTY);
+            Request { counts: Some(counts.into()), ..request }.call(false).pack()
+        };
+        assert_eq!(call(&[8, 16]), call(&[8, 16]));
+        for other in [&[8, 4096][..], &[16, 8], &[8, 16, 0], &[8], &[0, 0]] {
+            assert_ne!(call(&[8, 16]), call(other), "{other:?}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use smddp::{Error, ReduceOp, Settings, SharedMemory, World};
+use smddp::{Collective, DType, Error, ReduceOp, Region, Request, Settings, SharedMemory, World};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -107,6 +107,7 @@ fn worker() {
         "bits" => bits(),
         "groups" => groups(),
         "mismatch" => mismatch(),
+        "lengths" => lengths(),
         "timeout" => timeout(),
         "killed" => killed(),
         "again" => again(),
@@ -437,6 +438,29 @@ fn ranks_that_call_different_things_are_told_which() {
     for nodes in [&[1usize, 1, 1][..], &[3], &[2, 2]] {
         let text = good_job("mismatch", nodes, &[]).concat();
         assert!(text.contains("float32[10]") && text.contains("float32[11]"), "{nodes:?}: {text}");
+    }
+}
+
+/// The lengths of all blocks, which each rank gives on its own.
+fn lengths() {
+    let world = World::init().unwrap();
+    let counts = [8, if world.rank() == 0 { 16 } else { 4096 }];
+    let (mut input, mut output) = (vec![1u8; counts[world.rank()]], vec![0u8; counts.iter().sum()]);
+    // SAFETY: the vectors outlive the call.
+    let error = unsafe {
+        let (from, to) = (Region::of(&mut input), Region::of(&mut output));
+        let request = Request::new(Collective::AllGather, DType::U8, 0, from, to);
+        world.run(&Request { counts: Some(counts.into()), ..request }).unwrap_err()
+    };
+    println!("said: {error}");
+}
+
+/// The first block fits into a slot's header on one side and not on the other.
+#[test]
+fn ranks_that_give_other_lengths_are_told_so() {
+    for nodes in [&[2usize][..], &[1, 1]] {
+        let text = good_job("lengths", nodes, &[]).concat();
+        assert!(text.contains("uneven, lengths #"), "{nodes:?}: {text}");
     }
 }
 
