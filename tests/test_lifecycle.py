@@ -432,6 +432,42 @@ def test_forked_workers_do_no_harm() -> None:
         assert report == {"rows": [45.0, 145.0, 245.0, 345.0], "sum": 2.0, "world": 2}
 
 
+def handled_in_a_child() -> dict:
+    """A signal handler, say, that a child has inherited."""
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs
+
+    start()
+    tensor = torch.zeros(1)
+    receive = dist.irecv(tensor, 1) if dist.get_rank() == 0 else None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            dist.group.WORLD.abort()
+            if receive:
+                receive.wait()
+            status = 0 if receive is None else 2
+        except smdistributed_rs.AbortedError as error:
+            status = 0 if "forked" in str(error) else 3
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if receive:
+        receive.wait()
+    else:
+        dist.send(torch.ones(1), 0)
+    return {"child": status, "received": tensor.item(), "sum": summed()}
+
+
+def test_a_forked_child_neither_ends_nor_drives_its_parents_work() -> None:
+    reports = conftest.run(handled_in_a_child, 2).check().reports
+    assert [(report["child"], report["sum"]) for report in reports] == [(0, 2.0)] * 2
+    assert reports[0]["received"] == 1.0
+
+
 def memory_stays_flat(calls: int) -> dict:
     import torch
     import torch.distributed as dist

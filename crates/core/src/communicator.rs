@@ -12,7 +12,7 @@ use crate::call::{Call, Collective};
 use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::engine::graph::Ready;
-use crate::engine::group::{Immediate, Seat, Tried};
+use crate::engine::group::{GroupKey, Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
@@ -42,8 +42,7 @@ struct Plans {
 
 struct Inner<T: Transports> {
     engine: Arc<Engine<T>>,
-    index: usize,
-    id: u64,
+    key: GroupKey,
     name: Arc<str>,
     rank: usize,
     shape: Arc<GroupShape>,
@@ -69,7 +68,7 @@ impl<T: Transports> Inner<T> {
         if self.closed.swap(true, Ordering::AcqRel) || !self.engine.is_ours() {
             return;
         }
-        let _ = self.ended.set(self.engine.remove(self.index, LINGER));
+        let _ = self.ended.set(self.engine.remove(self.key, LINGER));
     }
 }
 
@@ -125,7 +124,7 @@ impl<T: Transports> Drop for SharedEntry<T> {
                 Ok(())
             };
             // A group that is gone has forgotten the memory already.
-            let _ = group.engine.with_local(group.index, leave);
+            let _ = group.engine.with_local(group.key, leave);
         }
     }
 }
@@ -189,12 +188,11 @@ impl<T: Transports> Communicator<T> {
         tuning: Tuning,
         timeout: Duration,
     ) -> Result<Communicator<T>> {
-        let (id, name, rank, shape) = (seat.id, Arc::clone(&seat.name), seat.rank, Arc::clone(&seat.shape));
-        let (index, failed) = engine.add(seat)?;
+        let (name, rank, shape) = (Arc::clone(&seat.name), seat.rank, Arc::clone(&seat.shape));
+        let (key, failed) = engine.add(seat)?;
         let inner = Inner {
             engine,
-            index,
-            id,
+            key,
             name,
             rank,
             shape,
@@ -227,7 +225,7 @@ impl<T: Transports> Communicator<T> {
 
     /// Random identity, equal on all members.
     pub fn id(&self) -> u64 {
-        self.inner.id
+        self.inner.key.id
     }
 
     pub fn shape(&self) -> &GroupShape {
@@ -319,7 +317,7 @@ impl<T: Transports> Communicator<T> {
             let (input, output) = (request.input, request.output);
             let call =
                 Immediate { ready: &ready, input, output, call: request.call(ready.is_shared), op: &op };
-            match self.inner.engine.run_now(self.inner.index, &call, limit) {
+            match self.inner.engine.run_now(self.inner.key, &call, limit) {
                 Tried::Done => return Ok(None),
                 Tried::Later(op) => return Ok(Some(op)),
                 Tried::NotNow => {}
@@ -386,7 +384,7 @@ impl<T: Transports> Communicator<T> {
         }
         let error = Error::Aborted { site: self.site(""), reason: reason.to_owned() };
         // The one error possible is a driver that panicked; then there is nobody left to tell.
-        let _ = self.inner.engine.abort(self.inner.index, &error);
+        let _ = self.inner.engine.abort(self.inner.key, &error);
     }
 
     /// Why the group failed, if it did. Takes in peers' news of it first, and may wait some milliseconds for whoever drives.
@@ -399,17 +397,17 @@ impl<T: Transports> Communicator<T> {
         self.failure_after(Engine::look_if_free)
     }
 
-    fn failure_after(&self, look: impl FnOnce(&Engine<T>, usize)) -> Option<Error> {
+    fn failure_after(&self, look: impl FnOnce(&Engine<T>, GroupKey)) -> Option<Error> {
         let inner = &self.inner;
         if inner.ended.get().is_none() && inner.failed.get().is_none() {
-            look(&inner.engine, inner.index);
+            look(&inner.engine, inner.key);
         }
         inner.ended.get().map_or_else(|| inner.failed.get().cloned(), Clone::clone)
     }
 
     /// The error for a rank of this node whose process has ended, if there is one, whether or not a call here waits for it.
     pub fn ended_peer(&self) -> Option<Error> {
-        if self.inner.ended.get().is_some() { None } else { self.inner.engine.ended_peer(self.inner.index) }
+        if self.inner.ended.get().is_some() { None } else { self.inner.engine.ended_peer(self.inner.key) }
     }
 
     /// Waits a little for outstanding work and frees everything. Later calls are errors.
@@ -426,10 +424,7 @@ impl<T: Transports> Communicator<T> {
             return Err(Error::Aborted { site: self.site(op), reason: "the group was destroyed".to_owned() });
         }
         if !self.inner.engine.is_ours() {
-            return Err(Error::Aborted {
-                site: self.site(op),
-                reason: "the process was forked after the group was made; make it in the child".to_owned(),
-            });
+            return Err(Error::forked(self.site(op)));
         }
         Ok(())
     }
@@ -443,7 +438,7 @@ impl<T: Transports> Communicator<T> {
         }
         let count = whole_elements(name, dtype, region.len())?;
         let number = self.inner.message_numbers.take(Stream { peer, tag, send })?;
-        let key = MsgKey { group: self.inner.id, seq: MsgKey::P2P | number, tag };
+        let key = MsgKey { group: self.inner.key.id, seq: MsgKey::P2P | number, tag };
         Ok(self.submit_message(dtype, count, Work::Message { peer, key, region, send }))
     }
 
@@ -456,7 +451,7 @@ impl<T: Transports> Communicator<T> {
 
     fn op(&self, call: Call, work: Work, timeout: Option<Duration>) -> OpState {
         let timeout = timeout.unwrap_or_else(|| self.timeout());
-        OpState::new(call, work, self.inner.index, Arc::clone(&self.inner.name), self.inner.rank, timeout)
+        OpState::new(call, work, self.inner.key, Arc::clone(&self.inner.name), self.inner.rank, timeout)
     }
 
     /// Checks and counts a call, and finds its plan.
@@ -530,7 +525,7 @@ impl<T: Transports> Communicator<T> {
         self.check_open("sharing memory")?;
         let (number, own) = (shared.number, shared.own());
         let engine = &self.inner.engine;
-        engine.with_local(self.inner.index, |local| local.enter_shared(shared))?;
+        engine.with_local(self.inner.key, |local| local.enter_shared(shared))?;
         let leaves_node = self.inner.shape.node_count() > 1;
         let registered = leaves_node.then(|| self.register(own, Owner::Host)).transpose();
         let registered = registered.unwrap_or_else(|error| {

@@ -115,6 +115,12 @@ impl Error {
         self
     }
 
+    /// What a forked child gets of a group that its parent made.
+    pub(crate) fn forked(site: Site) -> Error {
+        let reason = "the process was forked after the group was made; make it in the child".to_owned();
+        Error::Aborted { site, reason }
+    }
+
     /// Where it happened, of errors that happen in an operation.
     pub fn site(&self) -> Option<&Site> {
         match self {

@@ -10,6 +10,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use common::{Group, groups, groups_over, on_all, seated};
+use smddp_core::engine::group::GroupKey;
 use smddp_core::gate::{Gate, Words};
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
@@ -477,7 +478,7 @@ fn a_failure_is_known_and_a_call_starts_while_another_thread_drives() {
         let (tell, told) = mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                engine.with_local(0, |_| {
+                engine.with_local(GroupKey { index: 0, id: 7 }, |_| {
                     seated.send(()).unwrap();
                     // Left by whoever asks, or by nobody.
                     let _ = left.recv_timeout(LIMIT);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::graph::Ready;
-use smddp_core::engine::group::{Group, Seat};
+use smddp_core::engine::group::{Group, GroupKey, Seat};
 use smddp_core::engine::op::{OpState, Work};
 use smddp_core::engine::staging::Staging;
 use smddp_core::memory::Owner;
@@ -111,7 +111,8 @@ impl Job {
             let input = if d.input.is_empty() { output } else { unsafe { Region::of(&mut d.input) } };
             let ready = Arc::new(Ready::new(schedule, false));
             let work = Work::Collective { ready, input, output, far: None };
-            let op = Arc::new(OpState::new(call, work, 0, "sim".into(), rank, Duration::from_secs(3600)));
+            let group = GroupKey { index: 0, id: r.group.seat.id };
+            let op = Arc::new(OpState::new(call, work, group, "sim".into(), rank, Duration::from_secs(3600)));
             r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
             ops.push(op);
         }

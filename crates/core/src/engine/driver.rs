@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::group::{Group, Immediate, Seat, Tried, group_of};
+use crate::engine::group::{Group, GroupKey, Immediate, Seat, Tried, group_of};
 use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
 use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
@@ -51,7 +51,7 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    pub fn add(&mut self, seat: Seat<T::Local>) -> Result<usize> {
+    pub fn add(&mut self, seat: Seat<T::Local>) -> Result<GroupKey> {
         let index = match self.groups.iter().position(Option::is_none) {
             Some(free) => free,
             None if self.groups.len() < 1 << 16 => {
@@ -67,16 +67,19 @@ impl<T: Transports> Driver<T> {
                 });
             }
         };
-        self.by_id.insert(seat.id, index);
+        let key = GroupKey { index, id: seat.id };
+        self.by_id.insert(key.id, index);
         self.groups[index] = Some(Group::new(index, seat));
-        Ok(index)
+        Ok(key)
     }
 
     /// Takes the group away; what was under way fails. Its memory is free afterwards.
-    pub fn remove(&mut self, index: usize) {
-        if let Some(mut group) = self.groups.get_mut(index).and_then(Option::take) {
+    pub fn remove(&mut self, key: GroupKey) {
+        if self.group(key).is_some()
+            && let Some(mut group) = self.groups[key.index].take()
+        {
             self.by_id.remove(&group.seat.id);
-            self.busy.retain(|&b| b != index);
+            self.busy.retain(|&b| b != key.index);
             if group.is_busy() {
                 let error =
                     Error::Aborted { site: group.site(), reason: "the group was destroyed".to_owned() };
@@ -87,8 +90,8 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    pub fn group(&mut self, index: usize) -> Option<&mut Group<T::Local>> {
-        self.groups.get_mut(index)?.as_mut()
+    pub fn group(&mut self, key: GroupKey) -> Option<&mut Group<T::Local>> {
+        self.groups.get_mut(key.index)?.as_mut().filter(|group| group.seat.id == key.id)
     }
 
     pub fn group_count(&self) -> usize {
@@ -109,7 +112,14 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    pub fn fail(&mut self, index: usize, error: &Error) {
+    /// Fails the group on every rank.
+    pub fn abort(&mut self, key: GroupKey, error: &Error) {
+        if self.group(key).is_some() {
+            self.fail(key.index, error);
+        }
+    }
+
+    fn fail(&mut self, index: usize, error: &Error) {
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
             self.has_failed = true;
             group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
@@ -118,8 +128,9 @@ impl<T: Transports> Driver<T> {
 
     /// Takes an operation up.
     pub fn start(&mut self, op: Arc<OpState>) {
-        let index = op.group;
-        let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else {
+        let GroupKey { index, id } = op.group;
+        let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut).filter(|g| g.seat.id == id)
+        else {
             let error = Error::Aborted { site: op.site(), reason: "the group was destroyed".to_owned() };
             if op.finish(Err(error)) {
                 self.finished.push(op);
@@ -135,9 +146,10 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    /// Runs a call of group `index` on the spot if nothing comes before it.
-    pub fn run_now(&mut self, index: usize, call: &Immediate<'_>, patience: Patience<'_>) -> Tried {
-        let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) else { return Tried::NotNow };
+    /// Runs a call of the group on the spot if nothing comes before it.
+    pub fn run_now(&mut self, key: GroupKey, call: &Immediate<'_>, patience: Patience<'_>) -> Tried {
+        let index = key.index;
+        let Some(group) = self.group(key) else { return Tried::NotNow };
         let (tried, result) = group.run_now(call, patience);
         if matches!(tried, Tried::Later(_)) && !self.busy.contains(&index) {
             self.busy.push(index);
@@ -148,7 +160,7 @@ impl<T: Transports> Driver<T> {
         tried
     }
 
-    /// Starts what can start, polls everything once, and goes on with what that completed. True when anything moved.
+    /// Starts what can start, polls everything once, and goes on with what that completed. True when anything moved, or a group failed.
     pub fn turn(&mut self) -> bool {
         let mut moved = self.advance();
         let mut spans_nodes = false;
@@ -163,24 +175,24 @@ impl<T: Transports> Driver<T> {
             moved |= self.poll_fabric();
         }
         moved |= self.advance();
-        if moved || self.has_failed {
-            self.has_failed = false;
+        moved |= std::mem::take(&mut self.has_failed);
+        if moved {
             self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
         }
         moved
     }
 
     /// Polls one group, which may have no work, for its peers' news.
-    pub fn look_at(&mut self, index: usize) {
-        let Some(group) = self.group(index) else { return };
-        let spans_nodes = group.seat.shape.node_count() > 1;
+    pub fn look_at(&mut self, key: GroupKey) {
         let mut done = std::mem::take(&mut self.done);
-        let result = match self.group(index) {
-            Some(group) if group.failure().is_none() => group.seat.local.poll(&mut done),
-            _ => Ok(false),
+        let Some(group) = self.group(key) else { return };
+        let spans_nodes = group.seat.shape.node_count() > 1;
+        let result = match group.failure() {
+            None => group.seat.local.poll(&mut done),
+            Some(_) => Ok(false),
         };
         self.done = done;
-        self.after_poll(index, result);
+        self.after_poll(key.index, result);
         if spans_nodes {
             self.poll_fabric();
         }
@@ -323,6 +335,8 @@ mod tests {
     use crate::topology::GroupShape;
     use crate::transport::MsgKey;
 
+    const GROUP: GroupKey = GroupKey { index: 0, id: 7 };
+
     /// The rank of the other node is never heard of.
     fn driver(shape: &GroupShape) -> Driver<MemoryTransports> {
         let mut driver = Driver::new(0);
@@ -345,7 +359,7 @@ mod tests {
         // SAFETY: nothing comes.
         let region = unsafe { Region::of(memory) };
         let work = Work::Message { peer: 1, key, region, send: false };
-        Arc::new(OpState::new(call, work, 0, "test".into(), 0, Duration::from_secs(9)))
+        Arc::new(OpState::new(call, work, GROUP, "test".into(), 0, Duration::from_secs(9)))
     }
 
     #[test]
@@ -369,5 +383,40 @@ mod tests {
         let mut driver = driver(&GroupShape::even(2, 2));
         driver.start(receive(&mut [0u8; 4], 0));
         assert_eq!(driver.left(), Some(When::Now));
+    }
+
+    #[test]
+    fn a_message_too_many_fails_the_group() {
+        let mut memory = [0u8; 1];
+        let mut driver = driver(&GroupShape::even(1, 2));
+        (0..1 << 15).for_each(|number| driver.start(receive(&mut memory, number)));
+        let failure = |driver: &mut Driver<MemoryTransports>| driver.group(GROUP).unwrap().failure().cloned();
+        assert_eq!(failure(&mut driver), None);
+        let refused = receive(&mut memory, 1 << 15);
+        driver.start(Arc::clone(&refused));
+        let error = refused.result().unwrap().clone().unwrap_err();
+        assert!(matches!(error, Error::Resource { .. }), "{error}");
+        // The peer would take the next message for this one.
+        assert_eq!(failure(&mut driver), Some(error));
+    }
+
+    /// Who closed a group may still have a call of it at hand when its place is another's.
+    #[test]
+    fn what_is_meant_for_a_group_that_is_gone_does_not_reach_the_next() {
+        let mut driver = driver(&GroupShape::even(1, 2));
+        let late = GroupKey { id: 8, ..GROUP };
+        driver.abort(late, &Error::Internal("test".to_owned()));
+        driver.remove(late);
+        let group = driver.group(GROUP).unwrap();
+        assert!(group.failure().is_none());
+        let mut memory = [0u8; 1];
+        let call = Call::new(Collective::SendRecv, DType::U8, 1);
+        let key = MsgKey { group: 8, seq: MsgKey::P2P, tag: 0 };
+        // SAFETY: nothing comes.
+        let work = Work::Message { peer: 1, key, region: unsafe { Region::of(&mut memory) }, send: false };
+        let op = Arc::new(OpState::new(call, work, late, "gone".into(), 0, Duration::from_secs(9)));
+        driver.start(Arc::clone(&op));
+        assert!(matches!(op.result(), Some(Err(Error::Aborted { .. }))));
+        assert!(driver.is_idle());
     }
 }

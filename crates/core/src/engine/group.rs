@@ -47,6 +47,13 @@ pub fn group_of(ctx: Ctx) -> usize {
     (ctx.0 >> 48) as usize
 }
 
+/// Which group is meant: its place in the engine, and whose it must be. Places are used again.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupKey {
+    pub index: usize,
+    pub id: u64,
+}
+
 /// A call of a [plain](Ready::is_plain) schedule whose caller waits for it.
 pub struct Immediate<'a> {
     pub ready: &'a Arc<Ready>,
@@ -157,34 +164,35 @@ impl<L: NodeLocal> Group<L> {
                 self.stirred = true;
                 Ok(())
             }
-            Work::Message { peer, key, region, send } => match self.keep_message(op, finished) {
-                Some(slot) => self.post(slot, (peer, key, region, send), fabric),
-                None => Ok(()),
-            },
+            Work::Message { peer, key, region, send } => {
+                // Its number is taken: the peer would take the next one for it, so there can be no next one.
+                let slot = self.keep_message(op, finished)?;
+                self.post(slot, (peer, key, region, send), fabric)
+            }
             Work::ReceiveAny { .. } => {
-                let slot = self.keep_message(op, finished);
+                let slot = self.keep_message(op, finished).ok();
                 self.open.extend(slot);
                 Ok(())
             }
         }
     }
 
-    /// The index of a message that is under way from now on. None: there are too many, and it has failed.
-    fn keep_message(&mut self, op: Arc<OpState>, finished: &mut Vec<Arc<OpState>>) -> Option<usize> {
+    /// The index of a message that is under way from now on. Where there are too many it has failed.
+    fn keep_message(&mut self, op: Arc<OpState>, finished: &mut Vec<Arc<OpState>>) -> Result<usize> {
         let Some(slot) = self.free_message() else {
             let error = Error::Resource {
                 what: op.call.to_string(),
                 resource: "message slots",
                 reason: format!("{MESSAGES} messages of group '{}' are under way", self.seat.name),
-                hint: "Wait for some of them first".to_owned(),
+                hint: "Wait for some of them before you start others".to_owned(),
             };
-            conclude(&op, Err(error), finished);
-            return None;
+            conclude(&op, Err(error.clone()), finished);
+            return Err(error);
         };
         self.weight = self.weight.saturating_add(op.weight());
         self.messages[slot] = Some(op);
         self.messages_left += 1;
-        Some(slot)
+        Ok(slot)
     }
 
     fn post<F: Fabric>(

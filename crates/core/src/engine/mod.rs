@@ -12,6 +12,7 @@
 //! - **E4** callbacks run with no lock held, on threads of their own.
 //! - **E5** with a fabric, somebody polls it every [`idle::LISTEN`] at the latest, work or none: peers that withdraw a group
 //!   wait for our answer.
+//! - **E6** in a forked child nobody takes the seat: transports, and memory that ranks share, are the parent's.
 
 mod callbacks;
 pub mod driver;
@@ -24,12 +25,14 @@ pub mod op;
 pub mod staging;
 mod summons;
 
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Site};
 use crate::memory::Owner;
 use crate::process;
 use crate::settings::Settings;
@@ -37,7 +40,7 @@ use crate::transport::{Bell, Fabric, Patience, Transports};
 use crate::yields::{self, Yields};
 use callbacks::Callbacks;
 use driver::{Bed, Driver};
-use group::{Immediate, Seat, Tried};
+use group::{GroupKey, Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
 use op::OpState;
 use summons::{Nap, Summons, When};
@@ -159,11 +162,11 @@ impl<T: Transports> Engine<T> {
         self.with_seat(|driver| driver.fabric.as_ref().map(look)).ok()?
     }
 
-    /// Seats a group: its index, and where its failure will be once it has failed.
-    pub fn add(&self, seat: Seat<T::Local>) -> Result<(usize, Arc<OnceLock<Error>>)> {
+    /// Seats a group: its key, and where its failure will be once it has failed.
+    pub fn add(&self, seat: Seat<T::Local>) -> Result<(GroupKey, Arc<OnceLock<Error>>)> {
         self.with_seat(|driver| {
-            let index = driver.add(seat)?;
-            Ok((index, driver.group(index).map(|group| group.failure_place()).unwrap_or_default()))
+            let key = driver.add(seat)?;
+            Ok((key, driver.group(key).map(|group| group.failure_place()).unwrap_or_default()))
         })?
     }
 
@@ -173,7 +176,7 @@ impl<T: Transports> Engine<T> {
     }
 
     /// Lets the group's work end, for at most `limit`; then takes it away. Why it had failed, if it had.
-    pub fn remove(&self, group: usize, limit: Duration) -> Option<Error> {
+    pub fn remove(&self, group: GroupKey, limit: Duration) -> Option<Error> {
         let until = Instant::now() + limit;
         loop {
             let round = self.with_seat(|driver| {
@@ -196,55 +199,73 @@ impl<T: Transports> Engine<T> {
     }
 
     /// Has the group's node transport do something.
-    pub fn with_local<R>(&self, group: usize, use_it: impl FnOnce(&mut T::Local) -> Result<R>) -> Result<R> {
+    pub fn with_local<R>(
+        &self,
+        group: GroupKey,
+        use_it: impl FnOnce(&mut T::Local) -> Result<R>,
+    ) -> Result<R> {
         self.with_seat(|driver| match driver.group(group) {
             Some(group) => use_it(&mut group.seat.local),
-            None => Err(Error::Internal(format!("no group {group}"))),
+            None => Err(Error::Internal(format!("no group {group:?}"))),
         })?
     }
 
     /// Fails the group on every rank.
-    pub fn abort(&self, group: usize, error: &Error) -> Result<()> {
-        self.with_seat(|driver| driver.fail(group, error))
+    pub fn abort(&self, group: GroupKey, error: &Error) -> Result<()> {
+        self.with_seat(|driver| driver.abort(group, error))
     }
 
     /// Takes in what peers have said of the group. Takes the seat for it, which may take as long as a driver's nap.
-    pub fn look(&self, group: usize) {
+    pub fn look(&self, group: GroupKey) {
         // A driver that panicked has nothing to say.
         let _ = self.with_seat(|driver| driver.look_at(group));
     }
 
     /// As [`look`](Self::look), if nobody has the seat; never waits.
-    pub fn look_if_free(&self, group: usize) {
-        if let Some(mut driver) = self.shared.free_seat() {
+    pub fn look_if_free(&self, group: GroupKey) {
+        if self.is_ours()
+            && let Some(mut driver) = self.free_seat()
+        {
             driver.look_at(group);
-            self.finish_help(driver);
         }
     }
 
     /// A rank of this node, of the group, whose process has ended.
-    pub fn ended_peer(&self, group: usize) -> Option<Error> {
+    pub fn ended_peer(&self, group: GroupKey) -> Option<Error> {
         self.with_seat(|driver| driver.group(group)?.ended_peer()).ok()?
     }
 
     /// Takes the driver's seat, from whoever drives, for `what`.
     fn with_seat<R>(&self, what: impl FnOnce(&mut Driver<T>) -> R) -> Result<R> {
-        let mut driver = self.shared.seat()?;
-        let result = what(&mut driver);
-        self.finish_help(driver);
-        Ok(result)
+        self.check_process(Site::unknown)?;
+        let mut driver = self.seated(self.shared.seat()?);
+        Ok(what(&mut driver))
+    }
+
+    /// The seat, if nobody has it or waits for it.
+    fn free_seat(&self) -> Option<Seated<'_, T>> {
+        self.shared.free_seat().map(|driver| self.seated(driver))
+    }
+
+    fn seated<'a>(&'a self, driver: MutexGuard<'a, Driver<T>>) -> Seated<'a, T> {
+        Seated { engine: self, driver: ManuallyDrop::new(driver) }
+    }
+
+    /// E6.
+    fn check_process(&self, site: impl FnOnce() -> Site) -> Result<()> {
+        if self.is_ours() { Ok(()) } else { Err(Error::forked(site())) }
     }
 
     /// Starts an operation, moves what can be moved at once, and returns. May wait for as long as a turn of the progress thread
     /// takes.
     pub fn submit(&self, op: Arc<OpState>) {
         let shared = &self.shared;
-        let seat = shared.free_seat().or_else(|| {
+        let seat = self.free_seat().or_else(|| {
             // Called to the inbox, the thread would be in its caller's way again when that waits.
             let from_thread = op.is_brief()
                 && shared.thread_drives.load(Ordering::Acquire)
                 && !shared.deaf.load(Ordering::Relaxed);
-            let mut driver = from_thread.then(|| shared.seat().ok())??;
+            let mut driver = self.seated(from_thread.then(|| shared.seat().ok())??);
             shared.take_inbox(&mut driver);
             Some(driver)
         });
@@ -252,10 +273,9 @@ impl<T: Transports> Engine<T> {
             Some(mut driver) => {
                 driver.start(op);
                 driver.turn();
-                self.finish_help(driver);
             }
             None => {
-                self.shared.put(op);
+                shared.put(op);
                 self.wake_thread();
             }
         }
@@ -263,7 +283,7 @@ impl<T: Transports> Engine<T> {
 
     /// Starts an operation and helps until it is done or `limit` has passed.
     pub fn run(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
-        match self.shared.free_seat() {
+        match self.free_seat() {
             Some(mut driver) => {
                 driver.start(Arc::clone(op));
                 self.wait_seated(Some(driver), op, limit)
@@ -277,8 +297,8 @@ impl<T: Transports> Engine<T> {
 
     /// Runs a call on its caller's stack, without an operation, where nobody drives or wants to and its group has nothing
     /// under way; an operation that it becomes was helped as by [`run`](Self::run).
-    pub fn run_now(&self, group: usize, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
-        let Some(mut driver) = self.shared.free_seat() else { return Tried::NotNow };
+    pub fn run_now(&self, group: GroupKey, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
+        let Some(mut driver) = self.free_seat() else { return Tried::NotNow };
         let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
         // What other groups have under way goes on meanwhile only if this call becomes an operation.
         let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
@@ -294,7 +314,6 @@ impl<T: Transports> Engine<T> {
                 if !driver.is_idle() {
                     driver.turn();
                 }
-                self.finish_help(driver);
             }
         }
         tried
@@ -302,13 +321,17 @@ impl<T: Transports> Engine<T> {
 
     /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.
     pub fn wait(&self, op: &Arc<OpState>, limit: Option<Duration>) -> Result<()> {
+        if let Some(result) = op.result() {
+            return result.clone();
+        }
+        self.check_process(|| op.site())?;
         self.wait_seated(None, op, limit)
     }
 
     /// As [`wait`](Self::wait), by a caller who may hold the seat already.
     fn wait_seated<'a>(
         &'a self,
-        mut seat: Option<MutexGuard<'a, Driver<T>>>,
+        mut seat: Option<Seated<'a, T>>,
         op: &Arc<OpState>,
         limit: Option<Duration>,
     ) -> Result<()> {
@@ -321,10 +344,10 @@ impl<T: Transports> Engine<T> {
             {
                 return result.clone();
             }
-            match seat.take().map_or_else(|| self.shared.driver.try_lock(), Ok) {
+            match seat.take().map_or_else(|| self.shared.driver.try_lock().map(|d| self.seated(d)), Ok) {
                 Ok(mut driver) => {
                     self.shared.drive(&mut driver, &mut enough, until, CALLER);
-                    self.finish_help(driver);
+                    drop(driver);
                     while self.shared.wanted.load(Ordering::SeqCst) > 0 && !op.is_done() {
                         std::thread::yield_now();
                     }
@@ -342,7 +365,7 @@ impl<T: Transports> Engine<T> {
     }
 
     /// Sleeps until `op` is done or a while has passed, unless the seat is free by now.
-    fn sleep_on(&self, op: &OpState) -> Option<MutexGuard<'_, Driver<T>>> {
+    fn sleep_on(&self, op: &OpState) -> Option<Seated<'_, T>> {
         self.shared.sleepers.fetch_add(1, Ordering::SeqCst);
         // Who leaves the seat behind this look sees a sleeper.
         let seat = self.shared.driver.try_lock().ok();
@@ -350,11 +373,11 @@ impl<T: Transports> Engine<T> {
             op.sleep(idle::LONGEST_SLEEP);
         }
         self.shared.sleepers.fetch_sub(1, Ordering::SeqCst);
-        seat
+        seat.map(|driver| self.seated(driver))
     }
 
-    /// E2.
-    fn finish_help(&self, driver: MutexGuard<'_, Driver<T>>) {
+    /// Leaves the seat (E2).
+    fn leave(&self, driver: MutexGuard<'_, Driver<T>>) {
         let left = driver.left();
         let finished = Shared::leave(driver);
         let is_waited_for = |_: &When| self.shared.sleepers.load(Ordering::SeqCst) > 0;
@@ -377,6 +400,37 @@ impl<T: Transports> Engine<T> {
             let handle = self.thread.lock().ok()?;
             handle.as_ref().map(|handle| handle.thread().clone())
         });
+    }
+}
+
+/// The driver's seat, taken by a caller. Who drops it has left it as E2 asks.
+struct Seated<'a, T: Transports> {
+    engine: &'a Engine<T>,
+    driver: ManuallyDrop<MutexGuard<'a, Driver<T>>>,
+}
+
+impl<T: Transports> Deref for Seated<'_, T> {
+    type Target = Driver<T>;
+
+    fn deref(&self) -> &Driver<T> {
+        &self.driver
+    }
+}
+
+impl<T: Transports> DerefMut for Seated<'_, T> {
+    fn deref_mut(&mut self) -> &mut Driver<T> {
+        &mut self.driver
+    }
+}
+
+impl<T: Transports> Drop for Seated<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: it is not used again: `self` ends here.
+        let driver = unsafe { ManuallyDrop::take(&mut self.driver) };
+        // What a driver that panics has left is nobody's any more: the lock tells.
+        if !std::thread::panicking() {
+            self.engine.leave(driver);
+        }
     }
 }
 
@@ -552,6 +606,10 @@ impl<T: Transports> Shared<T> {
                     bell.wait(value, limit);
                 }
                 self.sleeping.store(false, Ordering::SeqCst);
+                // It keeps its group's memory mapped.
+                if let Ok(mut place) = self.bell.lock() {
+                    *place = None;
+                }
             }
         }
         driver.rise();

@@ -10,6 +10,7 @@ use rustix::thread::futex;
 
 use crate::call::Call;
 use crate::engine::graph::Ready;
+use crate::engine::group::GroupKey;
 use crate::engine::numbers::MessageNumbers;
 use crate::error::{Error, Result, Site};
 use crate::far::FarCall;
@@ -58,8 +59,7 @@ pub fn nanos(duration: Duration) -> u64 {
 pub struct OpState {
     pub call: Call,
     pub work: Work,
-    /// Index of the group in the engine.
-    pub group: usize,
+    pub group: GroupKey,
     pub group_name: Arc<str>,
     pub rank: usize,
     /// What the operation waits for before it begins, and tells when it is over.
@@ -84,7 +84,7 @@ impl OpState {
     pub fn new(
         call: Call,
         work: Work,
-        group: usize,
+        group: GroupKey,
         group_name: Arc<str>,
         rank: usize,
         timeout: Duration,
