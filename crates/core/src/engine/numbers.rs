@@ -1,7 +1,8 @@
 //! Numbers of the messages between two ranks: the n-th send of a tag meets the n-th receive of it.
 
-use std::collections::HashMap;
 use std::sync::Mutex;
+
+use rustc_hash::FxHashMap;
 
 use crate::error::{Error, Result};
 
@@ -15,10 +16,12 @@ pub struct Stream {
 }
 
 /// The next number of every stream of a group. Callers, and the engine on behalf of receives from any rank, take from
-/// it; so a number is looked at and taken under one lock.
+/// it; so a number is looked at and taken under one lock. A stream is known as long as the group is: its peer may use it again at
+/// any time. So a program should not use a new tag for every message.
 #[derive(Debug, Default)]
 pub struct MessageNumbers {
-    next: Mutex<HashMap<Stream, u64>>,
+    /// Callers choose the tags, and nobody gains by making them collide.
+    next: Mutex<FxHashMap<Stream, u64>>,
 }
 
 impl MessageNumbers {
@@ -35,11 +38,15 @@ impl MessageNumbers {
             .next
             .lock()
             .map_err(|_| Error::Internal("a thread panicked while it counted messages".to_owned()))?;
-        let number = next.get(&stream).copied().unwrap_or(0);
+        let known = next.get_mut(&stream);
+        let number = known.as_deref().copied().unwrap_or(0);
         if !wanted(number) {
             return Ok(None);
         }
-        next.insert(stream, number + 1);
+        match known {
+            Some(next) => *next += 1,
+            None => drop(next.insert(stream, number + 1)),
+        }
         Ok(Some(number))
     }
 }
