@@ -11,9 +11,6 @@ from . import _core
 from ._libraries import library_dirs
 from .errors import SmddpError
 
-_PATIENCE = 30.0
-"""Seconds MPI may wait at the end of the process for ranks that end later."""
-
 
 def export_launcher_variables() -> None:
     """Sets those of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT that are not set and
@@ -36,4 +33,4 @@ def leave() -> None:
     """At the end of the process: finalises MPI if asking it meant starting it. Not after an uncaught exception: then
     the other ranks are not at their end, and mpirun ends the job because this one is gone."""
     if getattr(sys, "last_value", None) is None:
-        _core.leave_mpi(_PATIENCE)
+        _core.leave_mpi()

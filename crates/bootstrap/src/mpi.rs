@@ -27,6 +27,9 @@ struct Loaded {
     ours: Option<u32>,
 }
 
+/// How long the end of a process whose job has failed waits for the other ranks: they may never come to theirs.
+const AFTER_FAILURE: Duration = Duration::from_secs(30);
+
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
 
 /// An initialised MPI that agrees with the launcher's variables.
@@ -171,8 +174,15 @@ fn watched<T, E: Into<Error>>(
     result.map_err(Into::into)
 }
 
+/// How long [`finalize`] may wait. At a clean end as long as an operation may (SMDDP_TIMEOUT): a rank that still writes a
+/// last checkpoint is late, not lost, and mpirun would end it if another rank gave up. After a failure not for long.
+pub fn finalize_limit(settings: &Settings, failed: bool) -> Duration {
+    if failed { AFTER_FAILURE } else { settings.seconds("SMDDP_TIMEOUT").max(AFTER_FAILURE) }
+}
+
 /// Finalises MPI if it was us who initialised it; else, and the second time, does nothing. For the normal end
-/// of a process, on the thread that joined: MPI waits there for every rank. After `limit` the process is ended.
+/// of a process, on the thread that joined: MPI waits there for every rank. After `limit` the process is ended; see
+/// [`finalize_limit`].
 ///
 /// After an abnormal end (an exception, a panic) do not call it: the other ranks are not at their end,
 /// and mpirun ends the job by itself when a rank goes without it.
@@ -370,6 +380,15 @@ mod tests {
     fn a_watched_call_returns_its_value() {
         let deadline = Instant::now() + Duration::from_secs(60);
         assert_eq!(watched("nothing", deadline, || Ok::<_, Error>(3)), Ok(3));
+    }
+
+    #[test]
+    fn a_clean_end_waits_as_long_as_an_operation_may() {
+        let mut settings = Settings::default();
+        assert_eq!(finalize_limit(&settings, false), Duration::from_secs(1800));
+        assert_eq!(finalize_limit(&settings, true), AFTER_FAILURE);
+        settings.set("SMDDP_TIMEOUT", "0.5").unwrap();
+        assert_eq!(finalize_limit(&settings, false), AFTER_FAILURE);
     }
 
     #[test]

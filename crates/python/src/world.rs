@@ -7,7 +7,6 @@ use pyo3::prelude::*;
 use smddp::{Error, Settings};
 use smddp_bootstrap::Vars;
 
-use crate::arguments::seconds;
 use crate::communicator::Communicator;
 use crate::errors::raise;
 
@@ -112,11 +111,11 @@ pub fn launcher_variables(py: Python<'_>, library_dirs: Vec<PathBuf>) -> PyResul
     raise(py, told)
 }
 
-/// Finalises MPI if it was started here, for the normal end of the process; MPI waits for the other ranks, at most
-/// `limit` seconds.
+/// Finalises MPI if it was started here, for the normal end of the process; MPI waits for the other ranks, at most as
+/// long as an operation may.
 #[pyfunction]
-pub fn leave_mpi(py: Python<'_>, limit: f64) -> PyResult<()> {
-    let limit = seconds(py, "leave_mpi", Some(limit))?.unwrap_or_default();
+pub fn leave_mpi(py: Python<'_>) -> PyResult<()> {
+    let limit = smddp_bootstrap::mpi::finalize_limit(&raise(py, Settings::from_env())?, false);
     let left = py.detach(|| smddp_bootstrap::mpi::finalize(limit).map_err(Error::from));
     raise(py, left)
 }

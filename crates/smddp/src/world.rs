@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
@@ -13,9 +13,6 @@ use smddp_cuda::DeviceOptions;
 
 use crate::connect::{GroupOptions, connect};
 use crate::{Communicator, DeviceGroup, library_dirs};
-
-/// How long leaving MPI waits for the other ranks.
-const FINALIZE_LIMIT: Duration = Duration::from_secs(30);
 
 /// All ranks of the job. Under MPI a process has one world in its life, as it has one MPI. Derefs to the [`Communicator`] over all of them.
 pub struct World {
@@ -150,11 +147,14 @@ impl Deref for World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        let failed = self.communicator.known_failure().is_some();
         self.communicator.shutdown();
         // After a panic the other ranks are not at their end: MPI would wait for them, and mpirun ends the job anyway.
-        if !std::thread::panicking()
-            && let Err(error) = smddp_bootstrap::mpi::finalize(FINALIZE_LIMIT)
-        {
+        if std::thread::panicking() {
+            return;
+        }
+        let limit = smddp_bootstrap::mpi::finalize_limit(&self.settings, failed);
+        if let Err(error) = smddp_bootstrap::mpi::finalize(limit) {
             tracing::warn!("leaving MPI: {error}");
         }
     }
