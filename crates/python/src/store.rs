@@ -19,10 +19,10 @@ impl PyStore {
 
     fn wait_and_get(&self, py: Python<'_>, key: &str, left: Duration) -> PyResult<Vec<u8>> {
         let store = self.0.bind(py);
-        // A zero time-out would mean "no time-out" to some stores.
-        let left = left.max(Duration::from_millis(1));
-        let micros = left.subsec_micros() as i32;
-        let seconds = left.as_secs().min(86_400 * 365);
+        // Torch's stores take whole milliseconds and cut off the rest: one that gave up before the deadline would be
+        // taken for a broken one. Nor is it ever zero, which would mean "no time-out" to some.
+        let left = Duration::from_millis(left.as_millis().min(86_400_000 * 365) as u64 + 1);
+        let (seconds, micros) = (left.as_secs(), left.subsec_micros() as i32);
         let delta = PyDelta::new(py, (seconds / 86_400) as i32, (seconds % 86_400) as i32, micros, true)?;
         store.call_method1("wait", (vec![key], delta))?;
         store.call_method1("get", (key,))?.extract::<Vec<u8>>()
