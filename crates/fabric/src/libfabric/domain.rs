@@ -11,7 +11,7 @@ use smddp_libfabric_sys::Library;
 use smddp_libfabric_sys::abi::*;
 use smddp_libfabric_sys::calls::{self, Target};
 
-use super::nics::{Info, Nic, NicInfo, call_error};
+use super::nics::{Info, Nic, NicInfo, call_error, socket_address};
 use crate::domain::{Armed, Caps, Completion, Domain, Mr, PeerAddr, Post, Refused, Remote};
 use crate::error::Error;
 
@@ -19,14 +19,50 @@ use crate::error::Error;
 const BATCH: usize = 32;
 /// Completions the queue holds at least.
 const QUEUE: usize = 4096;
-/// A provider over sockets answers "again" both while it connects and for ever after the peer has gone: a peer that
-/// was reached before is given up after so long.
+/// The provider that answers "again" both while it connects and for ever after the peer has gone, or has refused: no
+/// error ever tells. Others mean full queues and credits by it, however long it lasts.
+const TELLS_NO_END: &str = "tcp";
+/// A peer that was reached before is given up after so long.
 const RECONNECT: Duration = Duration::from_millis(100);
+/// One that never was, after so long: its process may be slow to answer at first.
+const FIRST_CONTACT: Duration = Duration::from_secs(30);
+/// Who has not tried for so long was asleep itself, and begins anew.
+const PAUSE: Duration = Duration::from_secs(1);
 
+/// What "again" from a peer's connection has meant so far, where the provider is [`TELLS_NO_END`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Reach {
     reached: bool,
-    again_since: Option<Instant>,
+    /// The first and the last "again" since a post went through.
+    again: Option<(Instant, Instant)>,
+}
+
+impl Reach {
+    fn posted(&mut self) {
+        *self = Reach { reached: true, again: None };
+    }
+
+    /// Takes note of an "again"; true when there were so many that the peer is given up.
+    fn again(&mut self, now: Instant) -> bool {
+        let since = match self.again {
+            Some((since, last)) if now.duration_since(last) < PAUSE => since,
+            _ => now,
+        };
+        self.again = Some((since, now));
+        now.duration_since(since) > if self.reached { RECONNECT } else { FIRST_CONTACT }
+    }
+
+    fn reason(&self, address: &[u8]) -> String {
+        if self.reached {
+            return "its connection is closed and cannot be made again".to_owned();
+        }
+        let address = socket_address(address).map_or_else(|| "it".to_owned(), |known| known.to_string());
+        format!(
+            "no connection to {address} in {} s: its process has ended, or a firewall is between; open all ports between \
+             the nodes, or choose another network with SMDDP_NICS",
+            FIRST_CONTACT.as_secs()
+        )
+    }
 }
 
 /// One NIC's endpoint.
@@ -45,8 +81,8 @@ pub struct LibfabricDomain {
     free_mrs: Vec<u32>,
     /// Keys are never used again, so that a late write finds no other transfer's memory.
     next_key: u64,
-    /// Whether "again" may mean a lost connection (see [`RECONNECT`]).
-    reach: Vec<Reach>,
+    /// Of each peer, with its address; empty where "again" never means a lost connection.
+    reach: Vec<(Reach, Vec<u8>)>,
     start: Instant,
     entries: [fi_cq_tagged_entry; BATCH],
 }
@@ -175,13 +211,10 @@ impl LibfabricDomain {
 
     /// Turns the result of a post into ours; `to` is the peer, if it has one.
     fn posted(&mut self, code: isize, to: Option<PeerAddr>) -> Post {
-        let reach = match to {
-            Some(to) if self.caps.sockets => self.reach.get_mut(to as usize),
-            _ => None,
-        };
+        let reach = to.and_then(|to| self.reach.get_mut(to as usize));
         if code == 0 {
-            if let Some(reach) = reach {
-                *reach = Reach { reached: true, again_since: None };
+            if let Some((reach, _)) = reach {
+                reach.posted();
             }
             return Ok(());
         }
@@ -189,13 +222,10 @@ impl LibfabricDomain {
             let text = format!("{} ({code})", self.library.error_text(code));
             return Err(if to.is_some() { Refused::Peer(text) } else { Refused::Broken(text) });
         }
-        if let Some(reach) = reach
-            && reach.reached
+        if let Some((reach, address)) = reach
+            && reach.again(Instant::now())
         {
-            let since = *reach.again_since.get_or_insert_with(Instant::now);
-            if since.elapsed() > RECONNECT {
-                return Err(Refused::Peer("its connection is closed and cannot be made again".to_owned()));
-            }
+            return Err(Refused::Peer(reach.reason(address)));
         }
         Err(Refused::Again)
     }
@@ -279,8 +309,10 @@ impl Domain for LibfabricDomain {
             return Err(call_error(&self.library, "fi_av_insert", &self.nic.name, code.min(-1) as isize));
         }
         // Tables number from 0 (FI_AV_TABLE).
-        if self.reach.len() <= peer as usize {
-            self.reach.resize(peer as usize + 1, Reach::default());
+        if self.nic.provider == TELLS_NO_END {
+            let at = peer as usize;
+            self.reach.resize(self.reach.len().max(at + 1), Default::default());
+            self.reach[at].1 = address.to_vec();
         }
         Ok(peer)
     }
@@ -457,5 +489,39 @@ impl Domain for LibfabricDomain {
 impl Drop for LibfabricDomain {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tries every 10 ms; after how long the peer is given up.
+    fn patience(mut reach: Reach) -> Duration {
+        let start = Instant::now();
+        let step = Duration::from_millis(10);
+        (1..).map(|n| n * step).find(|&waited| reach.again(start + waited)).unwrap() - step
+    }
+
+    #[test]
+    fn a_peer_that_was_never_reached_is_given_up_later_and_by_its_address() {
+        let (fresh, mut known) = (Reach::default(), Reach::default());
+        known.posted();
+        let step = Duration::from_millis(10);
+        assert_eq!(patience(known), RECONNECT + step);
+        assert_eq!(patience(fresh), FIRST_CONTACT + step);
+        let address = [&2u16.to_ne_bytes()[..], &80u16.to_be_bytes(), &[10, 0, 0, 7], &[0; 8]].concat();
+        let reason = fresh.reason(&address);
+        assert!(reason.contains("10.0.0.7:80") && reason.contains("firewall"), "{reason}");
+    }
+
+    #[test]
+    fn who_did_not_try_has_not_waited() {
+        let (start, mut reach) = (Instant::now(), Reach::default());
+        for n in 0..10 {
+            assert!(!reach.again(start + n * FIRST_CONTACT));
+        }
+        reach.posted();
+        assert!(!reach.again(start + 11 * FIRST_CONTACT));
     }
 }

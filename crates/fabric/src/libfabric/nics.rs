@@ -1,7 +1,7 @@
 //! Which NICs there are, and which are used.
 
 use std::ffi::{CStr, CString, c_char};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::Once;
@@ -245,20 +245,27 @@ unsafe fn text(from: *const c_char) -> String {
     unsafe { CStr::from_ptr(from) }.to_string_lossy().into_owned()
 }
 
-/// The source address, where it is a socket address: family in the first two bytes, as in `struct sockaddr`.
+/// The source address, where it is a socket address.
 fn address(info: &fi_info) -> Option<IpAddr> {
-    const INET: u16 = 2;
-    const INET6: u16 = 10;
     if info.src_addr.is_null() || !matches!(info.addr_format, 1..=3 | 17) {
         return None;
     }
     // SAFETY: the library gives `src_addrlen` bytes there.
     let bytes = unsafe { std::slice::from_raw_parts(info.src_addr.cast::<u8>(), info.src_addrlen) };
-    match u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) {
-        INET => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(4..8)?).ok()?).into()),
-        INET6 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes.get(8..24)?).ok()?).into()),
-        _ => None,
-    }
+    socket_address(bytes).map(|address| address.ip())
+}
+
+/// Reads a `struct sockaddr`: family in the first two bytes, then the port.
+pub(super) fn socket_address(bytes: &[u8]) -> Option<SocketAddr> {
+    const INET: u16 = 2;
+    const INET6: u16 = 10;
+    let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
+    let ip: IpAddr = match u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) {
+        INET => Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(4..8)?).ok()?).into(),
+        INET6 => Ipv6Addr::from(<[u8; 16]>::try_from(bytes.get(8..24)?).ok()?).into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, port))
 }
 
 /// Chooses the rails: the interfaces named, in that order; else, where the provider runs over IP, the one that the
