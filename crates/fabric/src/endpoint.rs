@@ -15,6 +15,7 @@
 //! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when each has said
 //!   it too: who has heard it sends nothing after its own. A packet that reaches a closed connection resets it, and what the
 //!   process that sent it had not read yet would be thrown away: the last messages of one that was done (ADR 0031).
+//! - **E7** an announcement may come after its receive is over, by a grant given before it; such news leaves nothing behind.
 
 use std::collections::VecDeque;
 use std::time::Duration;

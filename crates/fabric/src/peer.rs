@@ -1,12 +1,19 @@
 //! One peer process: its endpoints, the credits both ways, its counters.
 
+use std::collections::VecDeque;
 use std::time::Duration;
+
+use smddp_core::transport::MsgKey;
 
 use crate::domain::PeerAddr;
 use crate::wire::Address;
 
 /// Small messages a peer may send unasked before it must announce them, when there is room.
 pub const WINDOW: u32 = 16;
+
+/// Receives kept of a peer whose announcements may still come. One that is late is among the few packets that a peer may
+/// have in flight; of most there is none, since the grant was there before the send.
+const UNANNOUNCED: usize = 64;
 
 /// Credits, counted absolutely and modulo 2³²: no order of messages can confuse them.
 #[derive(Debug, Default)]
@@ -99,6 +106,8 @@ pub struct Peer {
     pub wild: bool,
     pub sent: u64,
     pub received: u64,
+    /// The last large receives from it that were over without an announcement (E7).
+    unannounced: VecDeque<MsgKey>,
     /// The pass over the queue in which it could take no more.
     pub full_in: u64,
 }
@@ -122,8 +131,28 @@ impl Peer {
             wild: false,
             sent: 0,
             received: 0,
+            unannounced: VecDeque::new(),
             full_in: 0,
         }
+    }
+
+    /// A large receive is over; its announcement, if there was one, is still on its way.
+    pub fn over_unannounced(&mut self, key: MsgKey) {
+        if self.unannounced.len() == UNANNOUNCED {
+            self.unannounced.pop_front();
+        }
+        self.unannounced.push_back(key);
+    }
+
+    /// Whether the announcement that has come is of such a receive.
+    pub fn is_late(&mut self, key: &MsgKey) -> bool {
+        let at = self.unannounced.iter().rposition(|over| over == key);
+        at.is_some_and(|at| self.unannounced.remove(at).is_some())
+    }
+
+    /// Nothing of the group counts any more.
+    pub fn forget(&mut self, group: u64) {
+        self.unannounced.retain(|key| key.group != group);
     }
 
     /// Whether its goodbye is still to come.

@@ -45,13 +45,14 @@ impl<D: Domain> FabricEndpoint<D> {
     }
 
     /// Whether a message was announced whose receive was started, granted and perhaps over before it: nothing is kept
-    /// of such news. (Where data comes only after the announcement, there are none.)
-    fn is_old_news(&self, id: &Match, total: u64) -> bool {
+    /// of such news (E7). Where registering is real, a receive that was started may still wait for the announcement, so
+    /// those that are over are kept by name.
+    fn is_old_news(&mut self, id: &Match, total: u64) -> bool {
+        if self.config.caps.needs_local_mr {
+            return self.peers[id.peer as usize].is_late(&id.key);
+        }
         let started = || self.large.get(&(id.peer, id.key.group, id.key.tag)).copied().unwrap_or(0);
-        is_p2p(&id.key)
-            && total > self.peers[id.peer as usize].eager as u64
-            && !self.config.caps.needs_local_mr
-            && number(&id.key) < started()
+        is_p2p(&id.key) && total > self.peers[id.peer as usize].eager as u64 && number(&id.key) < started()
     }
 
     /// The message was here before its receive.
@@ -217,8 +218,8 @@ impl<D: Domain> FabricEndpoint<D> {
         let id = Match { peer, key: packet.key };
         match packet.body {
             Body::Eager { data, permitted } => self.arrive_eager(id, packet.call, data, permitted),
-            Body::Announce => match self.receiving.get(&id) {
-                Some(&recv) => self.announced(recv, packet.total, packet.call),
+            Body::Announce => match self.receiving.get(&id).copied() {
+                Some(recv) => self.announced(recv, packet.total, packet.call),
                 None if self.is_old_news(&id, packet.total) => {}
                 None => {
                     let early = Early::Announced { total: packet.total, call: packet.call };

@@ -236,9 +236,12 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         match self.recvs.get(g.recv) {
             Some(op) if op.arrived == op.region.len() => {
-                let (id, ctx) = (op.id, op.ctx);
+                let (id, ctx, announced) = (op.id, op.ctx, op.announced);
                 self.recvs.remove(g.recv);
                 self.receiving.remove(&id);
+                if self.config.caps.needs_local_mr && !announced {
+                    self.peers[id.peer as usize].over_unannounced(id.key);
+                }
                 self.done.push(ctx);
             }
             Some(_) => self.grant_more(g.recv),

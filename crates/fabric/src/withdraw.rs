@@ -124,6 +124,7 @@ impl<D: Domain> FabricEndpoint<D> {
     fn forget_early(&mut self, group: u64) {
         self.early_grants.retain(|id, _| id.key.group != group);
         self.large.retain(|(_, of, _), _| *of != group);
+        self.peers.iter_mut().for_each(|peer| peer.forget(group));
         let mut freed = Vec::new();
         let mut buffers = Vec::new();
         self.early.retain(|id, early| {

@@ -274,6 +274,36 @@ proptest! {
     }
 }
 
+/// Receives in registered memory are granted at once, so the data of one may overtake its announcement.
+#[test]
+fn an_announcement_that_comes_after_its_message_is_forgotten() {
+    for rma in [true, false] {
+        for seq in [0, MsgKey::P2P] {
+            let config = SimConfig { rma, needs_local_mr: true, max_delay: 60, ..calm() };
+            let mut world = World::new(2, 1, config, &settings(&[]));
+            let (mut a, mut b) = (vec![1u8; 100_000], vec![0u8; 100_000]);
+            let (from, to) = (region(&mut a), region(&mut b));
+            world.ends[0].register(from, Owner::Host).unwrap();
+            world.ends[1].register(to, Owner::Host).unwrap();
+            for n in 0..200 {
+                let key = MsgKey { group: GROUP, seq: seq | n, tag: 9 };
+                let sent = world.net.small_messages();
+                world.ends[1].recv(message(key, 0, to, 0)).unwrap();
+                world.ends[0].send(message(key, 1, from, 0)).unwrap();
+                assert_eq!(world.net.small_messages() - sent, 2, "granted and announced at once");
+                world.until(|w| w.done.iter().all(|done| !done.is_empty()));
+                world.done.iter_mut().for_each(Vec::clear);
+            }
+            for _ in 0..200 {
+                world.poll_all();
+            }
+            let kept = (0..200)
+                .filter(|n| world.ends[1].has_come(0, &MsgKey { group: GROUP, seq: seq | n, tag: 9 }));
+            assert_eq!(kept.count(), 0, "rma {rma}, seq {seq}");
+        }
+    }
+}
+
 fn calm() -> SimConfig {
     SimConfig { seed: 3, ..SimConfig::default() }
 }
