@@ -374,9 +374,26 @@ fn attempt(
     limit: Instant,
 ) -> std::result::Result<(TcpStream, SocketAddr), Attempt> {
     let addresses: Vec<SocketAddr> = candidate.to_socket_addrs()?.collect();
-    let mut last = Attempt::Again(format!("'{candidate}' has no address"));
-    for address in addresses {
-        let left = limit.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    if addresses.is_empty() {
+        return Err(Attempt::Again(format!("'{candidate}' has no address")));
+    }
+    attempt_each(identity, process, &addresses, limit)
+}
+
+/// Tries the addresses of one host in turn. Each has its share of the time that is left: one that swallows packets leaves
+/// some to the next.
+fn attempt_each(
+    identity: Identity,
+    process: u64,
+    addresses: &[SocketAddr],
+    limit: Instant,
+) -> std::result::Result<(TcpStream, SocketAddr), Attempt> {
+    let mut last = Attempt::Again(NO_ANSWER.to_owned());
+    for (at, &address) in addresses.iter().enumerate() {
+        let now = Instant::now();
+        let share = limit.saturating_duration_since(now) / (addresses.len() - at) as u32;
+        let left = share.max(Duration::from_millis(1));
+        let limit = now + share;
         let result = TcpStream::connect_timeout(&address, left)
             .map_err(Attempt::from)
             .and_then(|mut stream| greet(&mut stream, identity, process, limit).map(|()| stream));

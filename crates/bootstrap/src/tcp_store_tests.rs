@@ -357,3 +357,15 @@ fn many_ranks_exchange_through_it() {
         assert_eq!(rank.join().unwrap(), all);
     }
 }
+
+#[test]
+fn a_silent_address_leaves_time_to_the_hosts_next_one() {
+    let store = host(1);
+    let good = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), store.port().unwrap());
+    // The kernel takes connections for it, and nobody ever answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = [silent.local_addr().unwrap(), good];
+    let limit = Instant::now() + Duration::from_secs(2);
+    let (_, reached) = attempt_each(me(0, 1), store.process, &addresses, limit).unwrap();
+    assert_eq!(reached, good);
+}
