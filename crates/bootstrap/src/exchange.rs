@@ -214,11 +214,11 @@ impl Exchange<'_> {
         let mut complaint = None;
         let mut look = FIRST_LOOK;
         loop {
-            let newest = self.leaders()?;
-            if newest > followed
-                && let Waited::Value(nonce) =
-                    self.wait(&format!("{}/{newest}", self.leads()), self.deadline)?
-            {
+            // The newest leader; if there is none yet, or only those of dead attempts, the next one. A leader may end
+            // between its number and its nonce, so that a newer one must be looked for here, too (invariant 2).
+            let newest = self.leaders()?.max(followed + 1);
+            let key = format!("{}/{newest}", self.leads());
+            if let Waited::Value(nonce) = self.wait(&key, self.deadline.min(Instant::now() + look))? {
                 let nonce = <[u8; 8]>::try_from(nonce.as_slice());
                 let nonce = nonce.map_err(|_| self.garbage("the leader's nonce is garbage".to_owned()))?;
                 followed = newest;
@@ -232,9 +232,6 @@ impl Exchange<'_> {
             if Instant::now() >= self.deadline {
                 return Err(complaint.unwrap_or_else(|| self.missing(vec![0])));
             }
-            // No leader yet, or only those of dead attempts: wait for the next one's nonce.
-            let next = format!("{}/{}", self.leads(), followed + 1);
-            self.wait(&next, self.deadline.min(Instant::now() + look))?;
             look = (look * 2).min(LONGEST_LOOK);
         }
     }

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
@@ -62,6 +63,48 @@ fn a_missing_leader_is_named_too() {
     let store = Arc::new(LocalStore::new());
     for result in run(&store, "g", 3, &[(1, b"b"), (2, b"c")], 0.3) {
         assert!(matches!(&result, Err(Error::Missing { missing, .. }) if missing == &[0]), "{result:?}");
+    }
+}
+
+#[test]
+fn a_leader_that_ended_before_it_gave_its_nonce_is_overtaken() {
+    let store = Looked::default();
+    // Its number is there and nothing else.
+    store.add("g/lead", 1).unwrap();
+    std::thread::scope(|threads| {
+        let follower = threads.spawn(|| all_gather(&store, "g", 1, 2, b"b", soon(10.0)));
+        // Once it has looked, it waits for the dead leader's nonce.
+        while store.looks.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let leader = all_gather(&store, "g", 0, 2, b"a", soon(10.0));
+        assert_eq!(leader.unwrap(), [b"a", b"b"]);
+        assert!(follower.join().unwrap().is_ok());
+    });
+}
+
+/// Counts looks for leaders.
+#[derive(Default)]
+struct Looked {
+    store: LocalStore,
+    looks: AtomicUsize,
+}
+
+impl Store for Looked {
+    fn set(&self, key: &str, value: &[u8]) -> smddp_core::Result<()> {
+        self.store.set(key, value)
+    }
+
+    fn get(&self, key: &str, deadline: Instant) -> smddp_core::Result<Vec<u8>> {
+        self.store.get(key, deadline)
+    }
+
+    fn add(&self, key: &str, amount: i64) -> smddp_core::Result<i64> {
+        let number = self.store.add(key, amount)?;
+        if key == "g/lead" && amount == 0 {
+            self.looks.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(number)
     }
 }
 
