@@ -32,6 +32,13 @@ pub enum Error {
     #[error("rank 0 cannot listen on {addresses}: {reason}. Choose another MASTER_PORT")]
     Listen { addresses: String, reason: String },
 
+    /// This process may not have enough connections.
+    #[error(
+        "rank 0 serves {size} ranks and needs {needed} open files, but may have {limit} at most. Raise its hard limit \
+         (ulimit -Hn, LimitNOFILE, docker run --ulimit nofile)"
+    )]
+    Descriptors { size: usize, needed: u64, limit: u64 },
+
     /// The ranks contradict each other about the job.
     #[error(
         "the ranks disagree about the job: {what}. Every rank must be started for the same job, each with its own rank"
@@ -120,6 +127,7 @@ impl From<Error> for smddp_core::Error {
             Error::Store(error) => error,
             error @ (Error::Unreachable { .. }
             | Error::Listen { .. }
+            | Error::Descriptors { .. }
             | Error::Disagree { .. }
             | Error::DuplicateRank { .. }
             | Error::Lost { .. }

@@ -15,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+mod descriptors;
 pub mod env;
 pub mod error;
 pub mod exchange;

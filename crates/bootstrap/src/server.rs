@@ -9,6 +9,8 @@
 //!    left) fails the job for all. Afterwards it only turns the newcomer away. A connection that ends before it asked
 //!    anything is no rank that left: its client may have given up waiting for the greeting, and will come again.
 //! 4. The thread ends when it was told to and every rank has left, or at the time it was given.
+//! 5. There is a descriptor for every rank's connection, and some for those of its threads that wait: else it is not
+//!    started (`descriptors`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use smddp_core::store::Store;
 
+use crate::descriptors;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::kv;
@@ -81,7 +82,8 @@ impl TcpStore {
     /// Rank 0: starts the store. Does not wait for the others; see [`TcpStore::ready`].
     ///
     /// # Errors
-    /// [`Error::Listen`] when no port is free; [`Error::Disagree`] when a port is taken by a rank 0 of this
+    /// [`Error::Listen`] when no port is free; [`Error::Descriptors`] when this process may not have as many connections as
+    /// there are ranks; [`Error::Disagree`] when a port is taken by a rank 0 of this
     /// very job.
     pub fn host(identity: Identity, listen: &Listen, deadline: Instant) -> Result<TcpStore> {
         let process = host::random_u64();
@@ -116,6 +118,7 @@ impl TcpStore {
             addresses: "this host".to_owned(),
             reason: error.to_string(),
         };
+        descriptors::allow(identity.size)?;
         let bound = listener.local_addr().map_err(failed)?;
         let server = Server::start(listener, identity.size, identity.secret, process).map_err(failed)?;
         // The wildcard address with IPv6 still answers on IPv4's loopback.
