@@ -310,10 +310,11 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// The peer cannot be reached any more: every group with messages to or from it fails.
     pub(crate) fn lose(&mut self, peer: u32, reason: String) {
-        let p = &mut self.peers[peer as usize];
-        if p.lost.is_some() {
+        if self.peers[peer as usize].lost.is_some() {
             return;
         }
+        self.reclaim_credits(peer);
+        let p = &mut self.peers[peer as usize];
         let (sent, received, talked) = (p.sent, p.received, p.talked);
         tracing::warn!(peer = p.label, reason, talked, sent, received, "peer lost");
         p.lost = Some(reason);

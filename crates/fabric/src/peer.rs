@@ -155,6 +155,11 @@ impl Peer {
         self.unannounced.retain(|key| key.group != group);
     }
 
+    /// Whether it sends nothing new any more.
+    pub fn is_gone(&self) -> bool {
+        self.lost.is_some() || self.left.is_some()
+    }
+
     /// Whether its goodbye is still to come.
     pub fn owes_bye(&self) -> bool {
         self.told_bye && self.left.is_none() && self.lost.is_none()

@@ -271,6 +271,7 @@ impl<D: Domain> FabricEndpoint<D> {
     /// The peer's endpoint goes, and waits for our word that nothing more will be sent to it (E6).
     fn heard_bye(&mut self, peer: u32) {
         let now = self.rails[0].now();
+        self.reclaim_credits(peer);
         self.peers[peer as usize].left.get_or_insert(now);
         self.tell_bye(peer);
     }
@@ -286,12 +287,21 @@ impl<D: Domain> FabricEndpoint<D> {
     /// Lets a peer send unasked, as far as there is room for what might stay unexpected.
     fn open_window(&mut self, peer: u32) {
         let room = self.staging.budget - self.credits_out;
-        let credits = &mut self.peers[peer as usize].credits;
-        if credits.window() == 0 && room > 0 {
+        let p = &mut self.peers[peer as usize];
+        if p.credits.window() == 0 && room > 0 && !p.is_gone() {
             let window = WINDOW.min(room);
-            credits.open(window);
+            p.credits.open(window);
             self.credits_out += window;
             self.news(peer);
+        }
+    }
+
+    /// The peer is about to be gone: what it may have sent unasked is for others. (What of it still lies here goes with its
+    /// groups.)
+    pub(crate) fn reclaim_credits(&mut self, peer: u32) {
+        let p = &self.peers[peer as usize];
+        if !p.is_gone() {
+            self.credits_out -= p.credits.window();
         }
     }
 

@@ -462,6 +462,34 @@ fn few_small_messages_are_kept_however_many_are_sent() {
 }
 
 #[test]
+fn the_credits_of_lost_peers_are_given_to_others() {
+    // Room for 32 messages: 2 windows.
+    let tight = settings(&[("SMDDP_STAGING", "1M"), ("SMDDP_EAGER", "8K")]);
+    let mut world = World::new(4, 1, calm(), &tight);
+    let (mut source, mut target) = (vec![3u8; 5000], vec![0u8; 5000]);
+    let (from, to) = (region(&mut source), region(&mut target));
+    for peer in [1, 2, 3] {
+        let key = MsgKey { group: GROUP + peer as u64, ..key(0) };
+        // The first one makes the two acquainted.
+        world.ends[peer].send(message(key, 0, from, 0)).unwrap();
+        world.ends[0].recv(message(key, peer, to, peer)).unwrap();
+        world.until(|w| w.done[0].contains(&Ctx(peer as u64)) && !w.done[peer].is_empty());
+        if peer < 3 {
+            world.net.kill_at(0, peer);
+            world.ends[0].recv(message(MsgKey { seq: 1, ..key }, peer, to, 9)).unwrap();
+            world.until(|w| w.failed[0].len() == peer);
+        }
+    }
+    for i in 1..=5 {
+        world.ends[3].send(message(key(i), 0, from, i)).unwrap();
+    }
+    for _ in 0..1000 {
+        world.poll_all();
+    }
+    assert_eq!(world.done[3].len(), 1 + 5, "messages without a receive");
+}
+
+#[test]
 fn credits_come_back() {
     let mut world = World::new(2, 1, calm(), &settings(&[]));
     let mut source = vec![3u8; 5000];
