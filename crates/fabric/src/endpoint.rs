@@ -8,7 +8,8 @@
 //!   control messages need, whatever the number of peers.
 //! - **E2** a message without credit is announced, and sent when its receive is posted: no order of posting on two
 //!   sides can deadlock on credits.
-//! - **E3** bounce slots are taken only for bytes that both sides are ready to move, so they always come back.
+//! - **E3** bounce slots are taken only for bytes that both sides are ready to move, so they always come back; those
+//!   that a lost peer may still write to are replaced.
 //! - **E4** arrivals are counted per transfer and per (group, peer), never "since": nothing relies on order (T2).
 //! - **E5** a user's region is touched only for an operation in `sends` or `recvs`, when a small message is copied out or in, and
 //!   by those in `pieces` (as source) and `grants` (as target).

@@ -2,7 +2,8 @@
 //!
 //! Sizes are fixed when the endpoint opens, whatever the number of peers (16 MiB in all by default): two sets of
 //! slots of about 1 MiB, unexpected messages up to a quarter of SMDDP_STAGING, and, where the provider needs
-//! registered memory for real, bounce slots of half of SMDDP_STAGING.
+//! registered memory for real, bounce slots of half of SMDDP_STAGING. Only where lost peers may still write to all the slots
+//! for receiving there are new ones, and those stay until the endpoint closes.
 
 use smddp_core::memory::{Owner, Region};
 
@@ -46,6 +47,9 @@ pub struct Staging {
     pub recv: Slots,
     /// Bounce slots, for sending and receiving apart, so that neither can starve the other.
     pub bounce: Option<(Slots, Slots)>,
+    /// Slots for receiving that are not used again, and the arenas of which there was no other left.
+    quarantined: usize,
+    retired: Vec<Slots>,
     /// What [`Fabric::register`](smddp_core::transport::Fabric::register) was given.
     registered: Vec<Registered>,
     /// Credits this process may have given out in all.
@@ -65,7 +69,28 @@ impl Staging {
             None
         };
         let budget = (staging / 4 / slot).max(1) as u32;
-        Ok(Staging { send, recv, bounce, registered: Vec::new(), budget })
+        Ok(Staging {
+            send,
+            recv,
+            bounce,
+            quarantined: 0,
+            retired: Vec::new(),
+            registered: Vec::new(),
+            budget,
+        })
+    }
+
+    /// A bounce slot to which a lost peer may still write is not given back. After the last one nothing refers to the
+    /// arena any more but such peers, and another takes its place.
+    pub fn quarantine<D: Domain>(&mut self, rails: &mut [D]) -> Result<(), Error> {
+        let Some((_, slots)) = &mut self.bounce else { return Ok(()) };
+        self.quarantined += 1;
+        if self.quarantined == slots.arena.count() {
+            let fresh = Slots::new(rails, slots.arena.count(), BOUNCE, true)?;
+            self.retired.push(std::mem::replace(slots, fresh));
+            self.quarantined = 0;
+        }
+        Ok(())
     }
 
     /// Registers memory on every rail, until it is taken back or the endpoint ends.

@@ -182,7 +182,7 @@ impl<D: Domain> FabricEndpoint<D> {
             let arrived = self.groups.arrived(group, g.peer);
             let settled = self.settled.iter().any(|(p, posted)| *p == g.peer && arrived >= *posted);
             // The one connection to a lost peer is closed. What might still be written by a NIC of its own accord, or
-            // over another rail, is protected by nothing but closing, except bounce slots: they are not used again.
+            // over another rail, is protected by nothing but closing, except bounce slots: they are not used again (E3).
             let lost = peer.lost.is_some();
             let closed = lost && !peer.wild && !self.config.caps.needs_local_mr && self.rails.len() == 1;
             if lost && g.bounce.is_some() {
@@ -200,6 +200,10 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         for handle in quarantine {
             self.grants.remove(handle);
+            if let Err(error) = self.staging.quarantine(&mut self.rails) {
+                return self
+                    .break_down(format!("no memory in place of what lost peers may write to: {error}"));
+            }
         }
         for handle in cancel {
             let Some(g) = self.grants.get(handle) else { continue };

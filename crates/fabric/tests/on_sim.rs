@@ -461,6 +461,37 @@ fn few_small_messages_are_kept_however_many_are_sent() {
     assert!(targets == sources);
 }
 
+/// Slots that a lost peer may still write to are not used again, and others take their place.
+#[test]
+fn bounced_messages_arrive_after_peers_were_lost_in_the_midst_of_theirs() {
+    for rma in [true, false] {
+        // Two slots for receiving.
+        let config = SimConfig { rma, needs_local_mr: true, ..calm() };
+        let mut world = World::new(5, 1, config, &settings(&[("SMDDP_STAGING", "1M")]));
+        let each = world.net.registrations() / 5;
+        let (mut source, mut target) = (vec![3u8; 1 << 20], vec![0u8; 1 << 20]);
+        for peer in 1..5 {
+            let key = MsgKey { group: GROUP + peer as u64, ..key(0) };
+            world.ends[peer].send(message(key, 0, region(&mut source), 0)).unwrap();
+            world.ends[0].recv(message(key, peer, region(&mut target), peer)).unwrap();
+            if peer == 4 {
+                world.until(|w| w.done[0].contains(&Ctx(4)));
+                break;
+            }
+            // It is announced and granted twice.
+            let said = world.net.small_messages();
+            world.until(|w| w.net.small_messages() >= said + 2);
+            world.net.kill_at(0, peer);
+            world.until(|w| w.failed[0].len() == peer);
+            world.ends[0].withdraw(key.group, &[peer as u32], Some(&Error::Internal("lost".to_owned())));
+        }
+        assert!(target == source, "rma {rma}");
+        // Two live; those that died hold nothing.
+        let kept = world.net.registrations() - 2 * each;
+        assert_eq!(kept, 3, "rma {rma}: a set of slots for each lost peer");
+    }
+}
+
 #[test]
 fn the_credits_of_lost_peers_are_given_to_others() {
     // Room for 32 messages: 2 windows.
