@@ -53,6 +53,7 @@ const LINGER: Duration = Duration::from_millis(200);
 const PARTING: Duration = Duration::from_millis(500);
 /// Why nothing can be sent to or awaited from a peer that said goodbye.
 pub(crate) const LEFT: &str = "it has left: its process groups are destroyed";
+pub(crate) const DESTROYED: &str = "it has destroyed the group";
 const BYE_NAP: Duration = Duration::from_millis(1);
 const BLIND_NAP: Duration = Duration::from_micros(50);
 

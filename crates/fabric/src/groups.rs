@@ -4,6 +4,7 @@
 //! (group, operation) finds such a disagreement from whatever message arrives first.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use smddp_core::call::PackedCall;
 use smddp_core::transport::MsgKey;
@@ -57,6 +58,8 @@ pub struct Group {
     pub failed: bool,
     /// Peers that withdrew from it: nothing of theirs counts any more.
     pub left: Vec<u32>,
+    /// Peers that have destroyed it, as they answered, and when: what is under way of theirs still counts.
+    over: Vec<(u32, Duration)>,
     /// An abort that came before anything was posted here.
     pub abort: Option<(u32, String)>,
 }
@@ -157,6 +160,23 @@ impl Groups {
             return None;
         }
         Some(self.groups.entry(group).or_default())
+    }
+
+    /// The peer has said that the group is destroyed there.
+    pub fn is_over_at(&mut self, group: u64, peer: u32, now: Duration) {
+        if self.is_gone(group) {
+            return;
+        }
+        let Some(known) = self.entry(group) else { return };
+        if !known.over.iter().any(|(p, _)| *p == peer) {
+            known.over.push((peer, now));
+        }
+    }
+
+    /// Since when that is known, if it is.
+    pub fn over_since(&self, group: u64, peer: u32) -> Option<Duration> {
+        let over = &self.groups.get(&group)?.over;
+        over.iter().find(|(p, _)| *p == peer).map(|(_, since)| *since)
     }
 
     pub fn member(&mut self, group: u64, peer: u32) -> &mut Member {

@@ -161,6 +161,7 @@ pub enum Tx {
     Credit { peer: u32 },
     Abort { peer: u32, group: u64, quiet: bool, text: std::sync::Arc<str> },
     Settled { peer: u32, group: u64 },
+    Gone { peer: u32, group: u64 },
     Bye { peer: u32 },
 }
 

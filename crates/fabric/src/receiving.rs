@@ -188,6 +188,10 @@ impl<D: Domain> FabricEndpoint<D> {
                 }
                 return;
             }
+            Body::Gone => {
+                let now = self.rails[0].now();
+                return self.groups.is_over_at(packet.key.group, peer, now);
+            }
             Body::Eager { .. } | Body::Announce | Body::Permit | Body::Grant(_) | Body::Probe { .. } => {}
         }
         let costs = matches!(packet.body, Body::Eager { permitted: false, .. });
@@ -203,14 +207,29 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         match self.groups.arrive(packet.key, packet.call, peer) {
             Verdict::Take => self.deliver(peer, packet),
-            Verdict::Drop if costs => self.consumed(peer),
-            Verdict::Drop => {}
+            Verdict::Drop => {
+                if costs {
+                    self.consumed(peer);
+                }
+                self.tell_gone(peer, packet);
+            }
             Verdict::Disagree(d) => {
                 if costs {
                     self.consumed(peer);
                 }
                 self.disagree(packet.key.group, d);
             }
+        }
+    }
+
+    /// Who waits for this process in a group that is destroyed here waits in vain. (One packet a probe: there are few.)
+    fn tell_gone(&mut self, peer: u32, packet: &Packet<'_>) {
+        let group = packet.key.group;
+        if matches!(packet.body, Body::Announce | Body::Probe { .. }) && self.groups.is_gone(group) {
+            self.tx.push_back(Tx::Gone { peer, group });
+        }
+        if matches!(packet.body, Body::Probe { .. }) {
+            self.probes += 1;
         }
     }
 
@@ -240,7 +259,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Grant(grant) => self.granted(id, packet, grant),
             Body::Probe { receiving } => self.probed_by(id, packet, receiving),
-            Body::Credit | Body::Abort { .. } | Body::Settled | Body::Bye => {}
+            Body::Credit | Body::Abort { .. } | Body::Settled | Body::Gone | Body::Bye => {}
         }
     }
 
@@ -395,7 +414,7 @@ mod tests {
         let targets = any::<[(u64, u64); MAX_RAILS]>();
         let grant = (any::<u32>(), 0..60_000u64, 0..60_000u64, 1..60_000u64, 1..9u8, any::<bool>(), targets);
         let data = prop::collection::vec(any::<u8>(), 0..200);
-        (0..9u8, key, 0..3u64, sizes, grant, data, any::<(bool, u32)>()).prop_map(
+        (0..10u8, key, 0..3u64, sizes, grant, data, any::<(bool, u32)>()).prop_map(
             |(kind, key, count, total, g, data, (flag, given))| {
                 let (id, off, span, piece, rails, tagged, targets) = g;
                 let targets = targets.map(|(addr, key)| Target { addr, key });
@@ -409,6 +428,7 @@ mod tests {
                     5 => Body::Probe { receiving: flag },
                     6 => Body::Abort { quiet: flag, text: "why" },
                     7 => Body::Bye,
+                    8 => Body::Gone,
                     _ => Body::Settled,
                 };
                 let total = if kind == 0 { data.len() as u64 } else { total };

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use smddp_core::call::PackedCall;
-use smddp_core::error::Result;
+use smddp_core::error::{Error as CoreError, Result, Site};
 use smddp_core::transport::{Message, MsgKey};
 
 use crate::domain::{Domain, Refused};
-use crate::endpoint::{FabricEndpoint, LEFT, PROBE_EVERY};
+use crate::endpoint::{DESTROYED, FabricEndpoint, LEFT, PROBE_EVERY};
 use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
@@ -16,7 +16,7 @@ use crate::wire::{Body, HEADER, Packet, encode};
 /// silence the others.
 const KEPT: usize = 8;
 const PEER_SLOTS: u32 = 24;
-/// How long a message that waits for a peer which has left may still be completed by what was under way.
+/// How long a message that waits for a peer which has left, or destroyed the group, may still be completed by what was under way.
 const AFTERGLOW: Duration = Duration::from_secs(1);
 /// Stuck messages whose peers are probed at a time.
 const PROBES: usize = 16;
@@ -125,6 +125,10 @@ impl<D: Domain> FabricEndpoint<D> {
                 let key = MsgKey { group, ..NO_KEY };
                 let posted = self.groups.member(group, peer).posted;
                 self.say(peer, key, NO_CALL, posted, Body::Settled)
+            }
+            Tx::Gone { peer, group } => {
+                let key = MsgKey { group, ..NO_KEY };
+                self.say(peer, key, NO_CALL, 0, Body::Gone)
             }
             Tx::Bye { peer } => self.say(peer, NO_KEY, NO_CALL, 0, Body::Bye),
         }
@@ -279,8 +283,8 @@ impl<D: Domain> FabricEndpoint<D> {
             };
             send = next;
             let Some(op) = self.sends.get_mut(handle) else { continue };
-            let peer = op.id.peer;
-            if std::mem::replace(&mut op.old, true) && !op.dead {
+            let (id, rank, peer) = (op.id, op.rank, op.id.peer);
+            if std::mem::replace(&mut op.old, true) && !op.dead && !self.is_in_vain(id, rank) {
                 self.probe_one(peer, Tx::ProbeSend { send: handle, peer });
             }
         }
@@ -291,13 +295,29 @@ impl<D: Domain> FabricEndpoint<D> {
             };
             recv = next;
             let Some(op) = self.recvs.get_mut(handle) else { continue };
-            let peer = op.id.peer;
-            if std::mem::replace(&mut op.old, true) {
+            let (id, rank, peer) = (op.id, op.rank, op.id.peer);
+            if std::mem::replace(&mut op.old, true) && !self.is_in_vain(id, rank) {
                 self.probe_one(peer, Tx::ProbeRecv { recv: handle, peer });
             }
         }
         self.probe_from = (send, recv);
         self.send_small();
+    }
+
+    /// Whether a stuck message's peer has destroyed the group; what was under way then has had its time. The group fails.
+    fn is_in_vain(&mut self, id: Match, rank: u32) -> bool {
+        let Some(since) = self.groups.over_since(id.key.group, id.peer) else { return false };
+        if self.rails[0].now().saturating_sub(since) < AFTERGLOW {
+            return false;
+        }
+        let error = CoreError::PeerLost {
+            site: Site::unknown(),
+            peer: rank as usize,
+            node: self.peers[id.peer as usize].label.clone(),
+            reason: DESTROYED.to_owned(),
+        };
+        self.fail_group(id.key.group, error);
+        true
     }
 
     fn probe_one(&mut self, peer: u32, item: Tx) {

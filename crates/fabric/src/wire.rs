@@ -80,6 +80,8 @@ pub enum Body<'a> {
         quiet: bool,
         text: &'a str,
     },
+    /// The group was destroyed at the sender, who is asked or waited for in it. What it sent before may come later.
+    Gone,
     /// No more pieces of this group will come; the header's `total` is how many ever were posted.
     Settled,
     /// The last packet of an endpoint that goes, or the answer to one (E6): nothing follows.
@@ -108,6 +110,7 @@ const CREDIT: u8 = 6;
 const ABORT: u8 = 7;
 const SETTLED: u8 = 8;
 const BYE: u8 = 9;
+const GONE: u8 = 10;
 
 fn put<const N: usize>(out: &mut [u8], at: usize, bytes: [u8; N]) {
     out[at..at + N].copy_from_slice(&bytes);
@@ -126,6 +129,7 @@ pub fn encode(packet: &Packet<'_>, out: &mut [u8]) -> usize {
         Body::Abort { quiet, .. } => (ABORT, *quiet, 0, None),
         Body::Settled => (SETTLED, false, 0, None),
         Body::Bye => (BYE, false, 0, None),
+        Body::Gone => (GONE, false, 0, None),
     };
     put(out, 0, MAGIC.to_le_bytes());
     put(out, 4, [kind, u8::from(flag), rails, 0]);
@@ -161,7 +165,13 @@ fn payload(body: &Body<'_>, out: &mut [u8]) -> usize {
             out[..text.len()].copy_from_slice(text.as_bytes());
             text.len()
         }
-        Body::Announce | Body::Permit | Body::Probe { .. } | Body::Credit | Body::Settled | Body::Bye => 0,
+        Body::Announce
+        | Body::Permit
+        | Body::Probe { .. }
+        | Body::Credit
+        | Body::Settled
+        | Body::Bye
+        | Body::Gone => 0,
     }
 }
 
@@ -198,6 +208,7 @@ pub fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
         ABORT => Body::Abort { quiet: flag, text: std::str::from_utf8(data).ok()? },
         SETTLED => Body::Settled,
         BYE => Body::Bye,
+        GONE => Body::Gone,
         _ => return None,
     };
     Some(Packet {
@@ -331,7 +342,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded(
-            from: u64, given: u32, key in key(), call in call(), which in 0..9, flag: bool,
+            from: u64, given: u32, key in key(), call in call(), which in 0..10, flag: bool,
             data in prop::collection::vec(any::<u8>(), 0..300), text in ".{0,40}",
             (grant, total) in grants(),
         ) {
@@ -344,6 +355,7 @@ mod tests {
                 5 => (Body::Credit, 0),
                 6 => (Body::Abort { quiet: flag, text: &text }, 0),
                 7 => (Body::Settled, total),
+                8 => (Body::Gone, 0),
                 _ => (Body::Bye, 0),
             };
             let packet = Packet { from, given, key, call, total, body };
@@ -355,7 +367,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_refused_or_keep_the_rules(
-            mut bytes in prop::collection::vec(any::<u8>(), 0..300), honest: bool, kind in 0..11u8,
+            mut bytes in prop::collection::vec(any::<u8>(), 0..300), honest: bool, kind in 0..12u8,
         ) {
             if honest && bytes.len() >= HEADER {
                 bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());

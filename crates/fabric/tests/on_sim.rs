@@ -720,6 +720,49 @@ fn memory_that_was_taken_back_is_used_as_any() {
 }
 
 #[test]
+fn who_waits_for_a_rank_that_has_destroyed_the_group_is_told() {
+    for config in kinds() {
+        for receiving in [true, false] {
+            let mut world = World::new(2, 1, config, &settings(&[]));
+            world.ends[1].withdraw(GROUP, &[0], None);
+            let mut data = vec![0u8; 100_000];
+            let waits = message(key(0), 1, region(&mut data), 0);
+            let done = if receiving { world.ends[0].recv(waits) } else { world.ends[0].send(waits) };
+            done.unwrap();
+            world.net.pace(Duration::from_millis(1));
+            world.until(|w| !w.failed[0].is_empty());
+            let failure = &world.failed[0][0];
+            assert_eq!(failure.group, Some(GROUP));
+            let Error::PeerLost { peer: 101, reason, .. } = &failure.error else { panic!("{failure:?}") };
+            assert!(reason.contains("destroyed"), "{reason}");
+        }
+    }
+}
+
+/// A rank may destroy the group as soon as its last message is out of its hands.
+#[test]
+fn a_message_that_comes_after_the_news_of_the_groups_end_is_taken() {
+    for seed in 0..100 {
+        // The answer to a probe often overtakes the message.
+        let config = SimConfig { seed, max_delay: 4000, early_completion: true, ..calm() };
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        world.net.pace(Duration::from_micros(100));
+        let (mut a, mut b) = ([7u8; 100], [0u8; 100]);
+        let (from, to) = (region(&mut a), region(&mut b));
+        // The first one makes the two acquainted; the next goes unasked.
+        world.ends[0].send(message(key(0), 1, from, 0)).unwrap();
+        world.ends[1].recv(message(key(0), 0, to, 0)).unwrap();
+        world.until(|w| w.done.iter().all(|done| done.len() == 1));
+        world.ends[0].send(message(key(1), 1, from, 1)).unwrap();
+        world.until(|w| w.done[0].len() == 2);
+        world.ends[0].withdraw(GROUP, &[1], None);
+        world.ends[1].recv(message(key(1), 0, to, 1)).unwrap();
+        world.until(|w| w.done[1].len() == 2 || !w.failed[1].is_empty());
+        assert!(a == b && world.failed[1].is_empty(), "{:?}", world.failed[1]);
+    }
+}
+
+#[test]
 fn an_abort_before_the_first_message_waits_for_it() {
     let mut world = World::new(2, 1, calm(), &settings(&[]));
     let why = Error::Internal("no memory".to_owned());
