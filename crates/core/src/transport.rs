@@ -231,6 +231,12 @@ pub trait Fabric: Send {
     fn recv(&mut self, message: Message) -> Result<()>;
     /// Whether a message of [`MsgKey::P2P`] that no receive was posted for has come, or was announced, from a peer.
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool;
+    /// Whether messages of the group may still come from a peer, its `rank` there: asked while receives from any rank wait,
+    /// which post nothing. An error where the peer was lost or the group has failed.
+    fn can_come(&mut self, group: u64, peer: u32, rank: u32) -> Result<bool> {
+        let _ = (group, peer, rank);
+        Ok(true)
+    }
 
     /// Makes progress; appends the marks of what is done. An error here concerns one group when it says so in
     /// [`FabricFailure::group`], else every group that uses the fabric.

@@ -120,7 +120,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) credits_out: u32,
     pub(crate) polls: u32,
     pub(crate) probe_at: Duration,
-    pub(crate) probe_from: (usize, usize),
+    /// Where the next look goes on, in sends, receives and peers.
+    pub(crate) probe_from: (usize, usize, usize),
 }
 
 impl<D: Domain> FabricEndpoint<D> {
@@ -187,7 +188,7 @@ impl<D: Domain> FabricEndpoint<D> {
             polls: 0,
             probes: 0,
             probe_at: Duration::ZERO,
-            probe_from: (0, 0),
+            probe_from: (0, 0, 0),
         };
         while let Some(slot) = endpoint.staging.recv.arena.take() {
             endpoint.unposted.push(slot);
@@ -501,6 +502,21 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
 
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
         self.early.contains_key(&Match { peer, key: *key })
+    }
+
+    fn can_come(&mut self, group: u64, peer: u32, rank: u32) -> Result<bool> {
+        // As `admit` does for messages that are posted.
+        if let Some((_, reason)) = self.groups.get_mut(group).and_then(|g| g.abort.take()) {
+            return Err(CoreError::Aborted { site: Site::unknown(), reason });
+        }
+        let p = &mut self.peers[peer as usize];
+        if p.lost.is_none() && p.left.is_none() {
+            p.asked = Some(group);
+            return Ok(!self.is_over(group, peer));
+        }
+        // Where nobody says goodbye, whose work is done is lost like any other.
+        let done = p.left.is_some() || (!self.config.caps.sockets && !p.wild);
+        if done { Ok(false) } else { Err(self.lost_error(peer, rank)) }
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure> {

@@ -152,17 +152,58 @@ pub enum Early {
 /// A small message to be sent, in order of posting.
 #[derive(Clone, Debug)]
 pub enum Tx {
-    Eager { send: Handle, permitted: bool },
-    Announce { send: Handle },
-    Permit { recv: Handle },
-    Grant { grant: Handle },
-    ProbeSend { send: Handle, peer: u32 },
-    ProbeRecv { recv: Handle, peer: u32 },
-    Credit { peer: u32 },
-    Abort { peer: u32, group: u64, quiet: bool, text: std::sync::Arc<str> },
-    Settled { peer: u32, group: u64 },
-    Gone { peer: u32, group: u64 },
-    Bye { peer: u32 },
+    Eager {
+        send: Handle,
+        permitted: bool,
+    },
+    Announce {
+        send: Handle,
+    },
+    Permit {
+        recv: Handle,
+    },
+    Grant {
+        grant: Handle,
+    },
+    ProbeSend {
+        send: Handle,
+        peer: u32,
+    },
+    ProbeRecv {
+        recv: Handle,
+        peer: u32,
+    },
+    /// For receives from any rank, which name no message.
+    ProbeAny {
+        peer: u32,
+        group: u64,
+    },
+    Credit {
+        peer: u32,
+    },
+    Abort {
+        peer: u32,
+        group: u64,
+        quiet: bool,
+        text: std::sync::Arc<str>,
+    },
+    Settled {
+        peer: u32,
+        group: u64,
+    },
+    Gone {
+        peer: u32,
+        group: u64,
+    },
+    Bye {
+        peer: u32,
+    },
+}
+
+impl Tx {
+    pub fn is_probe(&self) -> bool {
+        matches!(self, Tx::ProbeSend { .. } | Tx::ProbeRecv { .. } | Tx::ProbeAny { .. })
+    }
 }
 
 /// Marks of posted operations: what kind, and which.

@@ -96,6 +96,8 @@ pub struct Peer {
     /// Small sends in flight, and whether one of them is a probe.
     pub small: u32,
     pub probing: bool,
+    /// Receives from any rank wait for it, in this group, since the last look.
+    pub asked: Option<u64>,
     pub lost: Option<String>,
     /// Whether anything ever went to it or came from it: there is a connection.
     pub talked: bool,
@@ -124,6 +126,7 @@ impl Peer {
             credit_queued: false,
             small: 0,
             probing: false,
+            asked: None,
             lost: None,
             talked: false,
             told_bye: false,

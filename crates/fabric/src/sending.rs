@@ -83,7 +83,7 @@ impl<D: Domain> FabricEndpoint<D> {
         for _ in 0..self.tx.len() {
             let Some(item) = self.tx.pop_front() else { break };
             match self.send_item(&item) {
-                Sent::Yes => moved |= !matches!(item, Tx::ProbeSend { .. } | Tx::ProbeRecv { .. }),
+                Sent::Yes => moved |= !item.is_probe(),
                 Sent::Void => {}
                 Sent::Later => self.tx.push_back(item),
             }
@@ -101,6 +101,12 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Tx::ProbeRecv { recv, peer } => {
                 let sent = self.say_of_recv(recv, Body::Probe { receiving: true });
+                self.probed(peer, sent)
+            }
+            Tx::ProbeAny { peer, group } => {
+                // A number that no message has.
+                let key = MsgKey { group, seq: u64::MAX, tag: 0 };
+                let sent = self.say(peer, key, NO_CALL, 0, Body::Probe { receiving: false });
                 self.probed(peer, sent)
             }
             Tx::Permit { recv } => self.say_of_recv(recv, Body::Permit),
@@ -275,7 +281,7 @@ impl<D: Domain> FabricEndpoint<D> {
             return;
         }
         self.probe_at = now + PROBE_EVERY;
-        let (mut send, mut recv) = self.probe_from;
+        let (mut send, mut recv, asked) = self.probe_from;
         for _ in 0..PROBES {
             let Some((handle, next)) = self.sends.after(send) else {
                 send = 0;
@@ -300,14 +306,38 @@ impl<D: Domain> FabricEndpoint<D> {
                 self.probe_one(peer, Tx::ProbeRecv { recv: handle, peer });
             }
         }
-        self.probe_from = (send, recv);
+        self.probe_from = (send, recv, self.probe_asked(asked));
         self.send_small();
     }
 
-    /// Whether a stuck message's peer has destroyed the group; what was under way then has had its time. The group fails.
+    /// Probes peers that receives from any rank wait for, from number `from` on; where to go on the next time.
+    fn probe_asked(&mut self, from: usize) -> usize {
+        let (all, mut probes) = (self.peers.len(), 0);
+        for at in (from..from + all).map(|at| at % all) {
+            let p = &mut self.peers[at];
+            if p.left.is_none()
+                && let Some(group) = p.asked.take()
+            {
+                if probes == PROBES {
+                    return at;
+                }
+                probes += 1;
+                let peer = at as u32;
+                self.probe_one(peer, Tx::ProbeAny { peer, group });
+            }
+        }
+        0
+    }
+
+    /// Whether the peer has destroyed the group, and what was under way then has had its time.
+    pub(crate) fn is_over(&self, group: u64, peer: u32) -> bool {
+        let since = self.groups.over_since(group, peer);
+        since.is_some_and(|since| self.rails[0].now().saturating_sub(since) >= AFTERGLOW)
+    }
+
+    /// Whether a stuck message's peer has destroyed the group, which then fails.
     fn is_in_vain(&mut self, id: Match, rank: u32) -> bool {
-        let Some(since) = self.groups.over_since(id.key.group, id.peer) else { return false };
-        if self.rails[0].now().saturating_sub(since) < AFTERGLOW {
+        if !self.is_over(id.key.group, id.peer) {
             return false;
         }
         let error = CoreError::PeerLost {

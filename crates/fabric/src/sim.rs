@@ -35,6 +35,8 @@ pub struct SimConfig {
     pub moody: u32,
     /// A send or write completes when posted (as into a socket), not when it has arrived; its bytes are copied.
     pub early_completion: bool,
+    /// Ends say goodbye, as over sockets.
+    pub sockets: bool,
     /// Where the bytes of a device's memory really lie, from its address on; none: memory of devices is out of reach.
     pub devices: Option<isize>,
 }
@@ -53,6 +55,7 @@ impl Default for SimConfig {
             depth: 64,
             moody: 0,
             early_completion: false,
+            sockets: false,
             devices: None,
         }
     }
@@ -418,7 +421,7 @@ impl Domain for SimDomain {
             prov_key: c.prov_key,
             max_msg: c.max_msg,
             inject: 0,
-            sockets: false,
+            sockets: c.sockets,
             devices: c.devices.is_some(),
         }
     }

@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use smddp_core::engine::execution::Route;
@@ -17,7 +17,7 @@ use smddp_core::memory::Owner;
 use smddp_core::plan::select::{self, CallShape, Override, Tuning};
 use smddp_core::settings::Settings;
 use smddp_core::testing::MemoryNode;
-use smddp_core::transport::{Fabric, NodeLocal};
+use smddp_core::transport::{Ctx, Fabric, Message, MsgKey, NodeLocal};
 use smddp_core::{Call, Collective, DType, Error, GroupShape, ReduceOp, Region};
 use smddp_fabric::FabricEndpoint;
 use smddp_fabric::sim::{SimConfig, SimDomain, SimNet};
@@ -117,6 +117,18 @@ impl Job {
             ops.push(op);
         }
         ops
+    }
+
+    /// Begins a receive from any rank.
+    fn receive_any(&mut self, rank: usize, into: &mut [u8]) -> Arc<OpState> {
+        // SAFETY: the data outlives the operation, as in `start`.
+        let region = unsafe { Region::of(into) };
+        let work = Work::ReceiveAny { tag: 3, region, numbers: Arc::default(), source: OnceLock::new() };
+        let call = Call::new(Collective::SendRecv, DType::U8, region.len() as u64);
+        let op = Arc::new(OpState::new(call, work, 0, "sim".into(), rank, Duration::from_secs(3600)));
+        let r = &mut self.ranks[rank];
+        r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
+        op
     }
 
     fn turn(&mut self) {
@@ -318,5 +330,84 @@ fn a_dead_endpoint_ends_the_call_on_every_survivor() {
                 None => unreachable!("finished above"),
             }
         }
+    }
+}
+
+/// Nothing was ever posted in the group that a receive from any rank waits in.
+#[test]
+fn a_receive_from_any_rank_hears_of_an_abort() {
+    let mut job = Job::new(&GroupShape::even(2, 1), SimConfig::default(), Tuning::default());
+    let mut data = [0u8; 4];
+    let op = job.receive_any(0, &mut data);
+    let r = &mut job.ranks[1];
+    let why = Error::Internal("out of paper".to_owned());
+    r.group.fail(&why, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
+    assert!(job.finish(&[Arc::clone(&op)]));
+    let result = op.result();
+    let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };
+    assert!(reason.contains("out of paper"), "{reason}");
+}
+
+#[test]
+fn a_receive_from_any_rank_hears_of_a_death() {
+    let config = SimConfig { sockets: true, ..SimConfig::default() };
+    let mut job = Job::new(&GroupShape::even(3, 1), config, Tuning::default());
+    let mut data = [0u8; 4];
+    let op = job.receive_any(0, &mut data);
+    // Two rails an endpoint: 2 and 3 belong to rank 1.
+    job.net.kill_at(0, 2);
+    assert!(job.finish(&[Arc::clone(&op)]));
+    let result = op.result();
+    assert!(matches!(result, Some(Err(Error::PeerLost { peer: 1, .. }))), "{result:?}");
+    job.net.pace(Duration::from_millis(10));
+}
+
+/// Whose work is done may go while others still send; over a network without goodbyes that looks like a death.
+#[test]
+fn a_receive_from_any_rank_waits_for_those_that_are_left() {
+    for sockets in [false, true] {
+        let config = SimConfig { sockets, ..SimConfig::default() };
+        let mut job = Job::new(&GroupShape::even(3, 1), config, Tuning::default());
+        let (mut first, mut second) = ([0u8; 4], [0u8; 4]);
+        let received = job.receive_any(0, &mut first);
+        for _ in 0..10_000 {
+            // Acquainted by probes.
+            job.turn();
+        }
+        let go = |job: &mut Job| {
+            let gone = job.ranks.remove(1);
+            job.net.pace(Duration::from_micros(10));
+            std::thread::scope(|scope| {
+                let going = scope.spawn(move || drop(gone.fabric));
+                while !going.is_finished() {
+                    job.ranks.iter_mut().for_each(Rank::turn);
+                }
+            });
+            for _ in 0..10_000 {
+                job.turn();
+            }
+        };
+        go(&mut job);
+        assert!(!received.is_done(), "{:?}", received.result());
+        let mut data = [8u8; 4];
+        // SAFETY: the data outlives the operation.
+        let region = unsafe { Region::of(&mut data) };
+        let key = MsgKey { group: 9, seq: MsgKey::P2P, tag: 3 };
+        let call = Call::new(Collective::SendRecv, DType::U8, 4).pack();
+        let message = Message { key, peer: 0, peer_rank: 0, region, call, ctx: Ctx(1 << 40) };
+        job.ranks[1].fabric.send(message).unwrap();
+        for _ in 0..STEPS {
+            if received.is_done() {
+                break;
+            }
+            job.ranks[0].turn();
+            job.ranks[1].fabric.poll(&mut Vec::new()).unwrap();
+        }
+        assert!(matches!(received.result(), Some(Ok(()))) && first == [8; 4], "sockets {sockets}");
+        let waits = job.receive_any(0, &mut second);
+        go(&mut job);
+        assert!(job.finish(&[Arc::clone(&waits)]));
+        let text = waits.result().unwrap().as_ref().unwrap_err().to_string();
+        assert!(text.contains("no rank is left"), "{text}");
     }
 }

@@ -120,6 +120,7 @@ fn configs() -> impl Strategy<Value = (SimConfig, usize, Settings)> {
                 depth,
                 moody,
                 early_completion: early,
+                sockets: false,
                 devices: None,
             };
             let mode = if forced { "tagged" } else { "auto" };

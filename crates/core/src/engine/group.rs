@@ -4,7 +4,7 @@
 //! - **G1** collectives run one after the other, in the order started; messages run beside them. Those that move data
 //!   are numbered; peers tell their messages apart by these numbers.
 //! - **G2** receives from any rank take what has come, in the order they were started; a message that a receive names
-//!   the sender of is never taken.
+//!   the sender of is never taken. They fail as soon as nobody is left to send, or a rank was lost who might have.
 //! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
 //!   work (so its memory is free), and every later operation fails at once.
 //! - **G4** `advance` goes on until only a start, a completion, a gate that opens, or a message for an open receive can
@@ -226,7 +226,32 @@ impl<L: NodeLocal> Group<L> {
                 None => at += 1,
             }
         }
+        // What was just taken is to be finished first.
+        if !moved && let Some(fabric) = fabric {
+            self.look_for_senders(fabric)?;
+        }
         Ok(moved)
+    }
+
+    /// An error where no message can come for the receives from any rank that wait (G2).
+    fn look_for_senders<F: Fabric>(&self, fabric: &mut F) -> Result<()> {
+        let (mut left, mut others) = (None, false);
+        for (rank, route) in self.seat.routes.iter().enumerate().filter(|(rank, _)| *rank != self.seat.rank) {
+            match *route {
+                Route::Local(_) => others = true,
+                Route::Fabric(id) if fabric.can_come(self.seat.id, id, rank as u32)? => others = true,
+                Route::Fabric(_) => left = Some(rank),
+            }
+        }
+        match left {
+            Some(peer) if !others => Err(Error::PeerLost {
+                site: Site::unknown(),
+                peer,
+                node: self.seat.shape.node_of(peer).to_string(),
+                reason: "no rank is left that could send: their process groups are destroyed".to_owned(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// The first rank whose next message of the receive's tag has come.
