@@ -1,105 +1,23 @@
 //! The message layer over the deterministic network: every delivery order, both registration schemes, remote writes
-//! and tagged messages, several rails, full queues; and what happens when something breaks.
+//! and tagged messages, several rails, full queues; and groups that are withdrawn.
 
 #![allow(clippy::unwrap_used)]
+
+mod common;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::*;
 use proptest::prelude::*;
 use smddp_core::call::PackedCall;
 use smddp_core::error::Error;
 use smddp_core::memory::{Owner, Region};
 use smddp_core::settings::Settings;
 use smddp_core::transport::{Ctx, Fabric, FabricFailure, Message, MsgKey};
-use smddp_core::{Call, Collective, DType};
 use smddp_fabric::FabricEndpoint;
-use smddp_fabric::sim::{SimConfig, SimDomain, SimNet};
-
-const GROUP: u64 = 77;
-
-fn call(count: usize) -> PackedCall {
-    Call::new(Collective::AllToAll, DType::U8, count as u64).pack()
-}
-
-fn settings(pairs: &[(&str, &str)]) -> Settings {
-    let mut s = Settings::default();
-    for (name, value) in pairs {
-        s.set(name, value).unwrap();
-    }
-    s
-}
-
-/// Several processes in one thread.
-struct World {
-    net: SimNet,
-    ends: Vec<FabricEndpoint<SimDomain>>,
-    done: Vec<Vec<Ctx>>,
-    failed: Vec<Vec<FabricFailure>>,
-}
-
-impl World {
-    fn new(processes: usize, rails: usize, config: SimConfig, settings: &Settings) -> World {
-        let mut world = Self::strangers(processes, rails, config, settings);
-        for me in 0..processes {
-            world.connect(me);
-        }
-        world
-    }
-
-    /// Nobody knows anybody yet.
-    fn strangers(processes: usize, rails: usize, config: SimConfig, settings: &Settings) -> World {
-        let net = SimNet::new(config);
-        let ends = (0..processes)
-            .map(|_| FabricEndpoint::over((0..rails).map(|_| net.domain()).collect(), settings).unwrap())
-            .collect();
-        World { net, ends, done: vec![Vec::new(); processes], failed: vec![Vec::new(); processes] }
-    }
-
-    /// Makes every process known to `me`: ids are the numbers of the processes.
-    fn connect(&mut self, me: usize) {
-        for other in 0..self.ends.len() {
-            let address = self.ends[other].address();
-            let id = self.ends[me].connect(&address, &format!("node{other}")).unwrap();
-            assert_eq!(id as usize, other);
-        }
-    }
-
-    fn poll_all(&mut self) {
-        for (i, end) in self.ends.iter_mut().enumerate() {
-            if let Err(failure) = end.poll(&mut self.done[i]) {
-                self.failed[i].push(failure);
-            }
-        }
-    }
-
-    /// Polls everybody until `over`; panics after too many rounds.
-    fn until(&mut self, mut over: impl FnMut(&World) -> bool) {
-        for _ in 0..400_000 {
-            if over(self) {
-                return;
-            }
-            self.poll_all();
-        }
-        let waiting: Vec<_> = self.ends.iter().map(|e| e.waiting_for(GROUP)).collect();
-        panic!("stuck: done {:?}, failed {:?}, waiting for {waiting:?}", self.done, self.failed);
-    }
-}
-
-fn message(key: MsgKey, peer: usize, region: Region, ctx: usize) -> Message {
-    let call = call(7);
-    Message { key, peer: peer as u32, peer_rank: 100 + peer as u32, region, call, ctx: Ctx(ctx as u64) }
-}
-
-fn region(bytes: &mut [u8]) -> Region {
-    // SAFETY: the tests keep their buffers until all operations are over or withdrawn.
-    unsafe { Region::of(bytes) }
-}
-
-fn key(tag: usize) -> MsgKey {
-    MsgKey { group: GROUP, seq: 0, tag: tag as u64 }
-}
+use smddp_fabric::sim::{SimConfig, SimDomain};
 
 fn configs() -> impl Strategy<Value = (SimConfig, usize, Settings)> {
     let net = (any::<u64>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
@@ -305,67 +223,6 @@ fn an_announcement_that_comes_after_its_message_is_forgotten() {
     }
 }
 
-fn calm() -> SimConfig {
-    SimConfig { seed: 3, ..SimConfig::default() }
-}
-
-/// Every way of registering and moving.
-fn kinds() -> Vec<SimConfig> {
-    let mut all = Vec::new();
-    for rma in [true, false] {
-        for needs_local_mr in [false, true] {
-            for early_completion in [false, true] {
-                let config = SimConfig { rma, needs_local_mr, early_completion, ..calm() };
-                all.push(SimConfig { virt_addr: needs_local_mr, prov_key: needs_local_mr, ..config });
-            }
-        }
-    }
-    all
-}
-
-const SIZES: [usize; 4] = [0, 100, 8192, 1 << 20];
-
-#[test]
-fn a_lost_message_is_waited_for_by_its_rank() {
-    let mut world = World::new(3, 1, calm(), &settings(&[]));
-    let (mut a, mut b) = ([1u8; 10], [0u8; 10]);
-    // The first small message of all is the announcement of this send.
-    world.net.lose(0);
-    world.ends[0].send(message(key(0), 2, region(&mut a), 0)).unwrap();
-    world.ends[2].recv(message(key(0), 0, region(&mut b), 1)).unwrap();
-    for _ in 0..50 {
-        world.poll_all();
-    }
-    assert_eq!(world.ends[2].waiting_for(GROUP), [100]);
-    assert_eq!(world.ends[0].waiting_for(GROUP), [102]);
-    assert_eq!(world.ends[1].waiting_for(GROUP), [] as [usize; 0]);
-    assert_eq!(world.ends[2].waiting_for(GROUP + 1), [] as [usize; 0]);
-}
-
-#[test]
-fn the_death_of_a_link_is_told_to_the_groups_that_use_it() {
-    for config in kinds() {
-        for len in SIZES {
-            let mut world = World::new(3, 1, config, &settings(&[]));
-            let (mut a, mut b, mut c) = (vec![1u8; len], vec![0u8; len], vec![0u8; len]);
-            let elsewhere = MsgKey { group: GROUP + 1, ..key(0) };
-            world.net.kill_at(9, 1);
-            world.ends[0].recv(message(key(0), 1, region(&mut a), 0)).unwrap();
-            world.ends[0].recv(message(elsewhere, 2, region(&mut c), 1)).unwrap();
-            world.until(|w| !w.failed[0].is_empty());
-            let failure = &world.failed[0][0];
-            assert_eq!(failure.group, Some(GROUP));
-            let told = matches!(&failure.error, Error::PeerLost { peer: 101, node, .. } if node == "node1");
-            assert!(told, "{config:?} {failure:?}");
-            // The other group goes on.
-            world.ends[2].send(message(elsewhere, 0, region(&mut b), 2)).unwrap();
-            world.until(|w| w.done[0].contains(&Ctx(1)));
-            assert!(world.ends[0].send(message(key(3), 1, region(&mut b), 3)).is_err());
-            assert_eq!(world.failed[0].len(), 1, "{:?}", world.failed);
-        }
-    }
-}
-
 /// Posts a send and a receive that disagree, in either order, and gives what the two sides were told.
 fn disagreement(config: SimConfig, first: usize, make: impl Fn(usize) -> (MsgKey, PackedCall, usize)) {
     let mut world = World::new(2, 1, config, &settings(&[]));
@@ -460,65 +317,6 @@ fn few_small_messages_are_kept_however_many_are_sent() {
     }
     world.until(|w| w.done[0].len() == 3 * n);
     assert!(targets == sources);
-}
-
-/// Slots that a lost peer may still write to are not used again, and others take their place.
-#[test]
-fn bounced_messages_arrive_after_peers_were_lost_in_the_midst_of_theirs() {
-    for rma in [true, false] {
-        // Two slots for receiving.
-        let config = SimConfig { rma, needs_local_mr: true, ..calm() };
-        let mut world = World::new(5, 1, config, &settings(&[("SMDDP_STAGING", "1M")]));
-        let each = world.net.registrations() / 5;
-        let (mut source, mut target) = (vec![3u8; 1 << 20], vec![0u8; 1 << 20]);
-        for peer in 1..5 {
-            let key = MsgKey { group: GROUP + peer as u64, ..key(0) };
-            world.ends[peer].send(message(key, 0, region(&mut source), 0)).unwrap();
-            world.ends[0].recv(message(key, peer, region(&mut target), peer)).unwrap();
-            if peer == 4 {
-                world.until(|w| w.done[0].contains(&Ctx(4)));
-                break;
-            }
-            // It is announced and granted twice.
-            let said = world.net.small_messages();
-            world.until(|w| w.net.small_messages() >= said + 2);
-            world.net.kill_at(0, peer);
-            world.until(|w| w.failed[0].len() == peer);
-            world.ends[0].withdraw(key.group, &[peer as u32], Some(&Error::Internal("lost".to_owned())));
-        }
-        assert!(target == source, "rma {rma}");
-        // Two live; those that died hold nothing.
-        let kept = world.net.registrations() - 2 * each;
-        assert_eq!(kept, 3, "rma {rma}: a set of slots for each lost peer");
-    }
-}
-
-#[test]
-fn the_credits_of_lost_peers_are_given_to_others() {
-    // Room for 32 messages: 2 windows.
-    let tight = settings(&[("SMDDP_STAGING", "1M"), ("SMDDP_EAGER", "8K")]);
-    let mut world = World::new(4, 1, calm(), &tight);
-    let (mut source, mut target) = (vec![3u8; 5000], vec![0u8; 5000]);
-    let (from, to) = (region(&mut source), region(&mut target));
-    for peer in [1, 2, 3] {
-        let key = MsgKey { group: GROUP + peer as u64, ..key(0) };
-        // The first one makes the two acquainted.
-        world.ends[peer].send(message(key, 0, from, 0)).unwrap();
-        world.ends[0].recv(message(key, peer, to, peer)).unwrap();
-        world.until(|w| w.done[0].contains(&Ctx(peer as u64)) && !w.done[peer].is_empty());
-        if peer < 3 {
-            world.net.kill_at(0, peer);
-            world.ends[0].recv(message(MsgKey { seq: 1, ..key }, peer, to, 9)).unwrap();
-            world.until(|w| w.failed[0].len() == peer);
-        }
-    }
-    for i in 1..=5 {
-        world.ends[3].send(message(key(i), 0, from, i)).unwrap();
-    }
-    for _ in 0..1000 {
-        world.poll_all();
-    }
-    assert_eq!(world.done[3].len(), 1 + 5, "messages without a receive");
 }
 
 #[test]
@@ -718,77 +516,6 @@ fn memory_that_was_taken_back_is_used_as_any() {
         drop(world);
         assert!(b.iter().all(|&x| x == 3));
     }
-}
-
-#[test]
-fn who_waits_for_a_rank_that_has_destroyed_the_group_is_told() {
-    for config in kinds() {
-        for receiving in [true, false] {
-            let mut world = World::new(2, 1, config, &settings(&[]));
-            world.ends[1].withdraw(GROUP, &[0], None);
-            let mut data = vec![0u8; 100_000];
-            let waits = message(key(0), 1, region(&mut data), 0);
-            let done = if receiving { world.ends[0].recv(waits) } else { world.ends[0].send(waits) };
-            done.unwrap();
-            world.net.pace(Duration::from_millis(1));
-            world.until(|w| !w.failed[0].is_empty());
-            let failure = &world.failed[0][0];
-            assert_eq!(failure.group, Some(GROUP));
-            let Error::PeerLost { peer: 101, reason, .. } = &failure.error else { panic!("{failure:?}") };
-            assert!(reason.contains("destroyed"), "{reason}");
-        }
-    }
-}
-
-/// A rank may destroy the group as soon as its last message is out of its hands.
-#[test]
-fn a_message_that_comes_after_the_news_of_the_groups_end_is_taken() {
-    for seed in 0..100 {
-        // The answer to a probe often overtakes the message.
-        let config = SimConfig { seed, max_delay: 4000, early_completion: true, ..calm() };
-        let mut world = World::new(2, 1, config, &settings(&[]));
-        world.net.pace(Duration::from_micros(100));
-        let (mut a, mut b) = ([7u8; 100], [0u8; 100]);
-        let (from, to) = (region(&mut a), region(&mut b));
-        // The first one makes the two acquainted; the next goes unasked.
-        world.ends[0].send(message(key(0), 1, from, 0)).unwrap();
-        world.ends[1].recv(message(key(0), 0, to, 0)).unwrap();
-        world.until(|w| w.done.iter().all(|done| done.len() == 1));
-        world.ends[0].send(message(key(1), 1, from, 1)).unwrap();
-        world.until(|w| w.done[0].len() == 2);
-        world.ends[0].withdraw(GROUP, &[1], None);
-        world.ends[1].recv(message(key(1), 0, to, 1)).unwrap();
-        world.until(|w| w.done[1].len() == 2 || !w.failed[1].is_empty());
-        assert!(a == b && world.failed[1].is_empty(), "{:?}", world.failed[1]);
-    }
-}
-
-#[test]
-fn an_abort_before_the_first_message_waits_for_it() {
-    let mut world = World::new(2, 1, calm(), &settings(&[]));
-    let why = Error::Internal("no memory".to_owned());
-    world.ends[0].withdraw(GROUP, &[1], Some(&why));
-    for _ in 0..100 {
-        world.poll_all();
-    }
-    assert!(world.failed[1].is_empty());
-    let mut a = [0u8; 4];
-    world.ends[1].recv(message(key(0), 0, region(&mut a), 0)).unwrap();
-    world.until(|w| !w.failed[1].is_empty());
-    let Error::Aborted { reason, .. } = &world.failed[1][0].error else { panic!("{:?}", world.failed) };
-    assert!(reason.contains("no memory"), "{reason}");
-}
-
-#[test]
-fn an_abort_names_the_rank_and_is_cut_to_fit() {
-    let mut world = World::new(2, 1, calm(), &settings(&[("SMDDP_EAGER", "64")]));
-    let mut a = [0u8; 4];
-    world.ends[1].recv(message(key(0), 0, region(&mut a), 0)).unwrap();
-    let why = Error::Internal("ä".repeat(5000));
-    world.ends[0].withdraw(GROUP, &[1], Some(&why));
-    world.until(|w| !w.failed[1].is_empty());
-    let Error::Aborted { reason, .. } = &world.failed[1][0].error else { panic!("{:?}", world.failed) };
-    assert!(reason.contains("rank 100 (node0)") && reason.contains("ää") && reason.len() < 1200, "{reason}");
 }
 
 #[test]
