@@ -16,6 +16,7 @@
 //!   the device for ever; a failed operation releases its wait too (W2), and its group refuses later calls.
 //! - **C4** a slot is written again only behind the event after its last copy out.
 
+mod ask;
 mod device;
 mod direct;
 mod group;

@@ -18,11 +18,14 @@
 //!   ended; later ones are refused with it.
 //! - **L5** the group fails when it has failed on the host, NCCL tells an error, a process of the node has ended, or a call has
 //!   passed its limit. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
-//!   back. That takes at most [`POLL`], what the communicator gives a call to come back by itself, and as long as the abort.
+//!   back. That takes at most [`POLL`], what the driver is given to answer (Q1), what the communicator gives a call to come
+//!   back by itself, and as long as the abort.
 //! - **L6** while no call is announced or enqueued the thread sleeps, and nothing is asked of the device.
-//! - **L7** the thread asks the device in relaxed capture mode, so that graphs captured elsewhere are left alone.
+//! - **L7** the thread makes no call of the driver's, which may not come back before the very call ends that is to be given up:
+//!   another asks (`ask.rs`). A call that is over when its limit passes, while the driver answers nobody, counts as one that
+//!   is not.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::Communicator;
@@ -30,6 +33,7 @@ use smddp_core::error::Site;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Result};
 
+use crate::ask::{Asker, no_thread};
 use crate::device::Device;
 use crate::group::missing;
 use crate::nccl::NcclComm;
@@ -81,7 +85,7 @@ impl Call {
         self.end.get()?.clone().err()
     }
 
-    fn is_past(&self) -> Result<bool> {
+    pub(crate) fn is_past(&self) -> Result<bool> {
         self.past.get().map_or(Ok(false), Past::is_done)
     }
 }
@@ -114,7 +118,6 @@ struct Shared<T: Transports> {
     host: Communicator<T>,
     rail: Option<Communicator<T>>,
     nccl: Communicators,
-    device: Arc<Device>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -133,33 +136,21 @@ impl<T: Transports> Watch<T> {
         nccl: Communicators,
         device: &Arc<Device>,
     ) -> Result<Watch<T>> {
-        let shared = Arc::new(Shared {
-            host: host.clone(),
-            rail: rail.cloned(),
-            nccl,
-            device: Arc::clone(device),
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        });
-        let (tell, told) = mpsc::channel();
+        let asker = Asker::start(device, host.timeout())?;
+        let (host, rail) = (host.clone(), rail.cloned());
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { host, rail, nccl, state, changed });
         let thread = Arc::clone(&shared);
-        let failed = |reason: &str| Error::Resource {
-            what: "watching NCCL".to_owned(),
-            resource: "threads",
-            reason: reason.to_owned(),
-            hint: "Raise the process limit (ulimit -u)".to_owned(),
-        };
         let spawned = std::thread::Builder::new()
             .name("smddp-nccl-watch".to_owned())
-            .spawn(move || thread.run(&tell))
-            .map_err(|e| failed(&e.to_string()));
+            .spawn(move || thread.run(asker))
+            .map_err(|e| no_thread(&e.to_string()));
         // From here on dropping it ends the communicators, and the thread if there is one.
         let watch = Watch { shared, process: std::process::id() };
         if spawned.is_err() {
             watch.shared.lock().gone = true;
         }
         spawned?;
-        told.recv_timeout(host.timeout()).map_err(|_| failed("a new thread did not run"))??;
         Ok(watch)
     }
 
@@ -259,18 +250,13 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    fn run(&self, tell: &mpsc::Sender<Result<()>>) {
-        let ready = self.device.enter().and_then(|()| self.device.tolerate_captures());
-        let is_ready = ready.is_ok();
-        // Who asked may have given up.
-        if tell.send(ready).is_ok() && is_ready {
-            self.watch();
-        }
+    fn run(&self, asker: Asker) {
+        self.watch(asker);
         self.lock().gone = true;
         self.changed.notify_all();
     }
 
-    fn watch(&self) {
+    fn watch(&self, mut asker: Asker) {
         // When a process of the node was first seen to have ended.
         let mut seen = None;
         let mut state = self.lock();
@@ -286,7 +272,7 @@ impl<T: Transports> Shared<T> {
             state = self.wait(state, Some(POLL));
             let calls = state.calls.clone();
             drop(state);
-            let found = self.look(&calls, &mut seen);
+            let found = self.look(&calls, &mut asker, &mut seen);
             if let Some(error) = found {
                 self.settle(&error);
             }
@@ -296,15 +282,12 @@ impl<T: Transports> Shared<T> {
     }
 
     /// Ends those calls that have ended. Why the rest never will, if so.
-    fn look(&self, calls: &[Arc<Call>], seen: &mut Option<Instant>) -> Option<Error> {
-        let mut past = Vec::new();
-        for call in calls.iter().filter(|call| !call.is_over()) {
-            match call.is_past() {
-                Ok(true) => past.push(call),
-                Ok(false) => {}
-                Err(error) => return Some(error),
-            }
-        }
+    fn look(&self, calls: &[Arc<Call>], asker: &mut Asker, seen: &mut Option<Instant>) -> Option<Error> {
+        let running = calls.iter().filter(|call| !call.is_over()).cloned().collect();
+        let past = match asker.past(running) {
+            Ok(past) => past,
+            Err(error) => return Some(error),
+        };
         // After the device, not before (L3).
         if let Some(error) = self.failure() {
             return Some(error);

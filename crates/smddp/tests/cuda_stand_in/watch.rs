@@ -64,6 +64,37 @@ fn a_first_call_that_blocks_its_host_ends_at_its_limit() {
     });
 }
 
+/// Freeing waits for the call's kernel and holds the driver's lock, which asking for an event needs.
+#[test]
+fn a_call_ends_at_its_limit_while_another_thread_frees_memory() {
+    let more = [("SMDDP_STANDIN_FREE_LOCK", "1"), FOR_EVER[0], FOR_EVER[1]];
+    let test = "watch::a_call_ends_at_its_limit_while_another_thread_frees_memory";
+    children(test, &[2], &more).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        rank.barrier("made");
+        if rank.rank == 0 {
+            group.host.set_timeout(LIMIT);
+            let (_, started) = sum(&job, 1000).begin(&job, &group).unwrap();
+            assert!(job.comes_to_wait(), "nothing waits for the rank that has not come");
+            let (control, driver, context) = (&job.control, &job.driver, job.context());
+            let spare = crate::job::allocate(driver, 4096);
+            std::thread::scope(|scope| {
+                let frees = scope.spawn(|| {
+                    crate::job::enter(driver, context);
+                    crate::job::free(driver, spare);
+                });
+                assert!(until(|| control.calls("free") > 0), "nobody frees");
+                assert!(until(|| started.error().is_some()), "the call goes on for ever");
+                frees.join().unwrap();
+            });
+            let error = started.error().unwrap();
+            assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        }
+        rank.barrier("over");
+    });
+}
+
 /// While a call of this rank blocks its host, another thread ends the group.
 fn a_blocked_host_is_given_back(test: &str, shuts_down: bool) {
     let more = [LAZY, FOR_EVER[0], FOR_EVER[1]];

@@ -176,7 +176,7 @@ pub fn call(name: &str, body: impl FnOnce() -> Result) -> i32 {
 }
 
 /// With `SMDDP_STANDIN_FREE_LOCK`: the lock that drivers hold in cuMemFree while they wait for the device,
-/// and that whoever queues an operation needs.
+/// and that whoever queues an operation, or asks for an event or a stream, needs.
 static DRIVER: RwLock<()> = RwLock::new(());
 
 /// Counted when freeing begins to wait for the device, with or without the lock.

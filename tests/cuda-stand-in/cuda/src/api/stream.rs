@@ -2,7 +2,7 @@
 
 use crate::code::{Code, Result};
 use crate::context;
-use crate::entry::{In, Out, api, lasting_error};
+use crate::entry::{In, Out, api, driver_shared, lasting_error};
 use crate::event;
 use crate::memops::{self, BatchParams, MemOp, Width};
 use crate::stream::Kind;
@@ -67,6 +67,7 @@ api! {
     }
 
     fn cuStreamQuery(stream: usize) {
+        let _driver = driver_shared();
         let stream = context::stream(stream)?;
         if !stream.is_done(stream.place()) {
             return Err(Code::NOT_READY);
@@ -144,6 +145,7 @@ api! {
     }
 
     fn cuEventQuery(event: usize) {
+        let _driver = driver_shared();
         event::find(event)?.query()
     }
 
