@@ -1,4 +1,10 @@
 //! One NCCL communicator.
+//!
+//! - **K1** one thread at a time uses it, which has its *turn*: for a call, until that is enqueued, and for its end.
+//! - **K2** a call of a communicator that does not block (NCCL_COMM_BLOCKING=0) goes on in a thread of NCCL's and is looked at until it
+//!   is enqueued; whoever looks lets go when the communicator is to end. So it ends with its turn, as NCCL wants it.
+//! - **K3** a call of one that blocks may hang in NCCL with the turn, and only an abort ends that. It comes [`FAREWELL`] later, without
+//!   the turn (ADR 0038).
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
@@ -15,8 +21,13 @@ use sys::{Config, Nccl, UniqueId};
 use crate::device::Device;
 use crate::group::{DeviceCall, DeviceMessage, missing};
 
+const MEETING: &str = "meeting the other ranks";
 /// How long the end of a communicator may take before it is left behind.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long a call that goes on without its caller is looked at as often as can be, and then every so long.
+const BRIEF: Duration = Duration::from_micros(200);
+const LOOK_STEP: Duration = Duration::from_micros(50);
 
 static LIBRARY: Mutex<Option<Arc<Nccl>>> = Mutex::new(None);
 
@@ -61,6 +72,29 @@ fn check(nccl: &Nccl, what: &str, status: sys::Status) -> Result<()> {
     })
 }
 
+/// Whether a call within a group lets the group go on.
+fn goes_on(status: sys::Status) -> bool {
+    matches!(status, sys::SUCCESS | sys::IN_PROGRESS)
+}
+
+/// What became of a call that goes on in a thread of NCCL's; none: it goes on still, and `is_given_up`.
+///
+/// # Safety
+/// A live communicator, which is this thread's meanwhile.
+unsafe fn outcome(nccl: &Nccl, comm: sys::Comm, is_given_up: impl Fn() -> bool) -> Option<sys::Status> {
+    let since = Instant::now();
+    while !is_given_up() {
+        let mut found = sys::SUCCESS;
+        // SAFETY: the caller's communicator, and a place for the answer.
+        let status = unsafe { (nccl.comm_error)(comm, &raw mut found) };
+        if status != sys::SUCCESS || found != sys::IN_PROGRESS {
+            return Some(if status == sys::SUCCESS { found } else { status });
+        }
+        if since.elapsed() < BRIEF { std::thread::yield_now() } else { std::thread::sleep(LOOK_STEP) }
+    }
+    None
+}
+
 /// A communicator's pointer on its way between threads.
 struct Raw(sys::Comm);
 
@@ -100,6 +134,13 @@ pub(crate) struct Meeting {
     rank: usize,
     size: usize,
     told: mpsc::Receiver<Result<Raw>>,
+    is_given_up: Arc<AtomicBool>,
+}
+
+impl Drop for Meeting {
+    fn drop(&mut self) {
+        self.is_given_up.store(true, Ordering::Release);
+    }
 }
 
 impl Meeting {
@@ -136,18 +177,14 @@ impl NcclComm {
     ) -> Result<Meeting> {
         let (tell, told) = mpsc::channel();
         let (library, place) = (Arc::clone(nccl), Arc::clone(device));
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let unwanted = Arc::clone(&is_given_up);
         let meet = move || {
-            let mut config = Config::blocking(max_ctas);
-            let mut comm = Raw(std::ptr::null_mut());
             let made = place.enter().and_then(|()| {
-                // SAFETY: places for the communicator and its configuration; the device's context is this thread's.
-                let status = unsafe {
-                    (library.comm_init)(&raw mut comm.0, size as c_int, id, rank as c_int, &raw mut config)
-                };
-                check(&library, "meeting the other ranks", status)
+                join(&library, id, (rank, size), max_ctas, || unwanted.load(Ordering::Acquire))
             });
             // Where nobody listens any more, the ranks that came late must not wait for this one.
-            if let Err(mpsc::SendError(Ok(unwanted))) = tell.send(made.map(|()| comm)) {
+            if let Err(mpsc::SendError(Ok(unwanted))) = tell.send(made) {
                 // SAFETY: the communicator just made, which nobody else has. Its failure leaves nothing to do.
                 let _ = unsafe { (library.comm_abort)(unwanted.0) };
             }
@@ -160,7 +197,7 @@ impl NcclComm {
                 hint: "Raise the process limit (ulimit -u)".to_owned(),
             }
         })?;
-        Ok(Meeting { nccl: Arc::clone(nccl), device: Arc::clone(device), rank, size, told })
+        Ok(Meeting { nccl: Arc::clone(nccl), device: Arc::clone(device), rank, size, told, is_given_up })
     }
 
     pub(crate) fn version(&self) -> String {
@@ -197,7 +234,19 @@ impl NcclComm {
         }
         // SAFETY: the ranges are vouched for by the caller of the group's `start`, and checked for length there.
         let status = unsafe { self.issue(call, stream)? };
-        check(&self.nccl, name, status)
+        self.enqueued(name, status)
+    }
+
+    /// Whether a call that returned `status` is enqueued; it may take its time (K2). The turn is this thread's.
+    fn enqueued(&self, name: &str, status: sys::Status) -> Result<()> {
+        if status != sys::IN_PROGRESS {
+            return check(&self.nccl, name, status);
+        }
+        // SAFETY: our communicator, which has not ended, since that sets `ended` first and then needs the turn.
+        match unsafe { outcome(&self.nccl, self.raw.0, || self.ended.load(Ordering::Acquire)) } {
+            Some(status) => check(&self.nccl, name, status),
+            None => Err(missing()),
+        }
     }
 
     /// Enqueues calls that NCCL launches together.
@@ -209,8 +258,7 @@ impl NcclComm {
         let name = first.collective.name();
         self.together(name, calls, |call| {
             // SAFETY: as in `enqueue`.
-            let status = unsafe { self.issue(call, stream)? };
-            check(&self.nccl, name, status)
+            unsafe { self.issue(call, stream) }
         })
     }
 
@@ -221,10 +269,10 @@ impl NcclComm {
         self.together(NAME, messages, |m| {
             let (address, len, peer) = (m.memory.address, m.memory.bytes, m.peer as c_int);
             if len == 0 {
-                return Ok(());
+                return Ok(sys::SUCCESS);
             }
             // SAFETY: the memory is vouched for by the caller of the group's `exchange`.
-            check(n, NAME, unsafe {
+            Ok(unsafe {
                 if m.is_sent {
                     (n.send)(address as *const c_void, len, bytes, peer, comm, stream)
                 } else {
@@ -235,17 +283,25 @@ impl NcclComm {
     }
 
     /// Has NCCL launch what `issue` enqueues of each item as one.
-    fn together<I>(&self, name: &str, items: &[I], issue: impl FnMut(&I) -> Result<()>) -> Result<()> {
+    fn together<I>(
+        &self,
+        name: &str,
+        items: &[I],
+        mut issue: impl FnMut(&I) -> Result<sys::Status>,
+    ) -> Result<()> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.ended.load(Ordering::Acquire) {
             return Err(missing());
         }
         // SAFETY: takes nothing; ended below, whatever happens between.
         check(&self.nccl, name, unsafe { (self.nccl.group_start)() })?;
-        let issued = items.iter().try_for_each(issue);
+        let issued = items.iter().try_for_each(|item| {
+            let status = issue(item)?;
+            if goes_on(status) { Ok(()) } else { check(&self.nccl, name, status) }
+        });
         // SAFETY: begun above.
-        let ended = check(&self.nccl, name, unsafe { (self.nccl.group_end)() });
-        issued.and(ended)
+        let status = unsafe { (self.nccl.group_end)() };
+        issued.and(self.enqueued(name, status))
     }
 
     /// # Safety
@@ -320,7 +376,7 @@ impl NcclComm {
             let mut status = (n.group_start)();
             for (rank, &count) in counts.iter().enumerate() {
                 let root = rank as c_int;
-                if status == sys::SUCCESS && count > 0 {
+                if goes_on(status) && count > 0 {
                     status = if reduces {
                         let from = (call.input.address + at) as *const c_void;
                         (n.reduce)(
@@ -342,7 +398,7 @@ impl NcclComm {
                 at += (count * size) as u64;
             }
             let ended = (n.group_end)();
-            Ok(if status == sys::SUCCESS { ended } else { status })
+            Ok(if goes_on(status) { ended } else { status })
         }
     }
 
@@ -364,12 +420,12 @@ impl NcclComm {
             let mut status = (n.group_start)();
             for peer in 0..self.size {
                 let other = peer as c_int;
-                if status == sys::SUCCESS && send[peer] > 0 {
+                if goes_on(status) && send[peer] > 0 {
                     let bytes = send[peer];
                     status =
                         (n.send)(from as *const c_void, bytes, sys::dtype::UINT8, other, self.raw.0, stream);
                 }
-                if status == sys::SUCCESS && receive[peer] > 0 {
+                if goes_on(status) && receive[peer] > 0 {
                     let bytes = receive[peer];
                     status = (n.recv)(to as *mut c_void, bytes, sys::dtype::UINT8, other, self.raw.0, stream);
                 }
@@ -377,7 +433,7 @@ impl NcclComm {
                 to += receive[peer] as u64;
             }
             let ended = (n.group_end)();
-            if status == sys::SUCCESS { ended } else { status }
+            if goes_on(status) { ended } else { status }
         }
     }
 
@@ -386,7 +442,8 @@ impl NcclComm {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
-        // A call that hangs in the library is ended by an abort from another thread, and by nothing else.
+        // Who looks after a call that does not block lets go now. One that hangs in the library is ended by an abort from
+        // another thread, and by nothing else (K3).
         let until = Instant::now() + FAREWELL;
         let mut turn = self.try_turn();
         while turn.is_none() && Instant::now() < until {
@@ -399,8 +456,9 @@ impl NcclComm {
         let end = move || {
             let raw = raw;
             if device.enter().is_ok() {
-                // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`).
-                // Its failure leaves nothing to do.
+                // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`). Nobody else
+                // is in a call of it, but for K3, where NCCL promises nothing: else the process would hang for good. Its
+                // failure leaves nothing to do.
                 let _ = unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
             }
             drop(tell);
@@ -412,6 +470,34 @@ impl NcclComm {
             }
         }
     }
+}
+
+/// Meets the other ranks; the device's context must be this thread's.
+fn join(
+    nccl: &Nccl,
+    id: UniqueId,
+    (rank, size): (usize, usize),
+    max_ctas: Option<u32>,
+    is_given_up: impl Fn() -> bool,
+) -> Result<Raw> {
+    let mut config = Config::blocking(max_ctas);
+    let mut comm = Raw(std::ptr::null_mut());
+    // SAFETY: places for the communicator and its configuration.
+    let begun =
+        unsafe { (nccl.comm_init)(&raw mut comm.0, size as c_int, id, rank as c_int, &raw mut config) };
+    if begun != sys::IN_PROGRESS {
+        return check(nccl, MEETING, begun).map(|()| comm);
+    }
+    // SAFETY: the communicator that is being made, which nobody else has.
+    let met = match unsafe { outcome(nccl, comm.0, is_given_up) } {
+        Some(status) => check(nccl, MEETING, status),
+        None => Err(missing()),
+    };
+    if met.is_err() {
+        // SAFETY: as above. A failure to end it leaves nothing to do.
+        let _ = unsafe { (nccl.comm_abort)(comm.0) };
+    }
+    met.map(|()| comm)
 }
 
 /// NCCL's type and reduction for a call that reduces.

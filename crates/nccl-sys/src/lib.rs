@@ -17,6 +17,7 @@ use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
 /// `ncclResult_t`.
 pub type Status = c_int;
 pub const SUCCESS: Status = 0;
+/// Of communicators that do not block: the call goes on, until [`Nccl::comm_error`] finds another status.
 pub const IN_PROGRESS: Status = 7;
 
 pub type Comm = *mut c_void;
@@ -70,7 +71,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// A blocking communicator; `max_ctas` limits the multiprocessors it uses (None: NCCL's choice).
+    /// A blocking communicator, unless NCCL_COMM_BLOCKING says otherwise; `max_ctas` limits the multiprocessors it uses (None: NCCL's choice).
     pub fn blocking(max_ctas: Option<u32>) -> Config {
         Config {
             size: size_of::<Config>(),

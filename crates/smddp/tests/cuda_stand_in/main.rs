@@ -68,6 +68,9 @@ fn every_collective(test: &str, (nodes, how): (&[usize], &str), wanted: &str, mo
     });
 }
 
+/// Calls of NCCL's go on in threads of its own.
+const DOES_NOT_BLOCK: (&str, &str) = ("NCCL_COMM_BLOCKING", "0");
+
 macro_rules! on_shapes {
     ($($name:ident: $shape:literal, $more:expr;)*) => {
         $(#[test]
@@ -88,6 +91,8 @@ on_shapes! {
     collectives_of_uneven_nodes: 4, SLOW;
     collectives_of_2_nodes_of_2: 5, SLOW;
     collectives_where_streams_cannot_wait: 3, &[("SMDDP_STANDIN_WAIT_VALUE", "unsupported")];
+    collectives_of_communicators_that_do_not_block: 2, &[DOES_NOT_BLOCK, SLOW[0]];
+    collectives_of_2_nodes_of_2_whose_communicators_do_not_block: 5, &[DOES_NOT_BLOCK, SLOW[0]];
     collectives_with_few_connections: 5, &[("CUDA_DEVICE_MAX_CONNECTIONS", "1")];
     collectives_where_all_streams_share_a_queue: 3, &[("SMDDP_STANDIN_ONE_QUEUE", "1")];
     collectives_where_the_device_has_other_addresses: 3, &[("SMDDP_STANDIN_HOST_ALIAS", "1")];

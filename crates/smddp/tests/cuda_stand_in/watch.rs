@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use smddp::{Collective, Communicator, DType, Error};
 
-use crate::SLOW;
 use crate::failures::{sum, told};
 use crate::job::{Job, children};
 use crate::reference::{Case, Placed};
+use crate::{DOES_NOT_BLOCK, SLOW};
 
 /// Kernels that wait for a rank which left wait until they are aborted, and the stand-in gives nothing up by itself.
 const FOR_EVER: [(&str, &str); 2] = [("SMDDP_STANDIN_PEER_LOSS", "hang"), ("SMDDP_STANDIN_HANG_S", "600")];
@@ -40,11 +40,11 @@ fn ranks_that_connect_at_the_first_call_get_its_result() {
     });
 }
 
-/// The host is given back, not only the stream.
-#[test]
-fn a_first_call_that_blocks_its_host_ends_at_its_limit() {
-    let more = [LAZY, FOR_EVER[0], FOR_EVER[1]];
-    children("watch::a_first_call_that_blocks_its_host_ends_at_its_limit", &[2], &more).run(|rank| {
+/// The host is given back, not only the stream; where NCCL lets it, before the communicator ends.
+fn a_first_call_ends_at_its_limit(test: &str, blocks: bool) {
+    let how = if blocks { ("SMDDP_STANDIN_QUIET", "0") } else { DOES_NOT_BLOCK };
+    let more = [LAZY, FOR_EVER[0], FOR_EVER[1], how];
+    children(test, &[2], &more).run(|rank| {
         let job = Job::start(rank, &[2]);
         let group = job.group("world", &[]);
         if rank.rank == 0 {
@@ -56,12 +56,23 @@ fn a_first_call_that_blocks_its_host_ends_at_its_limit() {
                 "{error}"
             );
             assert!(job.comes_to_rest(), "the stream still waits");
+            assert_eq!(job.control.calls("abort inside a call"), u64::from(blocks));
         }
         rank.barrier("too late");
         let error = told(&job, &group);
         assert!(error.to_string().contains("all_reduce"), "{error}");
         rank.barrier("over");
     });
+}
+
+#[test]
+fn a_first_call_that_blocks_its_host_ends_at_its_limit() {
+    a_first_call_ends_at_its_limit("watch::a_first_call_that_blocks_its_host_ends_at_its_limit", true);
+}
+
+#[test]
+fn a_first_call_that_does_not_block_ends_at_its_limit() {
+    a_first_call_ends_at_its_limit("watch::a_first_call_that_does_not_block_ends_at_its_limit", false);
 }
 
 /// Freeing waits for the call's kernel and holds the driver's lock, which asking for an event needs.
@@ -217,8 +228,8 @@ fn plays_the_set_up(host: &Communicator) {
 }
 
 /// Rank 0 meets for NCCL, alone; what it is told then.
-fn while_ranks_meet(test: &str, dies: bool, check: impl Fn(Error)) {
-    let all = children(test, &[2], &FOR_EVER);
+fn while_ranks_meet(test: &str, dies: bool, more: &[(&str, &str)], check: impl Fn(&Job, Error)) {
+    let all = children(test, &[2], &[&FOR_EVER[..], more].concat());
     (if dies { all.dies(1) } else { all }).run(|rank| {
         let job = Job::start(rank, &[2]);
         let host = job.host("world", &[]);
@@ -244,22 +255,32 @@ fn while_ranks_meet(test: &str, dies: bool, check: impl Fn(Error)) {
             });
             job.try_side(&host).err().unwrap()
         });
-        check(error);
+        check(&job, error);
         rank.publish("told", b"");
     });
 }
 
 #[test]
 fn a_rank_that_dies_while_others_meet_for_nccl_is_named() {
-    while_ranks_meet("watch::a_rank_that_dies_while_others_meet_for_nccl_is_named", true, |error| {
+    while_ranks_meet("watch::a_rank_that_dies_while_others_meet_for_nccl_is_named", true, &[], |_, error| {
         assert!(matches!(error, Error::PeerLost { peer: 1, .. }), "{error}");
     });
 }
 
 #[test]
 fn an_abort_while_ranks_meet_for_nccl_is_heard() {
-    while_ranks_meet("watch::an_abort_while_ranks_meet_for_nccl_is_heard", false, |error| {
+    while_ranks_meet("watch::an_abort_while_ranks_meet_for_nccl_is_heard", false, &[], |_, error| {
         assert!(matches!(&error, Error::Aborted { reason, .. } if reason == "a test"), "{error}");
+    });
+}
+
+#[test]
+fn an_abort_while_ranks_meet_leaves_no_thread_behind_where_nccl_does_not_block() {
+    let test = "watch::an_abort_while_ranks_meet_leaves_no_thread_behind_where_nccl_does_not_block";
+    while_ranks_meet(test, false, &[DOES_NOT_BLOCK], |job, error| {
+        assert!(matches!(&error, Error::Aborted { reason, .. } if reason == "a test"), "{error}");
+        assert!(until(|| job.control.calls("ncclCommAbort") == 1), "the communicator has not ended");
+        assert!(until(|| !threads().iter().any(|name| name.starts_with("smddp-nccl"))), "{:?}", threads());
     });
 }
 

@@ -92,7 +92,11 @@ fn blocking(config: &Pointer<Config>) -> Result<bool> {
     if config.0.is_null() {
         return Ok(true);
     }
-    let config = config.get("config")?;
+    let mut config = config.get("config")?;
+    // As NCCL_COMM_BLOCKING overrides all programs.
+    if let Some(set) = std::env::var("NCCL_COMM_BLOCKING").ok().and_then(|value| value.parse().ok()) {
+        config.blocking = set;
+    }
     if config.magic != CONFIG_MAGIC || config.size < size_of::<Config>() {
         let text = "ncclConfig_t argument not initialized via NCCL_CONFIG_INITIALIZER";
         return Err(Error::new(Code::INVALID_ARGUMENT, text));
@@ -130,7 +134,7 @@ fn enter_room(
     blocking: bool,
     device: i32,
 ) -> Result {
-    let joining = Comm::join(place, rank, ranks, device)?;
+    let joining = Comm::join(place, rank, ranks, device, blocking)?;
     let handle = comm::enlist(&joining);
     out.set(handle, "newcomm")?;
     let joined = comm::finish_join(joining, handle, blocking);
@@ -143,13 +147,17 @@ fn enter_room(
 /// The communicator, if calls can use it.
 fn usable(handle: usize, function: &str) -> Result<std::sync::Arc<Comm>> {
     let comm = comm::find(handle, function)?;
+    let early = || {
+        let text = "Attempt to use communicator before the previous operation returned ncclSuccess";
+        Error::new(Code::INVALID_ARGUMENT, text)
+    };
     match comm.has_joined() {
         Some(joined) => joined?,
         None if group::is_open() => {}
-        None => {
-            let text = "Attempt to use communicator before the previous operation returned ncclSuccess";
-            return Err(Error::new(Code::INVALID_ARGUMENT, text));
-        }
+        None => return Err(early()),
+    }
+    if comm.is_launching() {
+        return Err(early());
     }
     comm.check()?;
     Ok(comm)

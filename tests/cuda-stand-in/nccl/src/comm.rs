@@ -24,12 +24,18 @@ struct State {
     /// Operations queued, and done: the next to run is the one with number `done`.
     queued: u64,
     done: u64,
+    /// A thread of our own has yet to queue what the last call of a communicator that does not block gave.
+    launching: bool,
 }
 
 pub struct Comm {
     pub rank: usize,
     pub ranks: usize,
     pub device: i32,
+    /// Else calls go on in a thread of their own, and answer ncclInProgress.
+    is_blocking: bool,
+    /// Calls that are being made.
+    inside: AtomicUsize,
     server: String,
     to: Mutex<UnixStream>,
     closer: UnixStream,
@@ -48,6 +54,11 @@ pub enum Scalar {
     Immediate([u8; 8]),
     Device(usize),
 }
+
+/// What the thread of a call that does not block takes for it: time to be seen as ncclInProgress.
+const LAUNCH_TIME: Duration = Duration::from_millis(2);
+/// Aborts while a thread is in a call of a communicator that blocks count as calls of this name.
+const ABORTED_INSIDE: &str = "abort inside a call";
 
 /// Live communicators by handle, which is never an address.
 static COMMS: Mutex<BTreeMap<usize, Arc<Comm>>> = Mutex::new(BTreeMap::new());
@@ -95,7 +106,13 @@ pub struct Place {
 
 impl Comm {
     /// Connects; [`Comm::wait_joined`] says when all ranks are there.
-    pub fn join(place: Place, rank: usize, ranks: usize, device: i32) -> Result<Arc<Self>> {
+    pub fn join(
+        place: Place,
+        rank: usize,
+        ranks: usize,
+        device: i32,
+        is_blocking: bool,
+    ) -> Result<Arc<Self>> {
         let address = server::address(&place.server).map_err(|why| system("bad unique id", why))?;
         let stream =
             UnixStream::connect_addr(&address).map_err(|why| system("the server of the unique id", why))?;
@@ -115,6 +132,8 @@ impl Comm {
             rank,
             ranks,
             device,
+            is_blocking,
+            inside: AtomicUsize::new(0),
             server: place.server,
             to: Mutex::new(stream),
             closer,
@@ -246,9 +265,14 @@ impl Comm {
         state.error.clone().map_or(Ok(()), Err)
     }
 
+    pub fn is_launching(&self) -> bool {
+        lock(&self.state).launching
+    }
+
     pub fn async_error(&self) -> i32 {
         let state = lock(&self.state);
         match (&state.error, &state.joined) {
+            (None, _) if state.launching => Code::IN_PROGRESS.0,
             (Some(error), _) | (None, Some(Err(error))) => error.code.0,
             (None, None) => Code::IN_PROGRESS.0,
             (None, Some(Ok(()))) => 0,
@@ -274,6 +298,29 @@ impl Comm {
 
     /// Queues operations as one: on the first stream, before and after what the others hold.
     pub fn launch(self: &Arc<Self>, operations: Vec<Operation>, streams: &[usize]) -> Result {
+        if self.is_blocking {
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            let launched = self.launch_now(operations, streams);
+            self.inside.fetch_sub(1, Ordering::SeqCst);
+            return launched;
+        }
+        lock(&self.state).launching = true;
+        let (comm, streams) = (Arc::clone(self), streams.to_vec());
+        let launch = move || {
+            std::thread::sleep(LAUNCH_TIME);
+            let launched = comm.launch_now(operations, &streams);
+            if let Err(error) = launched {
+                comm.set_error(error);
+            }
+            lock(&comm.state).launching = false;
+            comm.changed.notify_all();
+        };
+        let thread = std::thread::Builder::new().name("standin-nccl-launch".into());
+        thread.spawn(launch).map_err(|why| system("thread", why))?;
+        Err(Error::new(Code::IN_PROGRESS, ""))
+    }
+
+    fn launch_now(self: &Arc<Self>, operations: Vec<Operation>, streams: &[usize]) -> Result {
         let _order = lock(&self.order);
         self.connect()?;
         let number = lock(&self.state).queued;
@@ -337,9 +384,14 @@ impl Comm {
     /// Releases whoever waits here. As NCCL's, it waits for the operations queued: one that sits in its stream
     /// behind something that never ends keeps it.
     pub fn abort(&self) -> Result {
+        // NCCL frees what the call still uses. Counted, for tests that know better.
+        if self.inside.load(Ordering::SeqCst) > 0 {
+            driver::enter(ABORTED_INSIDE);
+        }
         lock(&self.state).aborted = true;
         self.changed.notify_all();
         self.close();
+        self.wait("waiting for a launch to end", false, |state| (!state.launching).then_some(Ok(())))?;
         self.drain()
     }
 

@@ -90,5 +90,12 @@ pub fn end() -> Result {
     let joined = group.later.into_iter().map(|work| work()).fold(Ok(()), Result::and);
     group.error.map_or(Ok(()), Err)?;
     joined?;
-    group.batches.into_iter().try_for_each(|batch| batch.comm.launch(batch.operations, &batch.streams))
+    let mut outcome = Ok(());
+    for batch in group.batches {
+        match batch.comm.launch(batch.operations, &batch.streams) {
+            Err(error) if error.code == Code::IN_PROGRESS => outcome = Err(error),
+            launched => launched?,
+        }
+    }
+    outcome
 }

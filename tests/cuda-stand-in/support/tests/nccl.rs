@@ -602,9 +602,16 @@ fn a_communicator_need_not_block_while_it_forms() {
             assert_eq!(init(&mut comm), 7);
         }
         until("all have joined", || async_error(nccl, comm) == 0);
-        assert_eq!(nccl.ncclAllReduce(data, data, 1, F32, SUM, comm, stream), 0);
-        assert_eq!(cuda.cuStreamSynchronize(stream), 0);
-        assert_eq!(cuda.get(data, 1), [2.0]);
+        // Nor for its calls, alone or in a group.
+        for (is_in_group, expected) in [(false, 2.0), (true, 4.0)] {
+            let start = if is_in_group { nccl.ncclGroupStart() } else { 0 };
+            let called = nccl.ncclAllReduce(data, data, 1, F32, SUM, comm, stream);
+            let end = if is_in_group { nccl.ncclGroupEnd() } else { 0 };
+            assert_eq!([start, called, end], if is_in_group { [0, 0, 7] } else { [0, 7, 0] });
+            until("the call is queued", || async_error(nccl, comm) == 0);
+            assert_eq!(cuda.cuStreamSynchronize(stream), 0);
+            assert_eq!(cuda.get(data, 1), [expected]);
+        }
         let wrong = Config { magic: 0, ..Config::blocking(1) };
         assert_eq!(nccl.ncclCommInitRankConfig(&mut comm, 2, id, 0, &raw const wrong), 4);
     });
