@@ -229,3 +229,11 @@ def test_calls_in_a_batch_are_part_of_its_work(side: CudaSide) -> None:
     whole = side.end_batch()
     assert whole.wait()
     assert [part.waited for part in whole._works] == [1, 1]  # type: ignore[attr-defined]
+
+
+def test_the_device_side_ends_before_the_group_on_the_host() -> None:
+    ended: list[str] = []
+    part = lambda name: SimpleNamespace(shutdown=lambda: ended.append(name))  # noqa: E731
+    group: Any = SimpleNamespace(_comm=part("host"), _cuda=part("device"))
+    Collectives.shutdown(group)
+    assert ended == ["device", "host"]

@@ -527,9 +527,10 @@ class Collectives:
         self.set_timeout(timeout)
 
     def shutdown(self) -> None:
-        """Ends the group; waits a little for what is under way."""
-        self._comm.shutdown()
+        """Ends the group; waits a little for what is under way on the host, and for all that is on the device."""
+        # Calls on CUDA tensors need the group on the host to their end.
         self._cuda.shutdown()
+        self._comm.shutdown()
 
     def abort(self) -> None:
         """Ends the group now: whoever waits, on any rank, gets AbortedError."""

@@ -26,6 +26,7 @@ mod nccl;
 mod past;
 mod pinned;
 mod select;
+mod setup;
 mod stager;
 mod watch;
 

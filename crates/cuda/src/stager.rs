@@ -549,7 +549,7 @@ impl Drop for Stager {
 
 impl Stager {
     /// Whether neither the device nor an operation uses the memory any more.
-    fn is_at_rest(&self) -> Result<bool> {
+    pub(crate) fn is_at_rest(&self) -> Result<bool> {
         let is_left = |(at, slot): (usize, &Slot)| self.words.words.is_left(at, slot.started.get());
         Ok(self.to_host.is_idle()? && self.to_device.is_idle()? && self.slots.iter().enumerate().all(is_left))
     }

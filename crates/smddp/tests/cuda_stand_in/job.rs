@@ -53,8 +53,8 @@ pub struct Group {
 
 impl Group {
     pub fn end(self) {
-        self.host.shutdown();
         self.device.shutdown();
+        self.host.shutdown();
     }
 }
 

@@ -1,5 +1,7 @@
 //! What is ordered behind what, and what a call leaves as it found it.
 
+use std::time::{Duration, Instant};
+
 use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Job, children, enter};
@@ -58,7 +60,7 @@ fn the_current_device_stays() {
             started.past().order(job.stream_address()).unwrap();
             started.past().extend(job.stream_address()).unwrap();
         }
-        group.device.wait(&started, std::time::Duration::from_secs(20)).unwrap();
+        group.device.wait(&started, Duration::from_secs(20)).unwrap();
         assert_eq!(current(), other, "waiting for it");
         rank.barrier("over");
         group.end();
@@ -67,6 +69,68 @@ fn the_current_device_stays() {
         drop(started);
         case.check(&job, &placed);
         job.end();
+    });
+}
+
+/// The rank's stream is busy for longer than the host waits for its own work.
+fn calls_behind_a_busy_stream_are_waited_for(test: &str, nodes: &[usize]) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "64K")]);
+        let case = Case::of(Collective::AllReduce, DType::F32, 60_000, 0, &job);
+        let placed = case.place(&job);
+        job.synchronize();
+        let hold = job.hold();
+        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        rank.barrier("started");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_secs(7));
+                hold.release();
+            });
+            group.end();
+        });
+        assert_eq!(started.error(), None);
+        case.check(&job, &placed);
+        rank.barrier("over");
+    });
+}
+
+#[test]
+fn calls_behind_a_busy_stream_are_waited_for_at_the_end() {
+    let test = "streams::calls_behind_a_busy_stream_are_waited_for_at_the_end";
+    calls_behind_a_busy_stream_are_waited_for(test, &[1, 1]);
+}
+
+#[test]
+fn calls_behind_a_busy_stream_are_waited_for_at_the_end_of_nodes_of_2() {
+    let test = "streams::calls_behind_a_busy_stream_are_waited_for_at_the_end_of_nodes_of_2";
+    calls_behind_a_busy_stream_are_waited_for(test, &[2, 2]);
+}
+
+/// Nothing is waited for beyond the group's limit, and the calls say that they failed.
+#[test]
+fn a_stream_that_stays_busy_does_not_keep_the_group_from_its_end() {
+    let nodes = &[1, 1];
+    let test = "streams::a_stream_that_stays_busy_does_not_keep_the_group_from_its_end";
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        let placed = case.place(&job);
+        job.synchronize();
+        let hold = job.hold();
+        // Later than the group's: the stream, not the call, is what takes too long.
+        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        group.host.set_timeout(Duration::from_secs(1));
+        rank.barrier("started");
+        let since = Instant::now();
+        group.end();
+        assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
+        assert!(started.error().is_some(), "nobody is told");
+        hold.release();
+        assert!(job.comes_to_rest(), "the stream still waits");
+        rank.barrier("over");
     });
 }
 
