@@ -5,7 +5,7 @@
 //! length pass as one piece through memory of their own, of which a little is kept for the next such call.
 
 use std::cell::Cell;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
@@ -22,8 +22,8 @@ use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
 use crate::select;
 
-/// How long the words are tried at start.
-const PROBE_LIMIT: Duration = Duration::from_secs(2);
+/// How long words are tried before the log says so. A busy device may take longer than that.
+const PROBE_BRIEF: Duration = Duration::from_secs(2);
 /// Columns of a piece are a multiple of so many elements where as many have room, so that rows stay aligned.
 const ALIGN: usize = 64;
 /// Free memory for calls that do not fit a slot that is kept.
@@ -32,6 +32,9 @@ const KEPT: usize = 2;
 const WAIT_STEP: Duration = Duration::from_micros(50);
 /// How long the end waits for the device.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Whether streams of a device see words, by its number, as far as that was tried: it stays so.
+static TRIED: Mutex<Vec<(i32, bool)>> = Mutex::new(Vec::new());
 
 /// Half of a slot holds inputs, half outputs; calls in place use the first.
 struct Slot {
@@ -153,7 +156,7 @@ impl Stager {
             borrowed: Vec::new(),
             by_words: false,
         };
-        stager.by_words = queues_are_many() && stager.probe();
+        stager.by_words = queues_are_many() && stager.has_words(host);
         if !stager.by_words {
             tracing::warn!(
                 "streams cannot wait for words here: the host waits for the device in each exchange of CUDA tensors"
@@ -167,26 +170,48 @@ impl Stager {
         self.by_words
     }
 
-    /// Tries both directions on the first slot's words, which are at 0.
-    fn probe(&mut self) -> bool {
+    /// Whether words can be waited for; tried once on each device, for half of the group's time limit, since the other ranks
+    /// wait meanwhile.
+    fn has_words<T: Transports>(&mut self, host: &Communicator<T>) -> bool {
+        let ordinal = self.device.ordinal;
+        let tried = || TRIED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(_, has_words)) = tried().iter().find(|&&(device, _)| device == ordinal) {
+            return has_words;
+        }
+        let found = self.probe(host, host.timeout() / 2);
+        if let Ok(Some(has_words)) = found {
+            tried().push((ordinal, has_words));
+        }
+        tracing::debug!(?found, "words of streams");
+        matches!(found, Ok(Some(true)))
+    }
+
+    /// Tries both directions on the first slot's words, which are at 0. None: the group failed meanwhile.
+    fn probe<T: Transports>(&mut self, host: &Communicator<T>, limit: Duration) -> Result<Option<bool>> {
         let gate = Gate { words: Arc::clone(&self.words.words), slot: 0, value: 1 };
-        let tried = (|| {
-            self.to_host.write_word(self.words.ready(0), 1)?;
-            self.to_device.wait_word(self.words.done(0), 1, Arrival::InOrder)
-        })();
-        let within = |what: &dyn Fn() -> bool| {
-            let until = Instant::now() + PROBE_LIMIT;
-            while !what() && Instant::now() < until {
-                std::thread::yield_now();
+        self.slots[0].value = 1;
+        self.to_host.write_word(self.words.ready(0), 1)?;
+        let waits = self.to_device.wait_word(self.words.done(0), 1, Arrival::InOrder);
+        let (since, mut is_told) = (Instant::now(), false);
+        let mut within = |what: &dyn Fn() -> bool| {
+            while !what() && since.elapsed() < limit && host.known_failure().is_none() {
+                if since.elapsed() > PROBE_BRIEF && !is_told {
+                    is_told = true;
+                    tracing::warn!(
+                        group = host.name(),
+                        "the device is busy, or its streams do not see words; trying for {:.0} s. SMDDP_CUDA=nccl needs none",
+                        limit.as_secs_f64()
+                    );
+                }
+                std::thread::sleep(WAIT_STEP);
             }
             what()
         };
-        let arrived = tried.is_ok() && within(&|| gate.is_open());
+        let arrived = waits.is_ok() && within(&|| gate.is_open());
         gate.leave();
-        let released = tried.is_ok() && within(&|| self.to_device.is_idle().unwrap_or(false));
-        self.slots[0].value = 1;
-        tracing::debug!(?tried, arrived, released, "words of streams");
-        arrived && released
+        waits?;
+        let released = arrived && within(&|| self.to_device.is_idle().unwrap_or(false));
+        Ok(if arrived && released { Some(true) } else { host.known_failure().is_none().then_some(false) })
     }
 
     /// Enqueues the call behind `stream`'s work and lets `stream` wait for its end. The handle is that of its last

@@ -72,6 +72,36 @@ fn the_current_device_stays() {
     });
 }
 
+/// A device that is busy while its streams' words are tried is not taken for one without; later groups need not try.
+#[test]
+fn words_are_found_on_a_busy_device() {
+    let nodes = &[1, 1];
+    // What the rank's stream waits for, all streams wait for.
+    let shared = [("SMDDP_STANDIN_ONE_QUEUE", "1")];
+    children("streams::words_are_found_on_a_busy_device", nodes, &shared).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let hold = job.hold();
+        let group = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_secs(4));
+                hold.release();
+            });
+            job.group("world", &[])
+        });
+        assert!(!group.device.describe().contains("host waits"), "{}", group.device.describe());
+        let waits = || job.control.calls("cuStreamWaitValue32_v2");
+        let before = waits();
+        let later = job.group("later", &[]);
+        assert_eq!(waits(), before);
+        for group in [&group, &later] {
+            Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job).run(&job, group);
+        }
+        rank.barrier("over");
+        group.end();
+        later.end();
+    });
+}
+
 /// The rank's stream is busy for longer than the host waits for its own work.
 fn calls_behind_a_busy_stream_are_waited_for(test: &str, nodes: &[usize]) {
     children(test, nodes, &[]).run(|rank| {
