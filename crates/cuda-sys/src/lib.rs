@@ -33,6 +33,7 @@ pub const WAIT_VALUE_FLUSH: c_uint = 1 << 30;
 
 /// `CUdevice_attribute`.
 pub const CAN_FLUSH_REMOTE_WRITES: c_int = 98;
+pub const PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES: c_int = 100;
 pub const GPU_DIRECT_RDMA_SUPPORTED: c_int = 116;
 /// From 100 on, the device itself sees writes in the order in which they came.
 pub const GPU_DIRECT_RDMA_WRITES_ORDERING: c_int = 118;

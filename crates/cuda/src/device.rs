@@ -114,17 +114,24 @@ impl Device {
         Ok(value)
     }
 
-    /// How a stream of the device comes to see what a NIC has written to its memory; none: NICs cannot, or it may not.
-    pub(crate) fn direct_access(&self) -> Result<Option<Arrival>> {
+    /// How a stream of the device comes to see what a NIC has written to its memory; why it cannot.
+    pub(crate) fn direct_access(&self) -> Result<std::result::Result<Arrival, &'static str>> {
         const BY_THE_DEVICE: i32 = 100;
         let can = |wanted| self.attribute(wanted).map(|value| value > 0);
         if !can(sys::GPU_DIRECT_RDMA_SUPPORTED)? && !can(sys::DMA_BUF_SUPPORTED)? {
-            return Ok(None);
+            return Ok(Err("this device's driver does not let others at its memory"));
+        }
+        // What the device says of the order of writes is of those that come over PCIe. The words come over the other link.
+        if can(sys::PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES)? {
+            return Ok(Err(
+                "host and device have a link of their own (NVLink-C2C), whose words may overtake a NIC's data",
+            ));
         }
         if self.attribute(sys::GPU_DIRECT_RDMA_WRITES_ORDERING)? >= BY_THE_DEVICE {
-            return Ok(Some(Arrival::InOrder));
+            return Ok(Ok(Arrival::InOrder));
         }
-        Ok(can(sys::CAN_FLUSH_REMOTE_WRITES)?.then_some(Arrival::Flushed))
+        let flushes = can(sys::CAN_FLUSH_REMOTE_WRITES)?.then_some(Arrival::Flushed);
+        Ok(flushes.ok_or("this device neither keeps the order of a NIC's writes nor flushes them"))
     }
 
     pub(crate) fn is_capturing(&self, stream: sys::Stream) -> Result<bool> {

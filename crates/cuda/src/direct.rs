@@ -44,9 +44,7 @@ impl Direct {
         if !by_words {
             return Err(missing("streams cannot wait for words here"));
         }
-        let arrival = device
-            .direct_access()?
-            .ok_or_else(|| missing("this device's driver does not let others at its memory"))?;
+        let arrival = device.direct_access()?.map_err(missing)?;
         let address = match memory {
             Some(memory) => memory.address,
             None => memory.insert(DeviceMemory::new(device, bytes)?).address,

@@ -172,6 +172,19 @@ fn what_devices_have_not_is_not_used() {
     });
 }
 
+/// Where host and device share page tables they have a link beside PCIe: words may overtake what NICs write.
+#[test]
+fn devices_with_a_link_of_their_own_to_the_host_do_not_use_it() {
+    let nodes = &[1, 1];
+    let test = "direct::devices_with_a_link_of_their_own_to_the_host_do_not_use_it";
+    with(test, nodes, "coherent").run(|rank| {
+        let job = Job::start(rank, nodes);
+        goes_through_the_host(&job, &[]);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
 /// The machine's own libfabric, over tcp.
 #[test]
 fn what_the_provider_has_not_is_not_used() {

@@ -41,6 +41,8 @@ pub enum GpuDirect {
     Ordered,
     /// Waits for words take the flag that flushes them.
     Flush,
+    /// As `Ordered`, on a device that uses the host's page tables (attribute 100), over a link of its own beside PCIe.
+    Coherent,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +131,12 @@ impl Switches {
             gpudirect: choice(
                 &var,
                 "GPUDIRECT",
-                &[("off", GpuDirect::Off), ("ordered", GpuDirect::Ordered), ("flush", GpuDirect::Flush)],
+                &[
+                    ("off", GpuDirect::Off),
+                    ("ordered", GpuDirect::Ordered),
+                    ("flush", GpuDirect::Flush),
+                    ("coherent", GpuDirect::Coherent),
+                ],
             )?,
             host_alias: choice(&var, "HOST_ALIAS", &FLAG)?,
             any_pointer: choice(&var, "ANY_POINTER", &FLAG)?,

@@ -48,7 +48,9 @@ fn attribute(attribute: c_int) -> Option<c_int> {
         // GPUDirect: the flush of remote writes, whether there is any, in what order writes arrive.
         98 => c_int::from(Switches::get().gpudirect == GpuDirect::Flush),
         116 => c_int::from(Switches::get().gpudirect != GpuDirect::Off),
-        118 if Switches::get().gpudirect == GpuDirect::Ordered => 100,
+        118 if matches!(Switches::get().gpudirect, GpuDirect::Ordered | GpuDirect::Coherent) => 100,
+        // Host memory through the host's page tables.
+        100 => c_int::from(Switches::get().gpudirect == GpuDirect::Coherent),
         // And without a module of its own, by dmabuf: none.
         117..=119 | 124 => 0,
         134 => -1,
