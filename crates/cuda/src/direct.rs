@@ -5,6 +5,7 @@
 //! order, the wait for the word asks for it ([`Arrival`]).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use smddp_core::communicator::Communicator;
 use smddp_core::far::{self, Far};
@@ -15,14 +16,28 @@ use smddp_core::{Collective, Error, Region, Result};
 
 use crate::device::{Arrival, Device, DeviceMemory};
 use crate::group::DeviceCall;
+use crate::quiet::quietly;
 use crate::stager::Rows;
+
+/// How long the end waits for calls of other groups.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Device memory that the network knows.
 pub(crate) struct Direct {
     least: usize,
     arrival: Arrival,
     /// Ends the registration when dropped.
-    _registered: Box<dyn Send>,
+    registered: Option<Box<dyn Send>>,
+}
+
+impl Drop for Direct {
+    fn drop(&mut self) {
+        let registered = self.registered.take();
+        // libfabric may ask the driver here, too. In the end there is no other way.
+        if quietly(FAREWELL, || drop(registered)).is_none() {
+            tracing::debug!("device memory was taken back from the network while calls were under way");
+        }
+    }
 }
 
 fn missing(what: &str) -> Error {
@@ -52,12 +67,18 @@ impl Direct {
         // SAFETY: allocated for longer than it is registered; the host does not touch it, and a piece's rows are the network's
         // alone from the word that says that they are there to the word that says that the operation is over.
         let region = unsafe { Region::new(std::ptr::with_exposed_provenance_mut(address as usize), bytes) };
-        let registered = between.register(region, Owner::Cuda(device.ordinal))?;
-        Ok(Direct { least, arrival, _registered: Box::new(registered) })
+        // Half of the limit, since the other ranks wait meanwhile.
+        let registered =
+            quietly(between.timeout() / 2, || between.register(region, Owner::Cuda(device.ordinal)))
+                .ok_or_else(|| {
+                    missing("calls of this process's other groups did not end; make this group before them")
+                })??;
+        Ok(Direct { least, arrival, registered: Some(Box::new(registered)) })
     }
 
-    pub(crate) fn from(self, least: usize) -> Direct {
-        Direct { least, ..self }
+    pub(crate) fn from(mut self, least: usize) -> Direct {
+        self.least = least;
+        self
     }
 
     /// Bytes of the shortest message.

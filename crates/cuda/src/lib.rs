@@ -25,6 +25,7 @@ mod meeting;
 mod nccl;
 mod past;
 mod pinned;
+mod quiet;
 mod select;
 mod setup;
 mod stager;

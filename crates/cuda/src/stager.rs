@@ -4,7 +4,6 @@
 //! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
 //! length pass as one piece through memory of their own, of which a little is kept for the next such call.
 
-use std::cell::Cell;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +19,7 @@ use crate::device::{Arrival, Device, DeviceMemory, Event, Stream, wait};
 use crate::direct::{Direct, DirectPiece};
 use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
+use crate::quiet::Uses;
 use crate::select;
 
 /// How long words are tried before the log says so. A busy device may take longer than that.
@@ -43,8 +43,6 @@ struct Slot {
     free: Event,
     /// Uses so far (W1).
     value: u32,
-    /// The last use in which an operation was started, by its value.
-    started: Cell<u32>,
 }
 
 /// Memory of a call of its own, then of the next such one: pinning takes long.
@@ -109,6 +107,7 @@ pub(crate) enum Scratch {
 pub(crate) struct Stager {
     device: Arc<Device>,
     words: SharedWords,
+    uses: Arc<Uses>,
     slots: Vec<Slot>,
     /// Before the memory that it tells the network of.
     direct: Option<Direct>,
@@ -136,11 +135,13 @@ impl Stager {
         let count = count.clamp(1, SLOTS);
         let slot = |_| {
             let memory = Pinned::new(device, bytes)?.registered(host);
-            Ok(Slot { memory, free: Event::new(device)?, value: 0, started: Cell::new(0) })
+            Ok(Slot { memory, free: Event::new(device)?, value: 0 })
         };
+        let words = SharedWords::new(device)?;
         let mut stager = Stager {
             device: Arc::clone(device),
-            words: SharedWords::new(device)?,
+            uses: Uses::new(&words.words),
+            words,
             slots: (0..count).map(slot).collect::<Result<_>>()?,
             direct: None,
             scratch: match scratch {
@@ -512,10 +513,11 @@ impl Stager {
         if self.by_words {
             self.to_host.write_word(self.words.ready(slot), value)?;
             let request = Request { gate: Some(gate), ..request.clone() };
+            let beginning = self.uses.begin();
             // SAFETY: the memory, a slot's or borrowed, is freed at the stager's end only when this use's `done` says that
             // the operation has left it, or, if borrowed, behind the copy that waits for `done`; C4 keeps others out.
             let handle = unsafe { host.start(&request)? };
-            self.slots[slot].started.set(value);
+            beginning.started(slot, value);
             let arrival = self.direct.as_ref().map_or(Arrival::InOrder, Direct::arrival);
             self.to_device.wait_word(self.words.done(slot), value, arrival)?;
             return Ok(handle);
@@ -575,8 +577,7 @@ impl Drop for Stager {
 impl Stager {
     /// Whether neither the device nor an operation uses the memory any more.
     pub(crate) fn is_at_rest(&self) -> Result<bool> {
-        let is_left = |(at, slot): (usize, &Slot)| self.words.words.is_left(at, slot.started.get());
-        Ok(self.to_host.is_idle()? && self.to_device.is_idle()? && self.slots.iter().enumerate().all(is_left))
+        Ok(self.to_host.is_idle()? && self.to_device.is_idle()? && self.uses.are_over())
     }
 
     /// Memory the device may still write to is never freed.

@@ -1,5 +1,7 @@
 //! GPUDirect: messages between nodes from and to device memory, over a libfabric that reaches the stand-in's devices.
 
+use std::time::Duration;
+
 use smddp::{Collective, DType, Result, library_dirs};
 
 use crate::failures::{abort_while_one_waits, sum};
@@ -225,6 +227,50 @@ fn ranks_whose_settings_differ_are_told() {
             "{text}"
         );
         rank.barrier("over");
+    });
+}
+
+/// Registering asks the driver, which answers when the device is idle: not before a call of the other group is over.
+#[test]
+fn a_group_is_made_while_a_call_of_another_is_under_way() {
+    let nodes = &[1, 1];
+    let test = "direct::a_group_is_made_while_a_call_of_another_is_under_way";
+    with(test, nodes, "ordered").env("SMDDP_STANDIN_FREE_LOCK", "1").run(|rank| {
+        let job = Job::start(rank, nodes);
+        let first = job.group("first", &[&usual()[..], &[("SMDDP_GPUDIRECT", "on")]].concat());
+        let case = sum(&job, 4 * HALF);
+        let placed = case.place(&job);
+        let spare = crate::job::allocate(&job.driver, 4096);
+        job.synchronize();
+        rank.barrier("made");
+        let (control, driver, context, stream) =
+            (&job.control, &job.driver, job.context(), job.stream_address());
+        let call = || case.launch(&first, &placed, stream, None).unwrap();
+        if rank.rank == 0 {
+            call();
+            assert!(job.comes_to_wait(), "nothing waits for the rank that has not come");
+        }
+        let second = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                crate::job::enter(driver, context);
+                if rank.rank == 0 {
+                    crate::job::free(driver, spare);
+                } else {
+                    std::thread::sleep(Duration::from_secs(2));
+                    call();
+                }
+            });
+            while rank.rank == 0 && control.calls("free") == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            group(&job)
+        });
+        case.check(&job, &placed);
+        assert!(second.device.describe().contains("GPUDirect"), "{}", second.device.describe());
+        run_all(&job, &second, &[sum(&job, 4 * HALF)]);
+        rank.barrier("over");
+        second.end();
+        first.end();
     });
 }
 

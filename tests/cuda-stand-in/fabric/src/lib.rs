@@ -238,6 +238,24 @@ unsafe extern "C" fn register(
     }
 }
 
+/// As libfabric does, whose memory it is.
+fn ask_the_driver(address: *const c_void) {
+    type Ask = unsafe extern "C" fn(*mut u64, u32, u64) -> c_int;
+    const MEMORY_TYPE: u32 = 2;
+    static DRIVER: OnceLock<libloading::Library> = OnceLock::new();
+    let driver = DRIVER.get_or_init(|| {
+        let file = std::env::var_os("SMDDP_STANDIN_CUDA").expect("the stand-in of the driver is named");
+        // SAFETY: loaded already, or a library whose loading runs no code.
+        unsafe { libloading::Library::new(file) }.expect("the driver is there")
+    });
+    let mut kind = 0;
+    // SAFETY: the function's type by the driver API, and a place for its answer.
+    unsafe {
+        let ask = driver.get::<Ask>(b"cuPointerGetAttribute\0").expect("the driver has it");
+        assert_eq!(ask(&raw mut kind, MEMORY_TYPE, address.addr() as u64), 0, "no memory of a device's");
+    }
+}
+
 unsafe extern "C" fn register_of_device(
     domain: *mut fid,
     attr: *const fi_mr_attr,
@@ -250,6 +268,7 @@ unsafe extern "C" fn register_of_device(
         assert!(attr.iface == FI_HMEM_CUDA && attr.iov_count == 1, "only devices' memory comes here");
         let part = &*attr.mr_iov;
         let (start, len) = (part.iov_base.cast_const(), part.iov_len);
+        ask_the_driver(start);
         register(domain, start, len, attr.access, attr.offset, attr.requested_key, flags, out, attr.context)
     }
 }

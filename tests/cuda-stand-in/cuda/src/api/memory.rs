@@ -246,6 +246,7 @@ api! {
     }
 
     fn cuPointerGetAttribute(out: Out<u64>, attribute: c_uint, address: u64) {
+        let _driver = crate::entry::driver_shared();
         // Host pointers are asked about as well.
         let region = memory::region_at(address)
             .or_else(|| memory::host_region_at(address))
