@@ -143,9 +143,21 @@ struct Parts<T: Transports> {
     /// The host's part of the last call. The host waits for no call, so that one failed is known when it is asked, at
     /// the latest by the next call.
     last: Option<Handle<T>>,
+    /// The way of the last call of NCCL's in a group that has two communicators, and where it ends.
+    by_nccl: Option<(Way, Past)>,
 }
 
 impl<T: Transports> Parts<T> {
+    /// Lets `stream` wait for the last call on the other communicator than that of `way`: kernels of two that wait for each
+    /// other's place on some device would never end. NCCL itself keeps the order of one.
+    fn follow_other(&self, way: Way, stream: sys::Stream) -> Result<()> {
+        match &self.by_nccl {
+            // SAFETY: the caller's stream, which is one of the group's device.
+            Some((last, past)) if *last != way => unsafe { past.order(stream.addr() as u64) },
+            _ => Ok(()),
+        }
+    }
+
     fn stager(&mut self) -> Result<&mut Stager> {
         self.stager.as_mut().ok_or_else(missing)
     }
@@ -274,12 +286,21 @@ impl<T: Transports> DeviceGroup<T> {
         let stream = stream as sys::Stream;
         let (mut parts, _visit) = self.enter(name, stream, behind)?;
         let (number, life) = self.announce(call.collective, call.timeout)?;
-        let started = self.enqueue(&mut parts, call, stream);
+        let way = self.way_of_two(call);
+        let followed = way.map_or(Ok(()), |way| parts.follow_other(way, stream));
+        let started = followed.and_then(|()| self.enqueue(&mut parts, call, stream));
         let started = self.end_of(number, life, stream, started);
-        if let Ok(Started { handle: Some(handle), .. }) = &started {
-            parts.last = Some(handle.clone());
+        if let Ok(Started { handle, past, .. }) = &started {
+            parts.last = handle.clone().or_else(|| parts.last.take());
+            parts.by_nccl = way.map(|way| (way, past.clone())).or_else(|| parts.by_nccl.take());
         }
         started
+    }
+
+    /// The way of a call that NCCL has a part in, in a group with two communicators.
+    fn way_of_two(&self, call: &DeviceCall) -> Option<Way> {
+        self.watch.as_ref()?.nccl().flat.as_ref()?;
+        Some(self.selection.way(call, self.host.size())).filter(|way| *way != Way::Staged)
     }
 
     fn enqueue(
@@ -656,5 +677,5 @@ fn make_parts<T: Transports>(
         Path::Hierarchical => Some(Stager::new(device, host, slots, Scratch::OnDevice)?),
         Path::Nccl | Path::Alone => None,
     };
-    Ok(Parts { stager, before: Event::new(device)?, last: None })
+    Ok(Parts { stager, before: Event::new(device)?, last: None, by_nccl: None })
 }

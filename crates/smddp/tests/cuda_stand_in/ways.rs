@@ -1,5 +1,7 @@
 //! The ways that calls take between nodes, as SMDDP_CUDA_ALGORITHM has them.
 
+use std::time::Duration;
+
 use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Job, children};
@@ -91,4 +93,47 @@ fn an_abort_releases_a_call_over_all_ranks() {
         assert!(matches!(error, Error::Aborted { .. }), "{error}");
         rank.barrier("over");
     });
+}
+
+/// The group has two communicators, whose kernels must come in one order on all devices, whatever their streams.
+fn calls_of_two_communicators_follow_one_another(test: &str, counts: [usize; 2]) {
+    children(test, NODES, &[]).run(|rank| {
+        let job = Job::wanting("nccl", rank, NODES);
+        let group = job.group("world", &[SLOTS[0], SLOTS[1], (ALGORITHM, "all_reduce:0-1K=nccl")]);
+        let cases = counts.map(|count| Case::of(Collective::AllReduce, DType::F32, count, 0, &job));
+        let placed = cases.each_ref().map(|case| case.place(&job));
+        job.synchronize();
+        let other = job.new_stream();
+        let hold = job.hold();
+        rank.barrier("held");
+        for (case, (placed, stream)) in
+            cases.iter().zip(placed.iter().zip([job.stream_address(), other.addr() as u64]))
+        {
+            case.launch(&group, placed, stream, None).unwrap();
+        }
+        rank.barrier("started");
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(job.control.calls("nccl"), 0, "the second has overtaken the first");
+        rank.barrier("seen");
+        hold.release();
+        job.synchronize_stream(other);
+        for (case, placed) in cases.iter().zip(&placed) {
+            case.check(&job, placed);
+        }
+        job.end_stream(other);
+        rank.barrier("over");
+        group.end();
+    });
+}
+
+#[test]
+fn a_call_over_all_ranks_follows_one_of_the_node() {
+    let test = "ways::a_call_over_all_ranks_follows_one_of_the_node";
+    calls_of_two_communicators_follow_one_another(test, [5000, 100]);
+}
+
+#[test]
+fn a_call_of_the_node_follows_one_over_all_ranks() {
+    let test = "ways::a_call_of_the_node_follows_one_over_all_ranks";
+    calls_of_two_communicators_follow_one_another(test, [100, 5000]);
 }
