@@ -382,17 +382,17 @@ impl<T: Transports> DeviceGroup<T> {
         enqueued: Result<Option<Handle<T>>>,
     ) -> Result<Started<T>> {
         let marked = enqueued.and_then(|handle| {
-            let past = self.events.mark(stream)?;
-            let is_watched = life.is_some() && !self.device.is_capturing(stream)?;
-            Ok((handle, past, is_watched))
+            // The other ways refuse captures.
+            let is_captured = self.path == Path::Nccl && self.device.is_capturing(stream)?;
+            Ok((handle, self.events.mark(stream, is_captured)?))
         });
         if let Some(error) = life.as_ref().and_then(|life| life.error()) {
             return Err(error);
         }
         match (marked, life) {
-            (Ok((handle, past, is_watched)), life) => {
+            (Ok((handle, past)), life) => {
                 if let Some(life) = &life {
-                    if is_watched { life.enqueued(&past) } else { life.ends() }
+                    if past.is_captured() { life.ends() } else { life.enqueued(&past) }
                 }
                 Ok(Started { number, handle, life, past })
             }
@@ -436,6 +436,16 @@ impl<T: Transports> DeviceGroup<T> {
         slice: Duration,
     ) -> Result<bool> {
         let begun = Instant::now();
+        if started.past.is_captured() {
+            return Err(Error::Argument {
+                op: started.number.collective.name().to_owned(),
+                argument: "timeout",
+                expected: "none, for a call that was captured in a graph".to_owned(),
+                given: format!("{:.1} s", limit.as_secs_f64()),
+                hint: "Wait without one, which orders streams; the host waits for the graph's replay"
+                    .to_owned(),
+            });
+        }
         loop {
             if let Some(error) = started.error().or_else(|| self.failure()) {
                 return Err(error);

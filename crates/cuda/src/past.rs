@@ -1,5 +1,6 @@
 //! Marks of where calls end on their streams.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smddp_core::{Error, Result};
@@ -18,18 +19,21 @@ impl Events {
         Arc::new(Events { device: Arc::clone(device), spare: Mutex::default() })
     }
 
-    /// Marks where `stream` is now; the device must have been entered.
-    pub(crate) fn mark(self: &Arc<Events>, stream: sys::Stream) -> Result<Past> {
+    /// Marks where `stream` is now; the device must have been entered. `is_captured`: a graph is captured from the stream.
+    pub(crate) fn mark(self: &Arc<Events>, stream: sys::Stream, is_captured: bool) -> Result<Past> {
         let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let event = spare.map_or_else(|| Event::new(&self.device), Ok)?;
         event.record(stream)?;
-        Ok(Past(Arc::new(Mark { event: Some(event), events: Arc::clone(self) })))
+        let is_captured = AtomicBool::new(is_captured);
+        Ok(Past(Arc::new(Mark { event: Some(event), is_captured, events: Arc::clone(self) })))
     }
 }
 
 struct Mark {
     /// Taken in drop.
     event: Option<Event>,
+    /// It was last recorded in a capture: the driver answers nobody who asks for it.
+    is_captured: AtomicBool,
     events: Arc<Events>,
 }
 
@@ -47,8 +51,16 @@ impl Drop for Mark {
 pub struct Past(Arc<Mark>);
 
 impl Past {
-    /// Whether the device is past it.
+    /// Whether the call was captured in a graph: only replays of that run it.
+    pub fn is_captured(&self) -> bool {
+        self.0.is_captured.load(Ordering::Relaxed)
+    }
+
+    /// Whether the device is past it; never past a call that was captured in a graph.
     pub fn is_done(&self) -> Result<bool> {
+        if self.is_captured() {
+            return Ok(false);
+        }
         let (_visit, event) = self.visit()?;
         event.is_done()
     }
@@ -68,7 +80,11 @@ impl Past {
     /// As [`order`](Self::order).
     pub unsafe fn extend(&self, stream: u64) -> Result<()> {
         let (_visit, event) = self.visit()?;
-        event.record(stream as sys::Stream)
+        let stream = stream as sys::Stream;
+        event.record(stream)?;
+        let is_captured = self.0.events.device.is_capturing(stream)?;
+        self.0.is_captured.store(is_captured, Ordering::Relaxed);
+        Ok(())
     }
 
     fn visit(&self) -> Result<(Visit, &Event)> {

@@ -1,5 +1,7 @@
 //! Bad input: a clear error on every rank, nothing enqueued, nothing hangs.
 
+use std::time::Duration;
+
 use smddp::cuda::{DeviceCall, DeviceMessage, Memory};
 use smddp::{Collective, DType, Error, ReduceOp};
 
@@ -86,6 +88,37 @@ fn streams_that_capture_a_graph_are_refused_between_nodes() {
         rank.barrier("over");
         group.end();
         job.end();
+    });
+}
+
+/// Only replays of the graph run a call that was captured; asking the driver whether it is over would be an error.
+#[test]
+fn a_captured_call_is_not_waited_for() {
+    let nodes = &[2];
+    children("misuse::a_captured_call_is_not_waited_for", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
+        let placed = case.place(&job);
+        job.synchronize();
+        job.control.capture(job.stream.addr(), true).unwrap();
+        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        // SAFETY: the group's stream.
+        unsafe { started.past().extend(job.stream_address()).unwrap() };
+        job.control.capture(job.stream.addr(), false).unwrap();
+        job.synchronize();
+        assert_eq!((started.past().is_done(), started.error()), (Ok(false), None));
+        let refused = group.device.wait(&started, Duration::from_secs(20)).unwrap_err();
+        assert!(matches!(refused, Error::Argument { argument: "timeout", .. }), "{refused}");
+        drop(started);
+        // The events are used anew.
+        for _ in 0..3 {
+            let (_, started) = case.begin(&job, &group).unwrap();
+            group.device.wait(&started, Duration::from_secs(20)).unwrap();
+            assert_eq!(started.past().is_done(), Ok(true));
+        }
+        rank.barrier("over");
+        group.end();
     });
 }
 

@@ -18,6 +18,8 @@ struct State {
     at: Option<Instant>,
     /// Where it was recorded last.
     last: Option<(Arc<Stream>, u64)>,
+    /// That stream captured a graph.
+    captured: bool,
 }
 
 pub struct Event {
@@ -62,6 +64,7 @@ impl Event {
         let generation = {
             let mut state = lock(&self.state);
             state.recorded += 1;
+            state.captured = stream.is_capturing();
             state.recorded
         };
         let event = Arc::clone(self);
@@ -96,11 +99,20 @@ impl Event {
 
     pub fn query(&self) -> Result {
         let state = lock(&self.state);
-        if state.done >= state.recorded { Ok(()) } else { Err(Code::NOT_READY) }
+        match state.done >= state.recorded {
+            _ if state.captured => Err(Code::CAPTURED_EVENT),
+            true => Ok(()),
+            false => Err(Code::NOT_READY),
+        }
     }
 
     pub fn synchronize(&self) -> Result {
-        let last = lock(&self.state).last.clone();
+        let state = lock(&self.state);
+        if state.captured {
+            return Err(Code::CAPTURED_EVENT);
+        }
+        let last = state.last.clone();
+        drop(state);
         last.map_or(Ok(()), |(stream, place)| stream.synchronize(place))
     }
 
