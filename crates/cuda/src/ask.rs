@@ -41,12 +41,11 @@ impl Asker {
                 serve(&asked, &answer);
             }
         };
-        let failed = |reason: &str| no_thread(reason);
         std::thread::Builder::new()
             .name("smddp-nccl-ask".to_owned())
             .spawn(run)
-            .map_err(|e| failed(&e.to_string()))?;
-        told.recv_timeout(limit).map_err(|_| failed("a new thread did not run"))??;
+            .map_err(|e| no_thread(&e.to_string()))?;
+        told.recv_timeout(limit).map_err(|_| no_thread("a new thread did not run"))??;
         Ok(Asker { questions, answers, is_waiting: false })
     }
 
