@@ -4,7 +4,7 @@
 //! - **K2** a call of a communicator that does not block (NCCL_COMM_BLOCKING=0) goes on in a thread of NCCL's and is looked at until it
 //!   is enqueued; whoever looks lets go when the communicator is to end. So it ends with its turn, as NCCL wants it.
 //! - **K3** a call of one that blocks may hang in NCCL with the turn, and only an abort ends that. It comes [`FAREWELL`] later, without
-//!   the turn (ADR 0038).
+//!   the turn (ADR 0037).
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;

@@ -24,6 +24,8 @@ use crate::select;
 
 /// How long words are tried before the log says so. A busy device may take longer than that.
 const PROBE_BRIEF: Duration = Duration::from_secs(2);
+/// How long at most: on a device that takes waits and never sees words, a job must start all the same.
+const PROBE_LONGEST: Duration = Duration::from_secs(60);
 /// Columns of a piece are a multiple of so many elements where as many have room, so that rows stay aligned.
 const ALIGN: usize = 64;
 /// Free memory for calls that do not fit a slot that is kept.
@@ -171,15 +173,15 @@ impl Stager {
         self.by_words
     }
 
-    /// Whether words can be waited for; tried once on each device, for half of the group's time limit, since the other ranks
-    /// wait meanwhile.
+    /// Whether words can be waited for; tried once on each device, for half of the group's time limit at most, since the other
+    /// ranks wait meanwhile.
     fn has_words<T: Transports>(&mut self, host: &Communicator<T>) -> bool {
         let ordinal = self.device.ordinal;
         let tried = || TRIED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&(_, has_words)) = tried().iter().find(|&&(device, _)| device == ordinal) {
             return has_words;
         }
-        let found = self.probe(host, host.timeout() / 2);
+        let found = self.probe(host, PROBE_LONGEST.min(host.timeout() / 2));
         if let Ok(Some(has_words)) = found {
             tried().push((ordinal, has_words));
         }

@@ -30,6 +30,10 @@ struct Rank {
 }
 
 impl Rank {
+    fn key(&self) -> GroupKey {
+        GroupKey { index: 0, id: self.group.seat.id }
+    }
+
     /// Polls once, as the engine does.
     fn turn(&mut self) {
         let (mut done, mut finished) = (Vec::new(), Vec::new());
@@ -111,7 +115,7 @@ impl Job {
             let input = if d.input.is_empty() { output } else { unsafe { Region::of(&mut d.input) } };
             let ready = Arc::new(Ready::new(schedule, false));
             let work = Work::Collective { ready, input, output, far: None };
-            let group = GroupKey { index: 0, id: r.group.seat.id };
+            let group = r.key();
             let op = Arc::new(OpState::new(call, work, group, "sim".into(), rank, Duration::from_secs(3600)));
             r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
             ops.push(op);
@@ -125,7 +129,8 @@ impl Job {
         let region = unsafe { Region::of(into) };
         let work = Work::ReceiveAny { tag: 3, region, numbers: Arc::default(), source: OnceLock::new() };
         let call = Call::new(Collective::SendRecv, DType::U8, region.len() as u64);
-        let op = Arc::new(OpState::new(call, work, 0, "sim".into(), rank, Duration::from_secs(3600)));
+        let group = self.ranks[rank].key();
+        let op = Arc::new(OpState::new(call, work, group, "sim".into(), rank, Duration::from_secs(3600)));
         let r = &mut self.ranks[rank];
         r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
         op
