@@ -588,6 +588,23 @@ def a_work_nobody_keeps_owns_its_tensors(c: Case) -> None:
 
 
 @case
+def what_is_done_then_is_done_when_a_wait_returns(c: Case) -> None:
+    for wait in ("wait", "is_completed"):
+        done: list[object] = []
+        # Large enough not to be over before the callback is known.
+        work = dist.all_reduce(c.mine(1_000_000, torch.float32), group=c.group, async_op=True)
+
+        def then(_: object, work: dist.Work = work, done: list[object] = done) -> None:
+            time.sleep(0.05)
+            done.append(work.wait())
+
+        work.get_future().then(then)
+        while not getattr(work, wait)():
+            time.sleep(0.001)
+        assert done == [True], wait
+
+
+@case
 def several_groups_at_once(c: Case) -> None:
     ranks = dist.get_process_group_ranks(c.group)
     others = [dist.new_group(ranks, timeout=timedelta(seconds=30)) for _ in range(3)]

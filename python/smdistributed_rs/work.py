@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +35,23 @@ class SmddpWork(Work):
     is over, whether or not anybody keeps this object.
     """
 
-    __slots__ = ("_finish", "_future", "_handle", "_results")
+    __slots__ = ("_finish", "_handle", "_outcome", "_results")
 
     def __init__(self, handle: Handle, results: list[Tensor], finish: Once | None = None) -> None:
         Work.__init__(self)
         self._handle = handle
         self._results = results
         self._finish = finish
-        self._future: torch.futures.Future[list[Tensor]] | None = None
+        self._outcome: _Outcome | None = None
 
     def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
-        """Waits until the operation is over and raises its error. `timeout`: TimeoutError after so long; 0: the
-        group's time limit decides."""
-        self._handle.wait(seconds_of(timeout))
+        """Waits until the operation is over, and what was to be done `then`, and raises its error. `timeout`:
+        TimeoutError after so long; 0: the group's time limit decides."""
+        try:
+            self._handle.wait(seconds_of(timeout))
+        finally:
+            if self._outcome is not None:
+                self._outcome.settle(self._handle)
         if self._finish is not None:
             self._finish()
         return True
@@ -61,6 +66,8 @@ class SmddpWork(Work):
         """Whether the operation is over, well or not."""
         if not self._handle.is_done():
             return False
+        if self._outcome is not None:
+            self._outcome.settle(self._handle)
         if self._finish is not None and self._handle.error() is None:
             self._finish()
         return True
@@ -88,16 +95,15 @@ class SmddpWork(Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        """A future of the output tensors. Only one that was asked for is ever completed, by a thread that takes the
-        interpreter once for it."""
-        if self._future is None:
-            outcome = _Outcome(self._results, self._finish)
-            self._future = outcome.future
+        """A future of the output tensors. Only one that was asked for is ever completed: by a thread that takes the
+        interpreter once for it, or by whoever waits."""
+        if self._outcome is None:
+            self._outcome = _Outcome(self._results, self._finish)
             if self._handle.is_done():
-                outcome.complete(self._handle.error())
+                self._outcome.settle(self._handle)
             else:
-                self._handle.on_done(outcome.complete)
-        return self._future
+                self._handle.on_done(self._outcome.complete)
+        return self._outcome.future
 
     getFuture = get_future
 
@@ -109,17 +115,29 @@ class _Outcome:
     value, as `Future.set_exception` makes it. Torch makes a real failure only of what a `then` callback raises; so the
     future is that of a callback, and its error a RuntimeError that quotes ours."""
 
-    __slots__ = ("_error", "_finish", "_results", "_trigger", "future")
+    __slots__ = ("_error", "_finish", "_is_complete", "_lock", "_results", "_trigger", "future")
 
     def __init__(self, results: list[Tensor], finish: Once | None) -> None:
         self._results, self._finish = results, finish
         self._error: BaseException | None = None
+        # One that a callback may enter again, which waits for its own operation.
+        self._lock = threading.RLock()
+        self._is_complete = False
         self._trigger: torch.futures.Future[None] = torch.futures.Future()
         self.future = self._trigger.then(self._value)
 
     def complete(self, error: BaseException | None) -> None:
-        self._error = error
-        self._trigger.set_result(None)
+        """Completes the future, once, whichever thread comes first, and runs what was to be done `then`; the others
+        wait for that."""
+        with self._lock:
+            if not self._is_complete:
+                self._is_complete, self._error = True, error
+                self._trigger.set_result(None)
+
+    def settle(self, handle: Handle) -> None:
+        """Completes the future if the operation is over."""
+        if handle.is_done():
+            self.complete(handle.error())
 
     def _value(self, _: object) -> list[Tensor]:
         if self._error is not None:
