@@ -68,8 +68,9 @@ class Group:
     def meta(self, count: int) -> object:
         return self.z(count, device="meta")
 
-    def freed(self, count: int) -> object:
-        tensor = self.z(count)
+    def freed(self, count: int, before: int = 0) -> object:
+        """before: elements of the same memory that come first"""
+        tensor = self.z(before + count)[before:]
         tensor.untyped_storage().resize_(0)
         return tensor
 
@@ -319,6 +320,18 @@ CASES: dict[str, Case] = {
     "all_reduce: memory given back": (
         lambda g: g.dist.all_reduce(g.freed(4), group=g.group),
         "all_reduce|16 bytes|0 bytes",
+    ),
+    "all_reduce: a part of memory given back": (
+        lambda g: g.dist.all_reduce(g.freed(2, before=2), group=g.group),
+        "all_reduce|8 bytes|0 bytes",
+    ),
+    "all_gather_single: a part of memory given back": (
+        lambda g: g.dist.all_gather_into_tensor(g.z(4), g.freed(2, before=2), group=g.group),
+        "all_gather_single|'input'|8 bytes|0 bytes",
+    ),
+    "send: a part of memory given back": (
+        lambda g: g.dist.send(g.freed(2, before=2), g.peer, group=g.group),
+        "send|8 bytes|0 bytes",
     ),
     "send: memory given back": (lambda g: g.dist.send(g.freed(4), g.peer, group=g.group), "send|16 bytes|0 bytes"),
     # ---- outputs that overlap themselves
@@ -691,10 +704,43 @@ def odd_tensors() -> dict[str, object]:
     dist.all_gather([output] * dist.get_world_size(), ones(4))
     found["one output twice"] = output.tolist() == [1] * 4
 
+    from torch.distributed import _functional_collectives as functional
+
+    pending = functional.all_gather_tensor(ones(2) + dist.get_rank(), 0, dist.group.WORLD)
+    dist.all_reduce(pending)
+    dist.broadcast(pending[2:], src=0)
+    output = torch.zeros(8)
+    dist.all_gather_into_tensor(output, pending)
+    dist.all_gather(list(functional.all_reduce(output, "sum", dist.group.WORLD).chunk(2)), pending)
+    found["results of functional collectives"] = output.tolist() == [2, 2, 4, 4] * 2
+    got, peer = torch.zeros(2), 1 - dist.get_rank()
+    pending = functional.all_reduce(ones(4), "sum", dist.group.WORLD)
+    for work in [dist.isend(pending[2:], peer), dist.irecv(got, peer)]:
+        work.wait()
+    found["results of functional collectives, as messages"] = got.tolist() == [2, 2]
+
     tensor = ones(2)
     dist.group.WORLD.allreduce((tensor,), Group(None).options("Allreduce")).wait()
     found["tuples, of the group itself"] = tensor.tolist() == [2] * 2
     return found
+
+
+def test_what_wraps_a_tensor_is_refused_by_its_name() -> None:
+    import torch
+
+    from smdistributed_rs.tensors import check
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls) -> Wrapper:
+            return torch.Tensor._make_wrapper_subclass(cls, (4,), strides=(1,), storage_offset=2)
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: object) -> object:
+            raise AssertionError("the tensor was computed with")
+
+    with pytest.raises(ValueError, match="'tensor': expected a tensor in memory, given a Wrapper, without any"):
+        check("all_reduce", "tensor", Wrapper())
 
 
 def odd_factors() -> dict[str, object]:

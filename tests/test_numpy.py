@@ -207,6 +207,7 @@ def buffers(world: object) -> None:
 @case
 def torch_tensors(world: object) -> None:
     import torch
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64):
         tensor = torch.ones(4, dtype=dtype)
@@ -217,6 +218,13 @@ def torch_tensors(world: object) -> None:
     world.all_reduce(torch.zeros(0))
     raises(lambda: world.all_reduce(torch.zeros(4, 4).t()[1:]), "'array'", "contiguous")
     assert torch.from_dlpack(tensor) is not None
+    pending = AsyncCollectiveTensor(torch.ones(4))
+    world.all_reduce(pending)
+    world.all_reduce(pending[2:])
+    assert pending.tolist() == [world.size] * 2 + [world.size**2] * 2
+    part = torch.zeros(4)[2:]
+    part.untyped_storage().resize_(0)
+    raises(lambda: world.all_reduce(part), "'array'", "in 8 bytes of memory", "0 bytes")
 
 
 @case

@@ -60,7 +60,10 @@ class Once:
 
 
 def check(op: str, argument: str, tensor: object) -> Tensor:
-    """`tensor`, if it is one whose memory can be used."""
+    """`tensor`, if it is one whose memory can be used; of a functional collective's result, the tensor it is about."""
+    if type(tensor) is not Tensor and hasattr(tensor, "trigger_wait"):
+        tensor.trigger_wait()
+        tensor = tensor.elem
     if not isinstance(tensor, Tensor):
         hint = "Convert it with torch.as_tensor"
         raise ArgumentError.of(op, argument, "a torch.Tensor", f"a {type(tensor).__name__}", hint)
@@ -69,10 +72,21 @@ def check(op: str, argument: str, tensor: object) -> Tensor:
     if tensor.device.type not in ("cpu", "cuda"):
         hint = "Move it to one of them"
         raise ArgumentError.of(op, argument, "a tensor on the CPU or a CUDA device", f"one on {tensor.device}", hint)
-    if tensor.data_ptr() == 0 and tensor.numel():
+    if tensor.numel() and not _has_memory(tensor):
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            hint = "Pass the tensor it wraps (that of a DTensor is .to_local())"
+            raise ArgumentError.of(op, argument, "a tensor in memory", f"a {type(tensor).__name__}, without any", hint)
         hint = "Its storage was resized to nothing (FSDP does so with what it can gather again)"
         raise ArgumentError.of(op, argument, f"a tensor in {tensor.nbytes} bytes of memory", "one in 0 bytes", hint)
     return tensor
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """By its storage: a view of one that was given back has its offset for an address."""
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:  # so torch says that there is none
+        return False
 
 
 def input_span(op: str, argument: str, tensor: Tensor) -> Span:

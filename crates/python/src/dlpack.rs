@@ -9,6 +9,7 @@ use std::ptr;
 use std::sync::OnceLock;
 
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
 use smddp::{Collective, DType, Request};
@@ -18,6 +19,8 @@ use crate::arguments::{Numbers, region};
 const CPU: i32 = 1;
 const CUDA: i32 = 2;
 const MAJOR: u32 = 1;
+/// Addresses below may be offsets into a storage that was given back: torch is asked. Few programs have memory there.
+const DOUBTED: usize = 1 << 36;
 
 #[repr(C)]
 struct DlTensor {
@@ -194,9 +197,15 @@ pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<Dense> {
     };
     // SAFETY: just filled, and `object` is alive.
     let (address, count) = unsafe { view.dense() }?;
-    // A storage that was given back has no address.
-    (address != 0 || count == 0).then_some(())?;
+    (address >= DOUBTED || count == 0 || has_memory(py, object)).then_some(())?;
     Some(Dense { device, dtype: view.dtype()?, address, count })
+}
+
+/// Whether a tensor's storage was not given back. One that was has no address, and a view of it has its offset for one.
+fn has_memory(py: Python<'_>, tensor: &Bound<'_, PyAny>) -> bool {
+    let storage = tensor.call_method0(intern!(py, "untyped_storage"));
+    let address = storage.and_then(|storage| storage.call_method0(intern!(py, "data_ptr")));
+    address.and_then(|address| address.extract::<usize>()).is_ok_and(|address| address != 0)
 }
 
 /// One collective over dense tensors of one device.
