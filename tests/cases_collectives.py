@@ -588,6 +588,23 @@ def a_work_nobody_keeps_owns_its_tensors(c: Case) -> None:
 
 
 @case
+def a_work_nobody_keeps_fills_what_is_not_dense(c: Case) -> None:
+    whole, apart = torch.zeros(100, 2), [torch.zeros(10) for _ in range(2 * c.size)][::2]
+    whole[:, 0] = c.mine(100, torch.float32)
+    scaled = c.mine(100, torch.float32)
+    dist.all_reduce(whole[:, 0], group=c.group, async_op=True)
+    dist.all_reduce(scaled, dist._make_nccl_premul_sum(0.5), group=c.group, async_op=True)
+    dist.all_gather(apart, c.mine(10, torch.float32), group=c.group, async_op=True)
+    dist.barrier(group=c.group)
+    total = reduced(c.everyone(100, torch.float32), "SUM").float()
+    wanted = [(whole[:, 0], total), (scaled, total / 2), *zip(apart, c.everyone(10, torch.float32), strict=True)]
+    until = time.monotonic() + 10
+    while not all(torch.allclose(*pair) for pair in wanted):
+        assert time.monotonic() < until, "an output was never filled"
+        time.sleep(0.01)
+
+
+@case
 def what_is_done_then_is_done_when_a_wait_returns(c: Case) -> None:
     for wait in ("wait", "is_completed"):
         done: list[object] = []

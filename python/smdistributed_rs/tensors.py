@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.distributed import ReduceOp
 
 from ._codes import DTYPES, MOVERS, OPS
 from .errors import ArgumentError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ._core import Handle
 
 _NATIVE = {getattr(torch, name): code for name, code in DTYPES.items()}
 _COMPLEX = {
@@ -57,6 +60,10 @@ class Once:
             if self._action is not None:
                 self._action()
                 self._action = None
+
+    def follow(self, handle: Handle) -> None:
+        """Runs it when an operation has ended well, though nobody may wait for that."""
+        handle.on_done(lambda error: self() if error is None else None)
 
 
 def check(op: str, argument: str, tensor: object) -> Tensor:

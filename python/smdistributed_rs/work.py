@@ -43,6 +43,8 @@ class SmddpWork(Work):
         self._results = results
         self._finish = finish
         self._outcome: _Outcome | None = None
+        if finish is not None:
+            finish.follow(handle)
 
     def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Waits until the operation is over, and what was to be done `then`, and raises its error. `timeout`:
