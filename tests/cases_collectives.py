@@ -536,6 +536,42 @@ def coalesced(c: Case) -> None:
 
 
 @case
+def inference_tensors_may_be_mixed_with_others(c: Case) -> None:
+    """Made in inference mode and used outside of it, where only that mode may write to them; and the other way."""
+
+    def tensors() -> list[torch.Tensor]:
+        return [c.mine(12, torch.float32).view(3, 4).t(), c.mine(5, torch.float32, salt=1)]
+
+    def check(tensors: list[torch.Tensor], factor: float = 1) -> None:
+        for salt, tensor in enumerate(tensors):
+            flat = tensor.t().reshape(-1)
+            close(flat, reduced(c.everyone(flat.numel(), torch.float32, salt=salt), "SUM") * factor)
+
+    half = dist._make_nccl_premul_sum(0.5)
+    for made, used in [(True, False), (False, True), (True, True)]:
+        with torch.inference_mode(made):
+            lists = [tensors() for _ in range(4)]
+            gathered = [torch.empty(4 * c.size), torch.empty(3 * c.size, dtype=torch.int64)]
+            sparse = torch.eye(2).to_sparse()
+        with torch.inference_mode(used):
+            inputs = [c.mine(4, torch.float32), c.mine(3, torch.int64)]
+            works = [dist.all_reduce(t, group=c.group, async_op=True) for t in lists[0]]
+            works += [dist.all_reduce(t, half, group=c.group, async_op=True) for t in lists[1]]
+            works.append(c.group.all_gather_single_coalesced(gathered, inputs, AllgatherOptions()))
+            futures = [work.get_future() for work in works]
+            futures.append(dist.all_reduce_coalesced(lists[2], group=c.group, async_op=True))
+            dist.all_reduce_coalesced(lists[3], group=c.group)
+            dist.all_reduce(sparse, group=c.group)
+        for waited in [*futures, *works]:
+            waited.wait()
+        for each, factor in zip(lists, (1, 0.5, 1, 1), strict=True):
+            check(each, factor)
+        assert torch.equal(gathered[0], torch.cat(c.everyone(4, torch.float32)))
+        assert torch.equal(gathered[1], torch.cat(c.everyone(3, torch.int64)))
+        assert torch.equal(sparse.to_dense(), c.size * torch.eye(2))
+
+
+@case
 def object_collectives(c: Case) -> None:
     mine = {"rank": c.rank, "text": "x" * (100 * c.rank)}
     every: list[object] = [None] * c.size

@@ -39,6 +39,7 @@ from .tensors import (
     Once,
     Span,
     check,
+    copy_back,
     input_list,
     input_span,
     mover,
@@ -729,9 +730,8 @@ def _multiplied(span: Span, tensors: list[Tensor], factor: Any, written: bool) -
     inside = _scaled(tensors, factor)
 
     def hand_out() -> None:
-        with torch.no_grad():
-            for tensor, part in zip(tensors, inside.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+        for tensor, part in zip(tensors, inside.split([t.numel() for t in tensors]), strict=True):
+            copy_back(tensor, part.view(tensor.shape))
 
     finish = Once(hand_out) if written else None
     return span._replace(memory=(inside.data_ptr(), inside.nbytes), keep=inside, finish=finish)
@@ -750,12 +750,11 @@ class _HandOut:
 
     def __call__(self) -> None:
         start = 0
-        with torch.no_grad():
-            for output in self._outputs:
-                length = output.nbytes // self._size
-                part = self._rows[:, start : start + length].contiguous().view(-1).view(output.dtype)
-                output.copy_(part.view(output.shape))
-                start += length
+        for output in self._outputs:
+            length = output.nbytes // self._size
+            part = self._rows[:, start : start + length].contiguous().view(-1).view(output.dtype)
+            copy_back(output, part.view(output.shape))
+            start += length
 
     def once(self) -> Any:
         return Once(self)

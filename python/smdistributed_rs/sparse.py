@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from .errors import ArgumentError, UnsupportedError
+from .tensors import copy_back
 
 if TYPE_CHECKING:
     from .collectives import Collectives
@@ -41,5 +42,4 @@ def all_reduce_sparse(group: Collectives, tensor: Tensor, op: object, size: int,
     group.allgather([entries], [values.contiguous()], opts).wait()
     # In rank order, hence the same bits on all ranks.
     total = torch.sparse_coo_tensor(torch.cat(places, dim=1), torch.cat(entries), mine.shape).coalesce()
-    with torch.no_grad():
-        tensor.copy_(total)
+    copy_back(tensor, total)

@@ -113,7 +113,7 @@ def output_span(op: str, argument: str, tensor: Tensor, *, also_read: bool = Fal
     inside = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if also_read:
         inside.copy_(target)
-    return _of(inside, Once(lambda: _copy(target, inside)))
+    return _of(inside, Once(lambda: copy_back(target, inside)))
 
 
 def input_list(op: str, argument: str, tensors: Sequence[Tensor]) -> Span:
@@ -142,7 +142,7 @@ def output_list(op: str, argument: str, tensors: Sequence[Tensor], *, also_read:
 
     def hand_out() -> None:
         for target, part in zip(targets, inside.split(counts), strict=True):
-            _copy(target, part.view(target.shape))
+            copy_back(target, part.view(target.shape))
 
     return _of(inside, Once(hand_out))
 
@@ -161,7 +161,7 @@ def received_span(tensor: Tensor) -> Span:
     target = check("recv", "tensor", tensor).detach()
     refuse_overlap("recv", "tensor", target)
     inside = torch.empty(target.shape, dtype=target.dtype, device="cpu", pin_memory=True)
-    return _of(inside, Once(lambda: _copy(target, inside)))
+    return _of(inside, Once(lambda: copy_back(target, inside)))
 
 
 def refuse_overlap(op: str, argument: str, target: Tensor) -> None:
@@ -252,8 +252,10 @@ def _of_adjacent(tensors: Sequence[Tensor]) -> Span:
     return Span((tensors[0].data_ptr(), nbytes), sum(t.numel() for t in tensors), tensors, None, device)
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
+def copy_back(target: Tensor, source: Tensor) -> None:
+    """Puts a result where the caller wants it, on whichever thread: in inference mode only if the target is made in it,
+    for other modes refuse to write to such a one."""
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
         target.copy_(source)
 
 
