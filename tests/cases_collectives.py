@@ -525,6 +525,14 @@ def coalesced(c: Case) -> None:
     assert torch.equal(outputs[0], torch.cat(c.everyone(4, torch.float32)))
     assert torch.equal(outputs[1], torch.cat(c.everyone(3, torch.int64)))
 
+    # Numbers that begin at odd bytes of what was gathered, some of them none.
+    dtypes, counts = (torch.uint8, torch.float32, torch.int64), (3, 5, 0)
+    inputs = [c.mine(n, dtype) for n, dtype in zip(counts, dtypes, strict=True)]
+    outputs = [torch.empty(n * c.size, dtype=dtype) for n, dtype in zip(counts, dtypes, strict=True)]
+    c.group.all_gather_single_coalesced(outputs, inputs, AllgatherOptions()).wait()
+    for output, n, dtype in zip(outputs, counts, dtypes, strict=True):
+        assert torch.equal(output, torch.cat(c.everyone(n, dtype)))
+
     inputs = [c.mine(2 * c.size, torch.float32), c.mine(3 * c.size, torch.float32, salt=1)]
     outputs = [torch.empty(2), torch.empty(3)]
     with c.one_call():

@@ -752,8 +752,9 @@ class _HandOut:
         start = 0
         for output in self._outputs:
             length = output.nbytes // self._size
-            part = self._rows[:, start : start + length].contiguous().view(-1).view(output.dtype)
-            copy_back(output, part.view(output.shape))
+            # In memory of its own, for a dtype may be seen only where its elements may begin.
+            part = self._rows[:, start : start + length].clone(memory_format=torch.contiguous_format)
+            copy_back(output, part.view(-1).view(output.dtype).view(output.shape))
             start += length
 
     def once(self) -> Any:
