@@ -5,9 +5,11 @@ With SMDDP_TEST_DEVICE=cuda all tensors are on the rank's GPU."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 from torch.distributed import ReduceOp
+from torch.distributed import _functional_collectives as functional
 
 import smdistributed_rs
 from torch_versions import by_group_rank, monitored_barrier
@@ -646,6 +649,48 @@ def a_work_nobody_keeps_fills_what_is_not_dense(c: Case) -> None:
     while not all(torch.allclose(*pair) for pair in wanted):
         assert time.monotonic() < until, "an output was never filled"
         time.sleep(0.01)
+
+
+@case
+def a_graph_may_wait_for_tensors_under_way(c: Case) -> None:
+    """What `wait_tensor` does in a compiled graph is what it does here."""
+    allow = getattr(functional, "allow_inflight_collective_as_graph_input_ctx", None)
+    if allow is None:
+        return  # an older torch
+    wait, kept = torch.ops._c10d_functional.wait_tensor, torch._C._distributed_c10d._get_work_registry_size
+    before = kept()
+    with allow():
+        for count in (3, 100_000):
+            if c.rank == 0:
+                time.sleep(0.1)
+            tensor, view = c.mine(count, torch.float32), c.mine(2 * count, torch.float32)[::2]
+            apart = [torch.zeros(count) for _ in range(c.size)]
+            dist.all_reduce(tensor, group=c.group, async_op=True)
+            dist.all_reduce(view, group=c.group, async_op=True)
+            dist.all_gather(apart, c.mine(count, torch.float32), group=c.group, async_op=True)
+            close(wait(tensor), reduced(c.everyone(count, torch.float32), "SUM"))
+            close(wait(view), reduced([t[::2] for t in c.everyone(2 * count, torch.float32)], "SUM"))
+            for rank, output in enumerate(apart):
+                assert torch.equal(wait(output), c.data(rank, count, torch.float32))
+            if c.size > 1:
+                right, left = (c.rank + 1) % c.size, (c.rank - 1) % c.size
+                got, sent = torch.empty(count), c.mine(count, torch.float32)
+                dist.irecv(got, **c.at(group_src=left))
+                dist.isend(sent, **c.at(group_dst=right))
+                assert torch.equal(wait(got), c.data(left, count, torch.float32))
+                wait(sent)
+        assert kept() == before
+        if type(c.group).__name__ == "SmddpProcessGroup":
+            # Waited for by hand, a call leaves no tensors behind in torch's registry.
+            tensor = c.mine(10, torch.float32)
+            gone, work = weakref.ref(tensor), dist.all_reduce(tensor, group=c.group, async_op=True)
+            work.wait()
+            del tensor, work
+            gc.collect()
+            until = time.monotonic() + 10
+            while gone() is not None:
+                assert time.monotonic() < until, "the registry keeps the tensor"
+                time.sleep(0.01)
 
 
 @case

@@ -488,7 +488,7 @@ class Collectives:
 
     def _message(self, name: str, span: Span, tensors: list[Tensor], start: Callable[[], Handle]) -> Work:
         if self._profiler._is_profiler_enabled:
-            work: Work = _recorded(name, span.keep, span, tensors, start)
+            work = _recorded(name, span.keep, span, tensors, start)
         else:
             work = SmddpWork(start(), tensors, span.finish)
         return self._cuda.note(work)
@@ -609,9 +609,10 @@ class Collectives:
         if self._profiler._is_profiler_enabled:
             name, shown = codes.NAMES[collective], source.keep if given is None else given
             work = _recorded(name, shown, target, results, lambda: self._comm.start(*call, (source, target)))
-            if opts is not None and not _is_async(opts):
-                work.wait()
-            return self._cuda.note(work)
+            if opts is None or _is_async(opts):
+                return self._cuda.note(work)
+            work.wait()
+            return work
         if opts is None or _is_async(opts):
             return self._cuda.note(SmddpWork(self._comm.start(*call, (source, target)), results, target.finish))
         self._comm.run(*call)

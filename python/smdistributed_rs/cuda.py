@@ -22,13 +22,14 @@ from ._compat import survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import AbortedError, ArgumentError
-from .work import DONE, NO_LIMIT, Together, seconds_of
+from .work import DONE, NO_LIMIT, Together, graphs_may_wait, register, seconds_of
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from ._core import Communicator, DeviceHandle
     from .tensors import Span
+    from .work import SmddpWork
 
 
 def choose_device(local_rank: int) -> None:
@@ -101,8 +102,10 @@ class CudaSide:
         """This thread's messages move together from now on, at `end_batch`."""
         self._batch.messages, self._batch.works = [], []
 
-    def note(self, work: Work) -> Work:
+    def note(self, work: SmddpWork | CudaWork) -> Work:
         """`work`, as that of an operation that is part of the open batch, if there is one, and under way already."""
+        if graphs_may_wait():
+            register(work)
         if self._batch.messages is not None:
             self._batch.works.append(work)
         return work
@@ -126,7 +129,10 @@ class CudaSide:
                 for finish in finishes:
                     finish()
             handle.extend(stream[0])
-        return CudaWork(native, handle, tensors, self._stream)
+        work = CudaWork(native, handle, tensors, self._stream)
+        if graphs_may_wait():
+            register(work)
+        return work
 
     def issue(
         self,
@@ -305,6 +311,10 @@ class CudaWork(Work):
         return self._future
 
     getFuture = get_future
+
+    def for_graphs(self) -> Work:
+        """What torch is to keep of this for graphs that wait: nothing of the tensors, as none may ever do so."""
+        return CudaWork(self._native, self._handle, [], self._stream)
 
 
 def _current_stream(device: int) -> int:

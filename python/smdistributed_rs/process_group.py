@@ -19,7 +19,7 @@ from ._compat import HAS_BACKENDS
 from ._core import AllReduce
 from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
-from .work import DONE, DoneWork, SmddpWork
+from .work import DONE, DoneWork, ForGraphs, SmddpWork
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -286,4 +286,6 @@ for _name in METHODS:
         setattr(MixedProcessGroup, _name, _by_device(_name))
         setattr(HookedProcessGroup, _name, _through_torch(_name))
 
-not_compiled(Collectives, SmddpBackend, SmddpProcessGroup, MixedProcessGroup, HookedProcessGroup, SmddpWork, DoneWork)
+not_compiled(
+    Collectives, SmddpBackend, SmddpProcessGroup, MixedProcessGroup, HookedProcessGroup, SmddpWork, DoneWork, ForGraphs
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,24 @@ from ._compat import survives_halving
 
 if TYPE_CHECKING:
     from ._core import Handle
+    from .cuda import CudaWork
     from .tensors import Once
 
 NO_LIMIT = timedelta(0)
 """How torch says that a `wait` was given no time limit of its own."""
+
+
+_c10d: Any = torch._C._distributed_c10d
+graphs_may_wait: Callable[[], bool] = getattr(_c10d, "_allow_inflight_collective_as_graph_input", lambda: False)
+"""Whether compiled graphs may be given tensors of calls under way (`allow_inflight_collective_as_graph_input_ctx`)."""
+
+
+def register(work: SmddpWork | CudaWork) -> None:
+    """Tells torch whose tensors they are, so that a graph's `wait_tensor` waits for the call. Torch's own group does so
+    where a method is not overridden."""
+    kept = work.for_graphs()
+    for tensor in work._results:
+        _c10d._register_work(tensor, kept)
 
 
 def seconds_of(timeout: timedelta) -> float | None:
@@ -108,6 +123,34 @@ class SmddpWork(Work):
         return self._outcome.future
 
     getFuture = get_future
+
+    def for_graphs(self) -> Work:
+        """What torch is to keep of this for graphs that wait."""
+        return ForGraphs(self)
+
+
+@survives_halving
+class ForGraphs(Work):
+    """An operation a compiled graph may wait for, or never: torch keeps this until one does, so it lets go of the
+    tensors when the operation has ended well."""
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: SmddpWork) -> None:
+        Work.__init__(self)
+        self._work: SmddpWork | None = work
+        work._handle.on_done(self._let_go)
+
+    def _let_go(self, error: BaseException | None) -> None:
+        work = self._work
+        if error is None and work is not None:
+            work.wait()
+            self._work = None
+
+    def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
+        """As the operation's."""
+        work = self._work
+        return work is None or work.wait(timeout)
 
 
 class _Outcome:
