@@ -102,6 +102,8 @@ def test_meshes(shape: str) -> None:
 
 
 def mixed(backend: str) -> dict[str, object]:
+    from datetime import timedelta
+
     import torch
     import torch.distributed as dist
 
@@ -116,6 +118,8 @@ def mixed(backend: str) -> dict[str, object]:
     dist.all_gather_object(every, dist.get_rank())
     found["objects"] = every
     found["sub"] = total(dist.new_group([0, 1]))
+    world.set_timeout(timedelta(seconds=50))
+    found["limits"] = [world._get_backend(d).options._timeout.total_seconds() for d in world._device_types]
     dist.barrier()
     dist.destroy_process_group()
     return found
@@ -137,6 +141,7 @@ def test_others_may_serve_other_devices(backend: str, backends: dict[str, str], 
         assert report["backends"] == backends
         assert report["completed"]
         assert report["objects"] == [0, 1]
+        assert report["limits"] == [50.0] * len(backends)
         hooked = carrier == "backend"
         several = len(set(backends.values())) > 1
         expected = "HookedProcessGroup" if hooked else "MixedProcessGroup" if several else "SmddpProcessGroup"

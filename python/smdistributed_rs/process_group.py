@@ -134,6 +134,14 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         Collectives.set_timeout(self, timeout)
         if HAS_BACKENDS:
             self._backend.set_timeout(timeout)
+        for other in self._distinct_others():
+            # The old name is that of those an older torch knows to have limits.
+            set_limit = getattr(other, "set_timeout", None) or getattr(other, "_set_default_timeout", None)
+            if set_limit is not None:
+                set_limit(timeout)
+
+    def _distinct_others(self) -> list[Any]:
+        return list({id(backend): backend for backend in self._others.values()}.values())
 
     def shutdown(self) -> None:
         self._end("shutdown")
@@ -147,8 +155,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         self._end("abort")
 
     def _end(self, how: str) -> None:
-        others = {id(backend): backend for backend in self._others.values()}
-        for other in others.values():
+        for other in self._distinct_others():
             getattr(other, how)()
         getattr(Collectives, how)(self)
         if HAS_BACKENDS:
