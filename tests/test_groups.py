@@ -148,6 +148,66 @@ def test_others_may_serve_other_devices(backend: str, backends: dict[str, str], 
         assert report["kind"] == expected
 
 
+def split_of_mixed(backend: str) -> dict[str, object]:
+    import inspect
+
+    import torch
+    import torch.distributed as dist
+
+    start(backend)
+    found: dict[str, object] = {}
+    wanted = [None, *backend.split(",")] if "backend" in inspect.signature(dist.split_group).parameters else [None]
+    for only in wanted:
+        how = {} if only is None else {"backend": only}
+        # Rank 2 is in none, and calls all the same.
+        child = dist.split_group(split_ranks=[[1, 0]], **how)
+        if dist.get_rank() == 2:
+            continue
+        devices = sorted(d.type for d in child._device_types)
+        found[str(only)] = {
+            "backends": {d: child._get_backend(torch.device(d)).name() for d in devices},
+            "ranks": dist.get_process_group_ranks(child),
+            "rank": [child.rank(), *(child._get_backend(torch.device(d)).rank() for d in devices)],
+            "total": total(child) if "cpu" in devices else None,
+            "kind": type(child).__name__,
+            "limit": [child._get_backend(torch.device(d)).options._timeout.total_seconds() for d in devices],
+        }
+        dist.destroy_process_group(child)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+@pytest.mark.parametrize("backend", ["cpu:smddp,cuda:gloo", "cpu:gloo,cuda:smddp"])
+def test_a_split_group_has_its_parents_backends(backend: str, carrier: str) -> None:
+    reports = conftest.run(split_of_mixed, 3, env={"SMDDP_TORCH_GROUP": carrier}, backend=backend).check().reports
+    assert reports.pop() == {}
+    for rank, report in enumerate(reports):
+        for only, found in report.items():
+            named = backend if only == "None" else only
+            backends = dict(one.split(":") for one in named.split(","))
+            assert found["backends"] == backends
+            assert found["ranks"] == [1, 0]
+            assert found["rank"] == [1 - rank] * (1 + len(backends))
+            assert found["total"] == (3.0 if "cpu" in backends else None)
+            assert found["limit"] == [1800.0] * len(backends)
+            kinds = {"MixedProcessGroup", "HookedProcessGroup"} if only == "None" else {found["kind"]}
+            assert found["kind"] in kinds
+
+
+def test_a_backend_that_cannot_be_split_says_so() -> None:
+    from types import SimpleNamespace
+
+    import torch.distributed  # noqa: F401
+
+    from smdistributed_rs.errors import BootstrapError
+    from smdistributed_rs.process_group import _check_splits
+
+    with pytest.raises(BootstrapError, match="'cpu:mpi' cannot be split"):
+        _check_splits("cpu", SimpleNamespace(name=lambda: "mpi", supports_splitting=False))
+
+
 # ---- what torch looks at
 
 

@@ -60,17 +60,17 @@ def _local_rank(world: _core.Communicator) -> int:
     return int(given) if given.isdecimal() else world.nodes[: world.rank].count(world.nodes[world.rank])
 
 
-def split(seat: Seat, ranks: list[int], limit: timedelta, name: str, text: str) -> SmddpProcessGroup | None:
-    """The group of some members of another; None when this rank is not among them."""
-    if seat.communicator.rank not in ranks:
-        return None
+def split(
+    seat: Seat, devices: list[str], others: dict[str, Any], ranks: list[int], limit: timedelta, name: str, text: str
+) -> SmddpProcessGroup:
+    """The group of some members of another, this rank among them, for some of its device types."""
     store = PrefixStore(f"{name}/", seat.store)
     parents = seat.members or list(range(seat.communicator.size))
     members = [parents[rank] for rank in ranks]
     new = _connect(store, ranks.index(seat.communicator.rank), len(ranks), limit, name, members)
-    if seat.cuda.carries_messages:
+    if seat.cuda.carries_messages and "cuda" in devices:
         new.cuda.connect(seat.cuda.device)
-    group = _seated(new, NewGroup(["cpu", "cuda"]), {}, name)
+    group = _seated(new, NewGroup(devices), others, name)
     group._set_group_name(name)
     group._set_group_desc(text)
     return group

@@ -19,6 +19,7 @@ from ._compat import HAS_BACKENDS
 from ._core import AllReduce
 from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
+from .errors import BootstrapError
 from .work import DONE, DoneWork, ForGraphs, SmddpWork
 
 if TYPE_CHECKING:
@@ -178,10 +179,24 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         group_desc: str | None = None,
         device_types: list[torch.device] | None = None,
     ) -> ProcessGroup | None:
-        """A group of some of this group's ranks, who all call this; None on those who are none of its members."""
+        """A group of some of this group's ranks; None on those who are none of its members. All ranks call this.
+        device_types: those it serves; all of this group's if none are named."""
         from .backend import split
 
-        return split(self._seat, ranks, timeout or self._seat.timeout, str(group_name), group_desc or "")
+        limit, name, text = timeout or self._seat.timeout, str(group_name), group_desc or ""
+        wanted = self._served if device_types is None else {device.type for device in device_types}
+        theirs = [entry for entry in self._registered if entry[0] in wanted.intersection(self._others)]
+        child = None
+        if theirs:
+            for device, _, backend in theirs:
+                _check_splits(device, backend)
+            # Torch's own group makes options for them. Nobody is left out: some backends need all ranks for a split.
+            child = _plain_group(self, theirs).split_group(ranks, limit, opts, name, text)
+        ours = sorted(self._devices.intersection(wanted))
+        if not ours or self._rank not in ranks:
+            return child
+        others = {device: child._get_backend(torch.device(device)) for device, _, _ in theirs} if child else {}
+        return split(self._seat, ours, others, ranks, limit, name, text)
 
 
 class MixedProcessGroup(SmddpProcessGroup):
@@ -214,12 +229,21 @@ def records_flights() -> bool:
     return size != "0"
 
 
-def _plain_group(group: SmddpProcessGroup) -> ProcessGroup:
-    """A group of torch's own with the backends of `group`."""
+def _check_splits(device: str, backend: Any) -> None:
+    if not getattr(backend, "supports_splitting", False):
+        raise BootstrapError(
+            f"split_group: the group's backend '{device}:{backend.name()}' cannot be split. Use new_group, or name the "
+            "devices of other backends only"
+        )
+
+
+def _plain_group(group: SmddpProcessGroup, registered: list[tuple[str, Any, Any]] | None = None) -> ProcessGroup:
+    """A group of torch's own with the backends of `group`, or some of them."""
     seat = group._seat
     plain = ProcessGroup(seat.store, seat.communicator.rank, seat.communicator.size)
-    plain._set_default_backend(ProcessGroup.BackendType.CUSTOM)
-    for device, kind, backend in group._registered:
+    registered = registered or group._registered
+    plain._set_default_backend(registered[0][1])
+    for device, kind, backend in registered:
         plain._register_backend(torch.device(device), kind, backend)
     plain._set_group_name(seat.communicator.name)
     plain._set_group_desc("")
