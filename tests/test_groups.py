@@ -208,6 +208,77 @@ def test_a_backend_that_cannot_be_split_says_so() -> None:
         _check_splits("cpu", SimpleNamespace(name=lambda: "mpi", supports_splitting=False))
 
 
+# ---- methods as torch's own are overloaded
+
+
+def overloads(backend: str) -> dict[str, object]:
+    """What every way to call a group's methods leaves in its tensors."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    start(backend)
+    g, me, n, op = dist.group.WORLD, dist.get_rank(), dist.get_world_size(), dist.ReduceOp
+    limit, at_root = timedelta(seconds=20), dist.get_rank() == 1
+
+    def x(salt: int = 0) -> torch.Tensor:
+        return torch.arange(4.0) + 10 * me + 100 * salt
+
+    def xs() -> list[torch.Tensor]:
+        return [x(i) for i in range(n)]
+
+    calls = {
+        "broadcast": lambda t, _: g.broadcast(t, 1),
+        "broadcast, by name": lambda t, _: g.broadcast(t, root=1),
+        "broadcast, limit": lambda t, _: g.broadcast(t, 1, limit),
+        "broadcast, defaults": lambda t, _: g.broadcast([t]),
+        "allreduce": lambda t, _: g.allreduce(t),
+        "allreduce, op": lambda t, _: g.allreduce(t, op.MAX, limit),
+        "allreduce, op by name": lambda t, _: g.allreduce(t, op=op.MAX),
+        "allreduce, list and op": lambda t, _: g.allreduce([t], op=op.MAX),
+        "allreduce, defaults": lambda t, _: g.allreduce([t]),
+        "allgather": lambda t, ts: g.allgather(ts, t),
+        "allgather, limit": lambda t, ts: g.allgather(ts, t, limit),
+        "allgather, defaults": lambda t, ts: g.allgather([ts], [t]),
+        "all_gather_single": lambda t, ts: g._allgather_base(ts[0], t[:2]),
+        "gather": lambda t, ts: g.gather(ts if at_root else [], t, 1),
+        "gather, limit": lambda t, ts: g.gather(ts if at_root else [], t, 1, limit),
+        "gather, defaults": lambda t, ts: g.gather([ts] if me == 0 else [], [t]),
+        "scatter": lambda t, ts: g.scatter(t, ts if at_root else [], 1),
+        "scatter, limit": lambda t, ts: g.scatter(t, ts if at_root else [], root=1, timeout=limit),
+        "scatter, defaults": lambda t, ts: g.scatter([t], [ts] if me == 0 else []),
+        "reduce_scatter": lambda t, ts: g.reduce_scatter(t, ts),
+        "reduce_scatter, op": lambda t, ts: g.reduce_scatter(t, ts, op.MAX, limit),
+        "reduce_scatter, op by name": lambda t, ts: g.reduce_scatter(t, ts, op=op.MAX),
+        "reduce_scatter, defaults": lambda t, ts: g.reduce_scatter([t], [ts]),
+        "alltoall, defaults": lambda t, ts: g.alltoall(ts, xs()),
+        "alltoall_base, defaults": lambda t, ts: g.alltoall_base(t, ts[0], [], []),
+        "barrier": lambda t, ts: g.barrier(timeout=limit),
+    }
+    found: dict[str, object] = {}
+    for name, call in calls.items():
+        t, ts = x(), xs()
+        call(t, ts).wait()
+        found[name] = [t.tolist(), [each.tolist() for each in ts]]
+    for how in ((1,), (1, op.MAX), (1, op.MAX, limit)):
+        t = x()
+        g.reduce(t, *how).wait()
+        # Gloo leaves what it likes with the others.
+        found[f"reduce, {len(how)}"] = at_root and t.tolist()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "carrier"), [("smddp", "group"), ("smddp", "backend"), ("cpu:smddp,cuda:gloo", "group")]
+)
+def test_methods_may_be_called_as_those_of_torchs_own_group(backend: str, carrier: str) -> None:
+    expected = conftest.run(overloads, 2, backend="gloo").check().reports
+    given = conftest.run(overloads, 2, env={"SMDDP_TORCH_GROUP": carrier}, backend=backend).check().reports
+    assert given == expected
+
+
 # ---- what torch looks at
 
 

@@ -24,11 +24,16 @@ from torch._C._distributed_c10d import (
     AllreduceOptions,
     AllToAllOptions,
     BarrierOptions,
+    BroadcastOptions,
+    GatherOptions,
+    ReduceOptions,
     ReduceScatterOptions,
+    ScatterOptions,
 )
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
+from ._overloads import ALL_GATHER, REDUCE_SCATTER, listed, of_gather, options, paired
 from .cuda import Message
 from .errors import ArgumentError
 from .monitored import monitored_barrier
@@ -117,14 +122,16 @@ class Collectives:
 
     # ---- all_reduce, broadcast, reduce: one buffer, in place
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None, timeout: timedelta | None = None) -> Work:
+    def allreduce(
+        self, tensors: list[Tensor], opts: Any = None, timeout: timedelta | None = None, *, op: Any = None
+    ) -> Work:
         """Reduces one tensor over all ranks, in place. AVG of integers truncates toward zero; SUM of bool is or."""
         if type(opts) is not AllreduceOptions:
-            tensors, opts = _legacy(AllreduceOptions, tensors, opts, timeout)
+            tensors, opts = listed(tensors), options(AllreduceOptions, opts, timeout, op=op)
         op = opts.reduceOp
         (tensor,) = _one("all_reduce", "tensor", tensors)
         if isinstance(tensor, Tensor) and tensor.layout is torch.sparse_coo:
-            all_reduce_sparse(self, tensor, op, self._size, _gather_options(opts))
+            all_reduce_sparse(self, tensor, op, self._size, of_gather(opts))
             return DoneWork([tensor])
         code, factor = (0, None) if op == _SUM else reduction_code("all_reduce", op, tensor)
         if factor is None:
@@ -138,22 +145,33 @@ class Collectives:
         opts = opts or AllreduceCoalescedOptions()
         return self._reduce_in_place("all_reduce_coalesced", codes.ALL_REDUCE, list(tensors), opts.reduceOp, 0, opts)
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> Work:
+    def reduce(
+        self, tensors: list[Tensor], opts: Any = None, op: Any = None, timeout: timedelta | None = None, *,
+        root: int | None = None,
+    ) -> Work:  # fmt: skip
         """Reduces one tensor to the root, in place; the others' tensors stay as they are."""
+        if type(opts) is not ReduceOptions:
+            tensors, opts = listed(tensors), options(ReduceOptions, opts, timeout, root=root, op=op)
         (tensor,) = _one("reduce", "tensor", tensors)
         op = opts.reduceOp
         code, factor = reduction_code("reduce", op, tensor)
-        root = self._root("reduce", opts)
+        if (root := opts.rootRank) < 0:
+            self._root("reduce", opts)
         if factor is None:
             work = self._short(codes.REDUCE, code, root, tensor, None, opts)
             if work is not None:
                 return work
         return self._reduce_in_place("reduce", codes.REDUCE, tensors, op, root, opts)
 
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
+    def broadcast(
+        self, tensors: list[Tensor], opts: Any = None, timeout: timedelta | None = None, *, root: int | None = None
+    ) -> Work:
         """Copies the root's tensor to all ranks. Any dtype."""
+        if type(opts) is not BroadcastOptions:
+            tensors, opts = listed(tensors), options(BroadcastOptions, opts, timeout, root=root)
         (tensor,) = _one("broadcast", "tensor", tensors)
-        root = self._root("broadcast", opts)
+        if (root := opts.rootRank) < 0:
+            self._root("broadcast", opts)
         work = self._short(codes.BROADCAST, 0, root, tensor, None, opts)
         if work is not None:
             return work
@@ -176,7 +194,7 @@ class Collectives:
 
     # ---- all_gather
 
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = ALL_GATHER) -> Work:
         """Concatenates the ranks' tensors in `output`, of size() times the input's elements. Any dtype."""
         work = self._short(codes.ALL_GATHER, 0, 0, output, input, opts)
         if work is not None:
@@ -190,9 +208,12 @@ class Collectives:
 
     _allgather_base = all_gather_single
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+    def allgather(
+        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None, timeout: timedelta | None = None
+    ) -> Work:
         """Gives every rank's tensor to all; `outputs[0][r]` has the elements of rank r's. Counts may differ by rank."""
         name = "all_gather"
+        (outputs, inputs), opts = paired(outputs, inputs), options(AllgatherOptions, opts, timeout)
         (input,), (into,) = _one(name, "tensor", inputs), _one(name, "tensor_list", outputs)
         self._per_rank(name, "tensor_list", into)
         source, target = input_span(name, "tensor", input), output_list(name, "tensor_list", into)
@@ -227,7 +248,7 @@ class Collectives:
         name = "all_gather_single_coalesced"
         _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
         if len(inputs) == 1:
-            return self.all_gather_single(outputs[0], inputs[0], opts or AllgatherOptions())
+            return self.all_gather_single(outputs[0], inputs[0], opts or ALL_GATHER)
         for i, (output, input) in enumerate(zip(outputs, inputs, strict=True)):
             check(name, f"inputs[{i}]", input)
             refuse_overlap(name, f"outputs[{i}]", check(name, f"outputs[{i}]", output))
@@ -246,7 +267,7 @@ class Collectives:
 
     # ---- reduce_scatter
 
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = REDUCE_SCATTER) -> Work:
         """Reduces `input`, of size() times the output's elements, and leaves each rank its part."""
         name = "reduce_scatter_single"
         op = opts.reduceOp
@@ -262,9 +283,13 @@ class Collectives:
 
     _reduce_scatter_base = reduce_scatter_single
 
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Work:
+    def reduce_scatter(
+        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None, timeout: timedelta | None = None,
+        *, op: Any = None,
+    ) -> Work:  # fmt: skip
         """Reduces the ranks' lists element by element; rank r gets `inputs[0][r]`. Counts may differ by rank."""
         name = "reduce_scatter"
+        (inputs, outputs), opts = paired(inputs, outputs), options(ReduceScatterOptions, opts, timeout, op=op)
         (output,), (parts,) = _one(name, "output", outputs), _one(name, "input_list", inputs)
         self._per_rank(name, "input_list", parts)
         source, target = input_list(name, "input_list", parts), output_span(name, "output", output)
@@ -277,7 +302,7 @@ class Collectives:
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """reduce_scatter_single of several tensors of one dtype as one."""
         name = "reduce_scatter_single_coalesced"
-        opts = opts or ReduceScatterOptions()
+        opts = opts or REDUCE_SCATTER
         _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
         if len(inputs) == 1:
             return self.reduce_scatter_single(outputs[0], inputs[0], opts)
@@ -314,8 +339,12 @@ class Collectives:
 
     # ---- gather, scatter
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Work:
+    def gather(
+        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None, timeout: timedelta | None = None,
+        *, root: int | None = None,
+    ) -> Work:  # fmt: skip
         """Collects the ranks' tensors, all of one count, in the root's `outputs[0]`; others pass no outputs."""
+        (outputs, inputs), opts = paired(outputs, inputs), options(GatherOptions, opts, timeout, root=root)
         (input,) = _one("gather", "tensor", inputs)
         root = self._root("gather", opts)
         source, target, into = input_span("gather", "tensor", input), NOTHING, []
@@ -329,8 +358,9 @@ class Collectives:
         code, each = mover(input)
         return self._issue(codes.GATHER, code, 0, root, source.numel * each, source, target, into, opts)
 
-    def gather_single(self, output: Tensor, input: Tensor, opts: Any) -> Work:
+    def gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Concatenates the ranks' tensors in the root's `output`."""
+        opts = options(GatherOptions, opts)
         root = self._root("gather_single", opts)
         source, target = input_span("gather_single", "input", input), NOTHING
         if root == self._rank:
@@ -343,8 +373,12 @@ class Collectives:
 
     gather_into_tensor = gather_single
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Work:
+    def scatter(
+        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None, timeout: timedelta | None = None,
+        *, root: int | None = None,
+    ) -> Work:  # fmt: skip
         """Gives rank r the root's `inputs[0][r]`, all of one count; others pass no inputs."""
+        (inputs, outputs), opts = paired(inputs, outputs), options(ScatterOptions, opts, timeout, root=root)
         (output,) = _one("scatter", "tensor", outputs)
         source, target = NOTHING, output_span("scatter", "tensor", output)
         if opts.rootRank == self._rank:
@@ -362,11 +396,13 @@ class Collectives:
     # ---- all_to_all
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
-    ) -> Work:
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None,
+        timeout: timedelta | None = None,
+    ) -> Work:  # fmt: skip
         """Rank r gets the r-th part of every rank's `input`. Splits are sizes along dimension 0; none: equal parts."""
         name = "all_to_all_single"
-        opts = opts or AllToAllOptions()
+        if type(opts) is not AllToAllOptions:
+            opts = options(AllToAllOptions, opts, timeout)
         if not output_splits and not input_splits and self._whole_rows(input) and self._whole_rows(output):
             work = self._short(codes.ALL_TO_ALL, 0, 0, output, input, opts)
             if work is not None:
@@ -385,9 +421,11 @@ class Collectives:
 
     alltoall_base = all_to_all_single
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+    def alltoall(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, timeout: timedelta | None = None
+    ) -> Work:
         """Rank r gets every rank's `inputs[r]`; counts are free, but each must be what its receiver expects."""
-        name = "all_to_all"
+        name, opts = "all_to_all", options(AllToAllOptions, opts, timeout)
         self._per_rank(name, "input_tensor_list", inputs)
         self._per_rank(name, "output_tensor_list", outputs)
         source = input_list(name, "input_tensor_list", inputs)
@@ -429,11 +467,7 @@ class Collectives:
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Work:
         """Returns when all ranks have come, and their devices have done what their current streams were given."""
-        if opts is None or isinstance(opts, timedelta):
-            timeout = opts or timeout
-            opts = BarrierOptions()
-            if timeout is not None:
-                opts.timeout = timeout
+        opts = options(BarrierOptions, opts, timeout)
         self._cuda.synchronize()
         return self._issue(codes.BARRIER, codes.DTYPES["uint8"], 0, 0, 0, NOTHING, NOTHING, [], opts)
 
@@ -665,29 +699,6 @@ def _recorded(name: str, given: object, target: Span, results: list[Tensor], sta
         recorded.wait()
 
     return SmddpWork(handle, results, Once(finish))
-
-
-def _legacy(options: Any, tensors: Any, opts: Any, timeout: timedelta | None) -> tuple[list[Tensor], Any]:
-    """The other ways torch lets a group be called: allreduce(tensor), allreduce(tensors, op, timeout)."""
-    if isinstance(tensors, Tensor):
-        tensors = [tensors]
-    if isinstance(opts, AllreduceOptions):
-        return tensors, opts
-    made = options()
-    if opts is not None:
-        made.reduceOp = opts
-    if timeout is not None:
-        made.timeout = timeout
-    return tensors, made
-
-
-def _gather_options(opts: Any) -> AllgatherOptions:
-    """Options of a gather that is part of a call with `opts`: what it gathers is needed at once."""
-    made = AllgatherOptions()
-    made.timeout = opts.timeout
-    if hasattr(made, "asyncOp"):
-        made.asyncOp = False
-    return made
 
 
 def _one(name: str, argument: str, given: Sequence[Any]) -> Sequence[Any]:
