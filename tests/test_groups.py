@@ -377,6 +377,42 @@ def test_the_flight_recorder_sees_calls_when_asked_for() -> None:
         assert [[3]] in sizes, entries
 
 
+def hooked() -> dict[str, object]:
+    import torch
+    import torch.distributed as dist
+
+    start()
+    world, seen = dist.group.WORLD, []
+    try:
+        world.register_pre_hook(7, lambda _: seen.append("pre"))
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    else:
+        world.register_post_hook(8, lambda _: seen.append("post"))
+        dist.all_reduce(torch.ones(1))
+        found = {"seen": list(seen)}
+        world.unregister_pre_hook(7)
+        world.unregister_post_hook(8)
+        dist.all_reduce(torch.ones(1))
+        found["later"] = seen[len(found["seen"]) :]
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+def test_hooks_of_a_group_see_calls_or_are_refused(carrier: str) -> None:
+    from torch.distributed import ProcessGroup
+
+    if not hasattr(ProcessGroup, "register_pre_hook"):
+        pytest.skip("groups of this torch have no hooks")
+    for report in conftest.run(hooked, 2, env={"SMDDP_TORCH_GROUP": carrier}).check().reports:
+        if carrier == "backend":
+            assert report == {"seen": ["pre", "post"], "later": []}
+        else:
+            assert report["error"].startswith("UnsupportedError: register_pre_hook: ")
+            assert "SMDDP_TORCH_GROUP=backend" in report["error"]
+
+
 # ---- what groups leave in the store
 
 

@@ -19,7 +19,7 @@ from ._compat import HAS_BACKENDS
 from ._core import AllReduce
 from ._dynamo import not_compiled
 from .collectives import METHODS, Collectives
-from .errors import BootstrapError
+from .errors import BootstrapError, UnsupportedError
 from .work import DONE, DoneWork, ForGraphs, SmddpWork
 
 if TYPE_CHECKING:
@@ -292,9 +292,35 @@ def _through_torch(name: str) -> Callable[..., Any]:
     return _as(name, call)
 
 
-def _as(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    call.__name__, call.__doc__ = name, getattr(Collectives, name).__doc__
+_HOOKS = ("register_pre_hook", "unregister_pre_hook", "register_post_hook", "unregister_post_hook")
+
+
+def _without_hooks(name: str) -> Callable[..., Any]:
+    def call(self: SmddpProcessGroup, *_: Any, **__: Any) -> None:
+        error = UnsupportedError(
+            f"{name}: no hook would see the calls of group '{self._comm.name}', which pass torch's C++ half by. Set "
+            "SMDDP_TORCH_GROUP=backend in the environment before the group is made"
+        )
+        error.op, error.reduction, error.dtype = name, "", ""
+        raise error
+
+    return _named(name, call, f"Refused, as by all groups but `HookedProcessGroup`: {name} would do nothing.")
+
+
+def _with_hooks(name: str) -> Callable[..., Any]:
+    def call(self: HookedProcessGroup, *args: Any, **options: Any) -> None:
+        getattr(self._plain, name)(*args, **options)
+
+    return _named(name, call, "As torch's, of the group that the calls go through.")
+
+
+def _named(name: str, call: Callable[..., Any], text: str) -> Callable[..., Any]:
+    call.__name__, call.__doc__ = name, text
     return call
+
+
+def _as(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    return _named(name, call, getattr(Collectives, name).__doc__)
 
 
 def _callable(name: str) -> str:
@@ -316,6 +342,11 @@ for _name in METHODS:
     if hasattr(ProcessGroup, _callable(_name)):
         setattr(MixedProcessGroup, _name, _by_device(_name))
         setattr(HookedProcessGroup, _name, _through_torch(_name))
+for _name in _HOOKS:
+    # Older torches have none.
+    if hasattr(ProcessGroup, _name):
+        setattr(SmddpProcessGroup, _name, _without_hooks(_name))
+        setattr(HookedProcessGroup, _name, _with_hooks(_name))
 
 not_compiled(
     Collectives, SmddpBackend, SmddpProcessGroup, MixedProcessGroup, HookedProcessGroup, SmddpWork, DoneWork, ForGraphs
