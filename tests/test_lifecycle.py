@@ -90,6 +90,32 @@ def test_many_groups_without_growth(nodes: list[int]) -> None:
             assert report["after"][what] <= report["before"][what] + allowed, (what, report)
 
 
+def bound_to_a_device() -> dict:
+    """What is connected when torch is told the device of a group, played without one."""
+    import torch
+    import torch.distributed as dist
+
+    import smdistributed_rs  # noqa: F401
+    from smdistributed_rs.cuda import CudaSide
+
+    if hasattr(torch, "accelerator"):
+        torch.accelerator.device_count = lambda: 2
+    connected = []
+    CudaSide.connect = lambda _, device: connected.append(device)
+    dist.init_process_group("smddp", device_id=torch.device("cuda:1"), timeout=timedelta(seconds=30))
+    found = {"connected": connected, "sum": summed(), "sub": summed(dist.new_group([0, 1]))}
+    dist.new_group([0])
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_group_may_be_bound_to_a_device() -> None:
+    for report in conftest.run(bound_to_a_device, 2).check().reports:
+        assert report["connected"][:1] == [1], report
+        assert report["sum"] == report["sub"] == 2.0
+
+
 def subgroups() -> dict:
     import torch.distributed as dist
 

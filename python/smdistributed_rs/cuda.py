@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from ._compat import survives_halving
+from ._compat import HAS_BACKENDS, survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import AbortedError, ArgumentError
@@ -88,7 +88,9 @@ class CudaSide:
 
     def connect(self, device: int) -> None:
         """Connects now. Every member calls it when the group is made."""
-        self.carries_messages = self._connected("init_process_group", device).carries_messages
+        native = self._connected("init_process_group", device)
+        # An older torch does not tell us where a batch begins, and messages one by one would wait for each other.
+        self.carries_messages = HAS_BACKENDS and native.carries_messages
 
     def message(self, name: str, message: Message) -> Work:
         """Enqueues one message, or puts it into the open batch."""

@@ -127,6 +127,13 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         def getGroupDesc(self) -> str:
             return self._group_desc
 
+        def _get_backend(self, device: torch.device) -> Any:
+            """This group itself for one device, as which torch asks only to connect it (`device_id`). For a kind of
+            device, which torch asks to split or to end the backend of, there is none."""
+            if device.index is not None and device.type in self._devices:
+                return self
+            return ProcessGroup._get_backend(self, device)
+
         # Torch before 2.5 does not look for those.
         _set_group_name, _set_group_desc = setGroupName, setGroupDesc
         group_name, group_desc = property(getGroupName), property(getGroupDesc)
