@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
@@ -182,6 +184,22 @@ def test_memory_of_a_call_that_fails_is_kept_for_its_stream(side: CudaSide) -> N
     with pytest.raises(Full):
         side.short(2, 0, 0, alone, None, None, False)
     assert not alone.kept
+
+
+def test_threads_that_call_at_once_use_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def stream(*_: object, **__: object) -> object:
+        made.append(len(made))
+        time.sleep(0.05)
+        return SimpleNamespace(cuda_stream=made[-1])
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(cuda, "_current_stream", lambda _: 8)
+    side = CudaSide(_host(), lambda: None)
+    with ThreadPoolExecutor(4) as threads:
+        assert [one.result(10) for one in [threads.submit(side._streams, 0, True) for _ in range(4)]] == [(0, 8)] * 4
+    assert made == [0]
 
 
 def test_waiting_for_a_call_that_has_failed_raises() -> None:

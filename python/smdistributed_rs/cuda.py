@@ -194,7 +194,10 @@ class CudaSide:
         if not is_async:
             return current, None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device, priority=-1)
+            # One for good, of whichever thread comes first (the program's, autograd's): memory is kept for it by name.
+            with self._lock:
+                if self._stream is None:
+                    self._stream = torch.cuda.Stream(device, priority=-1)
         return self._stream.cuda_stream, current
 
     def synchronize(self) -> None:
