@@ -58,7 +58,8 @@ fn exchange(bencher: Bencher<'_, '_>, bytes: usize) {
         for (node, data) in nodes.iter_mut().zip(regions) {
             let buffers = Buffers { input: data, output: data, scratch: Region::EMPTY };
             let plan = Arc::clone(&plan);
-            node.submit(PhaseRun { plan, step: 0, shift: 0, buffers, arith, call, ctx: Ctx(0) }).unwrap();
+            node.submit(PhaseRun { plan, step: 0, shift: 0, buffers, arith, call, seq: 0, ctx: Ctx(0) })
+                .unwrap();
         }
         done.clear();
         while done.len() < 2 {

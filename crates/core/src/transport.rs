@@ -61,6 +61,8 @@ pub struct PhaseRun {
     pub buffers: Buffers,
     pub arith: Arith,
     pub call: PackedCall,
+    /// The call's number in its group.
+    pub seq: u64,
     pub ctx: Ctx,
 }
 

@@ -210,6 +210,13 @@ impl Messages {
         false
     }
 
+    /// The call that the next frame from `peer` belongs to, if that is the group's collective number `seq`.
+    pub(crate) fn next_of_call(&self, peer: usize, seq: u64, segment: &Segment) -> Option<PackedCall> {
+        let place = self.lanes[peer].take;
+        let frame = place.arrived(segment.cell(peer, self.me, place.index(self.cells)), self.cells)?;
+        (frame.key.seq == seq).then_some(frame.call)
+    }
+
     /// Moves what can be moved; true when anything did. `is_last`: before a sleep.
     pub(crate) fn poll(&mut self, segment: &Segment, is_last: bool, done: &mut Vec<Ctx>) -> Result<bool> {
         let mut moved = !self.complete.is_empty();

@@ -10,7 +10,7 @@ use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, Patience, Pha
 use smddp_core::{Error, Result};
 
 use crate::doorbell::{self, Sleeper};
-use crate::exchange::Step;
+use crate::exchange::{Step, mismatch};
 use crate::geometry::{Agreed, Geometry};
 use crate::handover::Membership;
 use crate::layout::Memory;
@@ -273,11 +273,18 @@ impl ShmNode {
     }
 
     /// Before sleeping: whether a peer submitted another call in place of the phase this rank waits in. Slots tell most
-    /// disagreements; this finds those in which nobody publishes what another waits for.
+    /// disagreements; this finds those in which nobody publishes what another waits for: it is in another phase, as its log tells,
+    /// or in a call of messages alone, of which one may lie here.
     fn compare_logs(&self) -> Result<()> {
         let Some((number, ours)) = self.phases.oldest() else { return Ok(()) };
         let mut peers = (0..self.ranks.len()).filter(|&peer| peer != self.me);
-        peers.try_for_each(|peer| self.phases.compare_log(number, &ours, peer, &self.segment))
+        peers.try_for_each(|peer| {
+            self.phases.compare_log(number, &ours.call, peer, &self.segment)?;
+            match self.messages.next_of_call(peer, ours.seq, &self.segment) {
+                Some(theirs) if theirs != ours.call => Err(mismatch(&ours.call, self.ranks[peer], &theirs)),
+                _ => Ok(()),
+            }
+        })
     }
 }
 

@@ -194,9 +194,9 @@ impl Phases {
     }
 
     /// Number of the first unfinished phase, and its call.
-    pub(crate) fn oldest(&self) -> Option<(u64, PackedCall)> {
+    pub(crate) fn oldest(&self) -> Option<(u64, &PhaseRun)> {
         let first = self.queue.front()?;
-        Some((self.submitted - self.queue.len() as u64, first.run.call))
+        Some((self.submitted - self.queue.len() as u64, &first.run))
     }
 
     /// Forgets everything.

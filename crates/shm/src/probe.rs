@@ -325,6 +325,7 @@ impl<'a> Rank<'a> {
                 buffers,
                 arith: Arith { dtype: DType::F32, op: ReduceOp::Sum, world: RANKS as u32 },
                 call,
+                seq: 0,
                 ctx: Ctx(0),
             })?;
         }

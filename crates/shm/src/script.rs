@@ -406,6 +406,7 @@ mod tests {
                 buffers: Buffers { input, output, scratch },
                 arith: Arith { dtype: DType::I32, op: ReduceOp::Avg, world: 3 },
                 call,
+                seq: 0,
                 ctx: Ctx(1),
             }
         }

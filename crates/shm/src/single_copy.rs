@@ -403,6 +403,7 @@ mod tests {
             buffers: Buffers { input: all, output: all, scratch: Region::EMPTY },
             arith: Arith { dtype: DType::U8, op: ReduceOp::Sum, world: 2 },
             call: Call::new(Collective::AllToAll, DType::U8, LEAST as u64).pack(),
+            seq: 0,
             ctx: Ctx(0),
         };
         for pids in [vec![Some(1), Some(2)], vec![None; 2]] {

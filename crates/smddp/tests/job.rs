@@ -108,6 +108,7 @@ fn worker() {
         "groups" => groups(),
         "mismatch" => mismatch(),
         "lengths" => lengths(),
+        "splits" => splits(),
         "timeout" => timeout(),
         "killed" => killed(),
         "again" => again(),
@@ -461,6 +462,28 @@ fn ranks_that_give_other_lengths_are_told_so() {
     for nodes in [&[2usize][..], &[1, 1]] {
         let text = good_job("lengths", nodes, &[]).concat();
         assert!(text.contains("uneven, lengths #"), "{nodes:?}: {text}");
+    }
+}
+
+/// One rank says how its blocks are split, as all must or none; that they are equal does not matter.
+fn splits() {
+    let world = World::init().unwrap();
+    world.set_timeout(Duration::from_secs(10));
+    let (input, mut output) = ([1f32; 4], [0f32; 4]);
+    let result = match world.rank() {
+        0 => world.all_to_all(&input, &mut output),
+        _ => world.all_to_all_uneven(&input, &[2, 2], &mut output, &[2, 2]),
+    };
+    println!("said: {}", result.unwrap_err());
+}
+
+#[test]
+fn ranks_of_which_one_splits_its_blocks_are_told_so() {
+    for nodes in [&[2usize][..], &[1, 1]] {
+        let outputs = good_job("splits", nodes, &[]);
+        let told =
+            |o: &String| o.contains("all_to_all(float32[2])") && o.contains("all_to_all(float32, uneven)");
+        assert!(outputs.iter().all(told), "{nodes:?}: {outputs:?}");
     }
 }
 

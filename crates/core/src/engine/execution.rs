@@ -245,6 +245,7 @@ impl Execution {
                 buffers: self.round_buffers(slot),
                 arith: self.arith,
                 call: self.call,
+                seq: self.seq,
                 ctx: self.ctx(slot, step),
             })?;
             self.phase += 1;

@@ -381,12 +381,12 @@ impl<L: NodeLocal> Group<L> {
         let (plan, ctx) = (ready.plan(0), Ctx(mark));
         let run = match &mut self.at_once {
             Some(run) if Arc::ptr_eq(&run.plan, plan) => {
-                (run.buffers, run.arith, run.call, run.ctx) = (buffers, arith, packed, ctx);
+                (run.buffers, run.arith, run.call, run.seq, run.ctx) = (buffers, arith, packed, seq, ctx);
                 run
             }
             other => {
                 let plan = Arc::clone(plan);
-                other.insert(PhaseRun { plan, step: 0, shift: 0, buffers, arith, call: packed, ctx })
+                other.insert(PhaseRun { plan, step: 0, shift: 0, buffers, arith, call: packed, seq, ctx })
             }
         };
         let outcome = self.seat.local.run_now(run, patience);

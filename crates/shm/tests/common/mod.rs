@@ -109,7 +109,7 @@ impl Memory {
 }
 
 pub fn run(plan: &Arc<Plan>, buffers: Buffers, arith: Arith, call: PackedCall, ctx: u64) -> PhaseRun {
-    PhaseRun { plan: Arc::clone(plan), step: 0, shift: 0, buffers, arith, call, ctx: Ctx(ctx) }
+    PhaseRun { plan: Arc::clone(plan), step: 0, shift: 0, buffers, arith, call, seq: 0, ctx: Ctx(ctx) }
 }
 
 /// Polls until `count` more marks have come, sleeping on the bell after `spins` polls without progress.
