@@ -224,7 +224,7 @@ impl<D: Domain> FabricEndpoint<D> {
     /// One round over everything; true when anything moved but probes: who waits for long is not to become wide awake over
     /// those.
     pub(crate) fn progress(&mut self) -> bool {
-        let mut moved = false;
+        let (mut moved, mut is_quiet) = (false, true);
         for rail in 0..self.rails.len() {
             let mut completions = std::mem::take(&mut self.completions);
             if let Err(reason) = self.rails[rail].poll(&mut completions) {
@@ -236,6 +236,7 @@ impl<D: Domain> FabricEndpoint<D> {
                 self.complete(rail, completion);
             }
             moved |= all > self.probes;
+            is_quiet &= all == 0;
             self.completions = completions;
             if self.broken.is_some() {
                 return moved;
@@ -245,7 +246,7 @@ impl<D: Domain> FabricEndpoint<D> {
         moved |= self.flush();
         self.polls = self.polls.wrapping_add(1);
         if self.polls.is_multiple_of(CLOCK) {
-            self.probe();
+            self.probe(is_quiet);
         }
         moved
     }
@@ -509,13 +510,17 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         if let Some((_, reason)) = self.groups.get_mut(group).and_then(|g| g.abort.take()) {
             return Err(CoreError::Aborted { site: Site::unknown(), reason });
         }
+        let is_destroyed = self.groups.over_since(group, peer).is_some();
         let p = &mut self.peers[peer as usize];
-        if p.lost.is_none() && p.left.is_none() {
-            p.asked = Some(group);
+        if !p.is_gone() {
+            if !is_destroyed {
+                p.ask(group);
+            }
             return Ok(!self.is_over(group, peer));
         }
-        // Where nobody says goodbye, whose work is done is lost like any other.
-        let done = p.left.is_some() || (!self.config.caps.sockets && !p.wild);
+        // Where nobody says goodbye, and to those who were never met, whose work is done is lost like any other.
+        let says_bye = self.config.caps.sockets && p.talked;
+        let done = p.left.is_some() || is_destroyed || !(says_bye || p.wild);
         if done { Ok(false) } else { Err(self.lost_error(peer, rank)) }
     }
 

@@ -96,8 +96,9 @@ pub struct Peer {
     /// Small sends in flight, and whether one of them is a probe.
     pub small: u32,
     pub probing: bool,
-    /// Receives from any rank wait for it, in this group, since the last look.
-    pub asked: Option<u64>,
+    /// Receives from any rank wait for it, in this group, since the last look; and the group of the look before.
+    asked: Option<u64>,
+    asked_before: Option<u64>,
     pub lost: Option<String>,
     /// Whether anything ever went to it or came from it: there is a connection.
     pub talked: bool,
@@ -127,6 +128,7 @@ impl Peer {
             small: 0,
             probing: false,
             asked: None,
+            asked_before: None,
             lost: None,
             talked: false,
             told_bye: false,
@@ -156,6 +158,20 @@ impl Peer {
     /// Nothing of the group counts any more.
     pub fn forget(&mut self, group: u64) {
         self.unannounced.retain(|key| key.group != group);
+    }
+
+    /// Receives from any rank of the group wait for it. Of several groups each has its turn to be asked about.
+    pub fn ask(&mut self, group: u64) {
+        if self.asked.is_none() || self.asked == self.asked_before {
+            self.asked = Some(group);
+        }
+    }
+
+    /// The group to ask it about, if any; once.
+    pub fn take_asked(&mut self) -> Option<u64> {
+        let asked = self.asked.take()?;
+        self.asked_before = Some(asked);
+        Some(asked)
     }
 
     /// Whether it sends nothing new any more.

@@ -190,6 +190,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Gone => {
                 let now = self.rails[0].now();
+                self.probes += 1;
                 return self.groups.is_over_at(packet.key.group, peer, now);
             }
             Body::Eager { .. } | Body::Announce | Body::Permit | Body::Grant(_) | Body::Probe { .. } => {}

@@ -274,8 +274,8 @@ impl<D: Domain> FabricEndpoint<D> {
     }
 
     /// Now and then asks the peers of stuck messages. A dead peer shows by its connection, one that called
-    /// something else by its answer.
-    pub(crate) fn probe(&mut self) {
+    /// something else by its answer. `is_quiet`: nothing lies in the queues that might complete them.
+    pub(crate) fn probe(&mut self, is_quiet: bool) {
         let now = self.rails[0].now();
         if now < self.probe_at {
             return;
@@ -290,7 +290,7 @@ impl<D: Domain> FabricEndpoint<D> {
             send = next;
             let Some(op) = self.sends.get_mut(handle) else { continue };
             let (id, rank, peer) = (op.id, op.rank, op.id.peer);
-            if std::mem::replace(&mut op.old, true) && !op.dead && !self.is_in_vain(id, rank) {
+            if std::mem::replace(&mut op.old, true) && !op.dead && !(is_quiet && self.is_in_vain(id, rank)) {
                 self.probe_one(peer, Tx::ProbeSend { send: handle, peer });
             }
         }
@@ -302,7 +302,7 @@ impl<D: Domain> FabricEndpoint<D> {
             recv = next;
             let Some(op) = self.recvs.get_mut(handle) else { continue };
             let (id, rank, peer) = (op.id, op.rank, op.id.peer);
-            if std::mem::replace(&mut op.old, true) && !self.is_in_vain(id, rank) {
+            if std::mem::replace(&mut op.old, true) && !(is_quiet && self.is_in_vain(id, rank)) {
                 self.probe_one(peer, Tx::ProbeRecv { recv: handle, peer });
             }
         }
@@ -315,12 +315,13 @@ impl<D: Domain> FabricEndpoint<D> {
         let (all, mut probes) = (self.peers.len(), 0);
         for at in (from..from + all).map(|at| at % all) {
             let p = &mut self.peers[at];
+            if probes == PROBES {
+                return at;
+            }
             if p.left.is_none()
-                && let Some(group) = p.asked.take()
+                && !p.probing
+                && let Some(group) = p.take_asked()
             {
-                if probes == PROBES {
-                    return at;
-                }
                 probes += 1;
                 let peer = at as u32;
                 self.probe_one(peer, Tx::ProbeAny { peer, group });
