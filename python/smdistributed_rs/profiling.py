@@ -33,7 +33,10 @@ class Range:
         global _ender
         if _ender is None:
             _ender = ThreadPoolExecutor(1, "smddp-profiler")
-        _ender.submit(self._trigger.set_result, None)
+        try:
+            _ender.submit(self._trigger.set_result, None)
+        except RuntimeError:  # the interpreter ends, and takes no more work
+            self._trigger.set_result(None)
 
     def end_with(self, handle: Handle) -> None:
         """Ends the range when the operation ends."""

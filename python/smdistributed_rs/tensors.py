@@ -161,7 +161,15 @@ def received_span(tensor: Tensor) -> Span:
     target = check("recv", "tensor", tensor).detach()
     refuse_overlap("recv", "tensor", target)
     inside = torch.empty(target.shape, dtype=target.dtype, device="cpu", pin_memory=True)
-    return _of(inside, Once(lambda: copy_back(target, inside)))
+    stream = torch.cuda.current_stream(target.device)
+
+    def arrive() -> None:
+        # Whichever thread comes first: behind what the caller had enqueued that uses the tensor, and before it goes on.
+        with torch.cuda.stream(stream):
+            copy_back(target, inside)
+        stream.synchronize()
+
+    return _of(inside, Once(arrive))
 
 
 def refuse_overlap(op: str, argument: str, target: Tensor) -> None:
