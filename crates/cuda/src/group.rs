@@ -489,6 +489,10 @@ impl<T: Transports> DeviceGroup<T> {
             return;
         }
         self.finish();
+        self.take_down();
+    }
+
+    fn take_down(&self) {
         if let Some(rail) = &self.rail {
             rail.shutdown();
         }
@@ -645,8 +649,11 @@ impl<T: Transports> DeviceGroup<T> {
 }
 
 impl<T: Transports> Drop for DeviceGroup<T> {
+    /// Who did not shut it down does not wait for others, either: after an exception they may never come.
     fn drop(&mut self) {
-        self.shutdown();
+        if self.process == std::process::id() {
+            self.take_down();
+        }
     }
 }
 

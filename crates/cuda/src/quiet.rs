@@ -5,11 +5,11 @@
 //!
 //! - **S1** an exchange is begun, from its start to the wait for its word, under the lock, shared; it is over when its word
 //!   says so.
-//! - **S2** what wants quiet has the lock alone, and finds all exchanges over. It waits for them without the lock: other threads
-//!   may need it for what ranks elsewhere wait for.
+//! - **S2** what wants quiet has the lock alone, and finds all exchanges over. It waits for them without the lock, and for the lock
+//!   outside its queue, which keeps others out: they may need it for what ranks elsewhere wait for.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use smddp_core::gate::{SLOTS, Words};
@@ -43,7 +43,12 @@ impl Beginning<'_> {
 impl Uses {
     pub(crate) fn new(words: &Arc<Words>) -> Arc<Uses> {
         let uses = Arc::new(Uses { words: Arc::clone(words), started: Default::default() });
-        let mut all = ALL.write().unwrap_or_else(PoisonError::into_inner);
+        let mut all = loop {
+            match alone() {
+                Some(all) => break all,
+                None => std::thread::sleep(STEP),
+            }
+        };
         all.retain(|other| other.strong_count() > 0);
         all.push(Arc::downgrade(&uses));
         uses
@@ -61,15 +66,24 @@ impl Uses {
     }
 }
 
+/// The lock, if nobody has it (S2).
+fn alone() -> Option<RwLockWriteGuard<'static, Vec<Weak<Uses>>>> {
+    match ALL.try_write() {
+        Ok(all) => Some(all),
+        Err(TryLockError::Poisoned(all)) => Some(all.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 /// Does `what` while no exchange is under way or begun; none: there was no such time until `limit` had passed.
 pub(crate) fn quietly<R>(limit: Duration, what: impl FnOnce() -> R) -> Option<R> {
     let since = Instant::now();
     loop {
-        let all = ALL.write().unwrap_or_else(PoisonError::into_inner);
-        if all.iter().filter_map(Weak::upgrade).all(|uses| uses.are_over()) {
+        if let Some(all) = alone()
+            && all.iter().filter_map(Weak::upgrade).all(|uses| uses.are_over())
+        {
             return Some(what());
         }
-        drop(all);
         if since.elapsed() >= limit {
             return None;
         }

@@ -181,8 +181,12 @@ impl Stager {
         if let Some(&(_, has_words)) = tried().iter().find(|&&(device, _)| device == ordinal) {
             return has_words;
         }
-        let found = self.probe(host, PROBE_LONGEST.min(host.timeout() / 2));
-        if let Ok(Some(has_words)) = found {
+        let limit = PROBE_LONGEST.min(host.timeout() / 2);
+        let found = self.probe(host, limit);
+        // A device that is busy for longer than a short limit is no sign.
+        if let Ok(Some(has_words)) = found
+            && (has_words || limit == PROBE_LONGEST)
+        {
             tried().push((ordinal, has_words));
         }
         tracing::debug!(?found, "words of streams");
