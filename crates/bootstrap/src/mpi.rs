@@ -13,6 +13,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use smddp_core::process;
 use smddp_core::settings::Settings;
 use smddp_mpi_sys::{Abi, Family, Mpi, Search};
 
@@ -175,8 +176,12 @@ fn watched<T, E: Into<Error>>(
 }
 
 /// How long [`finalize`] may wait. At a clean end as long as an operation may (SMDDP_TIMEOUT): a rank that still writes a
-/// last checkpoint is late, not lost, and mpirun would end it if another rank gave up. After a failure not for long.
-pub fn finalize_limit(settings: &Settings, failed: bool) -> Duration {
+/// last checkpoint is late, not lost, and mpirun would end it if another rank gave up. Not for long where any group has failed.
+pub fn finalize_limit(settings: &Settings) -> Duration {
+    limit_after(settings, process::has_failed())
+}
+
+fn limit_after(settings: &Settings, failed: bool) -> Duration {
     if failed { AFTER_FAILURE } else { settings.seconds("SMDDP_TIMEOUT").max(AFTER_FAILURE) }
 }
 
@@ -385,10 +390,10 @@ mod tests {
     #[test]
     fn a_clean_end_waits_as_long_as_an_operation_may() {
         let mut settings = Settings::default();
-        assert_eq!(finalize_limit(&settings, false), Duration::from_secs(1800));
-        assert_eq!(finalize_limit(&settings, true), AFTER_FAILURE);
+        assert_eq!(limit_after(&settings, false), Duration::from_secs(1800));
+        assert_eq!(limit_after(&settings, true), AFTER_FAILURE);
         settings.set("SMDDP_TIMEOUT", "0.5").unwrap();
-        assert_eq!(finalize_limit(&settings, false), AFTER_FAILURE);
+        assert_eq!(limit_after(&settings, false), AFTER_FAILURE);
     }
 
     #[test]

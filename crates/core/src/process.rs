@@ -2,7 +2,7 @@
 //! every call asks.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -21,6 +21,18 @@ pub fn random<const N: usize>() -> Result<[u8; N], Errno> {
         }
     }
     Ok(bytes)
+}
+
+static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+
+/// A group of this process has failed, or was aborted.
+pub(crate) fn note_failure() {
+    HAS_FAILED.store(true, Ordering::Relaxed);
+}
+
+/// Whether any group ever did: other ranks may then never come to their end.
+pub fn has_failed() -> bool {
+    HAS_FAILED.load(Ordering::Relaxed)
 }
 
 /// As [`std::process::id`].

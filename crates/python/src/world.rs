@@ -115,7 +115,7 @@ pub fn launcher_variables(py: Python<'_>, library_dirs: Vec<PathBuf>) -> PyResul
 /// long as an operation may.
 #[pyfunction]
 pub fn leave_mpi(py: Python<'_>) -> PyResult<()> {
-    let limit = smddp_bootstrap::mpi::finalize_limit(&raise(py, Settings::from_env())?, false);
+    let limit = smddp_bootstrap::mpi::finalize_limit(&raise(py, Settings::from_env())?);
     let left = py.detach(|| smddp_bootstrap::mpi::finalize(limit).map_err(Error::from));
     raise(py, left)
 }

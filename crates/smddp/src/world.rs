@@ -147,13 +147,12 @@ impl Deref for World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        let failed = self.communicator.known_failure().is_some();
         self.communicator.shutdown();
         // After a panic the other ranks are not at their end: MPI would wait for them, and mpirun ends the job anyway.
         if std::thread::panicking() {
             return;
         }
-        let limit = smddp_bootstrap::mpi::finalize_limit(&self.settings, failed);
+        let limit = smddp_bootstrap::mpi::finalize_limit(&self.settings);
         if let Err(error) = smddp_bootstrap::mpi::finalize(limit) {
             tracing::warn!("leaving MPI: {error}");
         }

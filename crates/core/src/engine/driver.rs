@@ -10,6 +10,7 @@ use crate::engine::op::OpState;
 use crate::engine::staging::Staging;
 use crate::engine::summons::When;
 use crate::error::{Error, Result};
+use crate::process;
 use crate::transport::{Bell, Ctx, Fabric, FabricFailure, NodeLocal, Patience, Transports};
 
 pub struct Driver<T: Transports> {
@@ -120,6 +121,7 @@ impl<T: Transports> Driver<T> {
     }
 
     fn fail(&mut self, index: usize, error: &Error) {
+        process::note_failure();
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
             self.has_failed = true;
             group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);

@@ -226,8 +226,11 @@ impl<L: NodeLocal> Group<L> {
                 None => at += 1,
             }
         }
-        // What was just taken is to be finished first.
-        if !moved && let Some(fabric) = fabric {
+        // What was taken already is to be finished first.
+        if self.messages_left == self.open.len()
+            && !moved
+            && let Some(fabric) = fabric
+        {
             self.look_for_senders(fabric)?;
         }
         Ok(moved)

@@ -248,7 +248,7 @@ impl<T: Transports> Engine<T> {
     }
 
     fn seated<'a>(&'a self, driver: MutexGuard<'a, Driver<T>>) -> Seated<'a, T> {
-        Seated { engine: self, driver: ManuallyDrop::new(driver) }
+        Seated { engine: self, driver: ManuallyDrop::new(driver), is_unwinding: std::thread::panicking() }
     }
 
     /// E6.
@@ -407,6 +407,8 @@ impl<T: Transports> Engine<T> {
 struct Seated<'a, T: Transports> {
     engine: &'a Engine<T>,
     driver: ManuallyDrop<MutexGuard<'a, Driver<T>>>,
+    /// It was taken in a panic: by what ends a group or the process then.
+    is_unwinding: bool,
 }
 
 impl<T: Transports> Deref for Seated<'_, T> {
@@ -428,7 +430,7 @@ impl<T: Transports> Drop for Seated<'_, T> {
         // SAFETY: it is not used again: `self` ends here.
         let driver = unsafe { ManuallyDrop::take(&mut self.driver) };
         // What a driver that panics has left is nobody's any more: the lock tells.
-        if !std::thread::panicking() {
+        if self.is_unwinding || !std::thread::panicking() {
             self.engine.leave(driver);
         }
     }
