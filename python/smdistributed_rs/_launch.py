@@ -30,7 +30,15 @@ def export_launcher_variables() -> None:
 
 
 def leave() -> None:
-    """At the end of the process: finalises MPI if asking it meant starting it. Not after an uncaught exception: then
-    the other ranks are not at their end, and mpirun ends the job because this one is gone."""
-    if getattr(sys, "last_value", None) is None:
+    """At the end of the process: finalises MPI if asking it meant starting it."""
+    if not forsakes():
         _core.leave_mpi()
+
+
+def forsakes() -> bool:
+    """Whether the process ends by an uncaught exception. MPI is not left then, whatever goes out of use later: the
+    other ranks are not at their end, and mpirun ends the job because this one is gone."""
+    if getattr(sys, "last_value", None) is None:
+        return False
+    _core.forsake_mpi()
+    return True

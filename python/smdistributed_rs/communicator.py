@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -20,6 +19,7 @@ from . import _codes as codes
 from . import _core
 from ._arrays import View, counted, like, same_dtype, view
 from ._core import Handle
+from ._launch import forsakes
 from ._libraries import library_dirs
 from .errors import ArgumentError
 from .shared import allocate
@@ -367,8 +367,8 @@ def init() -> World:
 
 
 def _end() -> None:
-    """At the end of the process: leaves the job as one should, unless it ends by an exception (see `_launch.leave`)."""
-    if _world is not None and getattr(sys, "last_value", None) is None:
+    """At the end of the process: leaves the job as one should, unless it ends by an exception."""
+    if _world is not None and not forsakes():
         _world.shutdown()
 
 

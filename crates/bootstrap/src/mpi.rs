@@ -189,8 +189,8 @@ fn limit_after(settings: &Settings, failed: bool) -> Duration {
 /// of a process, on the thread that joined: MPI waits there for every rank. After `limit` the process is ended; see
 /// [`finalize_limit`].
 ///
-/// After an abnormal end (an exception, a panic) do not call it: the other ranks are not at their end,
-/// and mpirun ends the job by itself when a rank goes without it.
+/// After an abnormal end (an exception, a panic) do not call it, and [`forsake`] MPI where others may: the other ranks are not
+/// at their end, and mpirun ends the job by itself when a rank goes without it.
 ///
 /// # Errors
 /// [`Error::Mpi`] when MPI refused.
@@ -209,6 +209,13 @@ pub fn finalize(limit: Duration) -> Result<()> {
         watched("MPI_Finalize", Instant::now() + limit, || mpi.finalize())?;
     }
     Ok(())
+}
+
+/// From now on [`finalize`] does nothing: this process has come to no normal end.
+pub fn forsake() {
+    if let Some(loaded) = &mut *LOADED.lock().unwrap_or_else(PoisonError::into_inner) {
+        loaded.ours = None;
+    }
 }
 
 /// The MPI this process uses, for people: name and version, ABI, file. `None` until it was used.

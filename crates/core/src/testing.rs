@@ -226,7 +226,7 @@ impl NodeLocal for MemoryNode {
     }
 
     /// Over at once where this rank is the last to come.
-    fn run_now(&mut self, run: &PhaseRun, _: Patience<'_>) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, _: &mut Patience<'_>) -> Result<bool> {
         let ctx = run.ctx;
         self.submit(run.clone())?;
         if self.slow_to_tell {

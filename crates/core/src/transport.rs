@@ -164,7 +164,7 @@ pub trait NodeLocal: Send {
     fn submit(&mut self, run: PhaseRun) -> Result<()>;
     /// Runs a phase on the spot, as far as `patience` goes; for callers whose group has nothing under way
     /// here. `Ok(false)`: it is under way as if submitted.
-    fn run_now(&mut self, run: &PhaseRun, patience: Patience<'_>) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, patience: &mut Patience<'_>) -> Result<bool> {
         let _ = patience;
         self.submit(run.clone())?;
         Ok(false)

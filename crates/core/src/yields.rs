@@ -4,7 +4,7 @@
 //! wants it (one that loads data, another job's), it is over when that process's time slice is: 4 ms, for an all_reduce of 0.5 µs. And
 //! the peers, asleep by then, wake later than the waiter would yield again, so that each call costs a slice (docs/adr/0036).
 //!
-//! - **Y1** A yield of more than [`LONG`] makes yields dear for [`REMEMBERED`]: of so much time a waiter loses about one slice.
+//! - **Y1** A yield of more than `LONG` makes yields dear for `REMEMBERED`: of so much time a waiter loses about one slice.
 //! - **Y2** Where yields are dear, a waiter that may spin looks on for a while instead and then sleeps, from which its peers wake it.
 //!   Those that may not, because ranks outnumber cores, yield on: there it is mostly a peer that gets the core.
 

@@ -39,7 +39,7 @@ mod _core {
     #[pymodule_export]
     use super::torch::{AllReduce, reads_options, use_torch};
     #[pymodule_export]
-    use super::world::{World, launcher_variables, leave_mpi, settings_table};
+    use super::world::{World, forsake_mpi, launcher_variables, leave_mpi, settings_table};
 
     use super::*;
 

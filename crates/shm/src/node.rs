@@ -201,7 +201,7 @@ impl ShmNode {
         &mut self,
         run: &PhaseRun,
         up: TakenUp,
-        mut patience: Patience<'_>,
+        patience: &mut Patience<'_>,
     ) -> Result<Option<SoFar>> {
         let ShmNode { me, ranks, segment, ring, phases, .. } = self;
         let notify = || doorbell::notify(&**segment, *me, ranks.len());
@@ -220,7 +220,7 @@ impl ShmNode {
                 notify();
                 told = true;
             }
-            if !look_for(peer, &mut patience, segment, ring) {
+            if !look_for(peer, patience, segment, ring) {
                 break Some(playing.so_far);
             }
         };
@@ -308,7 +308,7 @@ impl NodeLocal for ShmNode {
         Ok(())
     }
 
-    fn run_now(&mut self, run: &PhaseRun, patience: Patience<'_>) -> Result<bool> {
+    fn run_now(&mut self, run: &PhaseRun, patience: &mut Patience<'_>) -> Result<bool> {
         self.check()?;
         let up = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
         let Some(up) = up else {

@@ -44,7 +44,7 @@ proptest! {
                     Memory { input: content(number, rank, len), output: vec![0; givers * len], scratch: vec![] };
                 let phase =
                     run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, size), call(len), number as u64);
-                let over = at_once && node.run_now(&phase, Patience::of_looks(50)).unwrap();
+                let over = at_once && node.run_now(&phase, &mut Patience::of_looks(50)).unwrap();
                 if !at_once {
                     node.submit(phase).unwrap();
                 }

@@ -192,7 +192,7 @@ fn execute(case: &Case) -> Vec<Memory> {
                 let phase = run(&plans[next], buffers, arith, call(next), next as u64);
                 next += 1;
                 match case.now[rank].filter(|_| done.len() == next - 1) {
-                    Some(patience) if node.run_now(&phase, Patience::of_looks(patience)).unwrap() => {
+                    Some(patience) if node.run_now(&phase, &mut Patience::of_looks(patience)).unwrap() => {
                         done.push(phase.ctx)
                     }
                     Some(_) => {}
@@ -303,18 +303,22 @@ fn a_phase_on_the_spot_is_over_or_goes_on_as_if_submitted() {
         let phase = |i| run(&plan, buffers, arith(DType::U8, ReduceOp::Sum, 2), call(8), i);
         if rank == 1 {
             // Nobody answers yet.
-            assert_eq!(node.run_now(&phase(0), Patience::of_looks(3)), Ok(false));
+            assert_eq!(node.run_now(&phase(0), &mut Patience::of_looks(3)), Ok(false));
             assert_eq!(node.waiting_for(), [0]);
             published.store(true, Ordering::SeqCst);
             assert_eq!(drive(&mut node, 1, 0).unwrap(), [Ctx(0)]);
         } else {
             wait_for(&published);
-            assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true), "the other has published");
+            assert_eq!(
+                node.run_now(&phase(0), &mut Patience::of_looks(0)),
+                Ok(true),
+                "the other has published"
+            );
         }
         // Several exchanges are no matter of a moment.
         let long = one_phase(vec![span_move(Who::All, Who::All, Span::input(0, 8), Span::output(0, 8)); 200]);
         assert_eq!(
-            node.run_now(&PhaseRun { plan: long, ..phase(1) }, Patience::of_looks(1_000_000)),
+            node.run_now(&PhaseRun { plan: long, ..phase(1) }, &mut Patience::of_looks(1_000_000)),
             Ok(false)
         );
         assert_eq!(drive(&mut node, 1, 50).unwrap(), [Ctx(1)]);
@@ -334,7 +338,7 @@ fn a_phase_on_the_spot_yields_until_its_peer_has_come() {
         if rank == 1 {
             std::thread::sleep(Duration::from_millis(50));
         }
-        let over = node.run_now(&phase, Patience::new(0, u32::MAX, &nobody, &way)).unwrap();
+        let over = node.run_now(&phase, &mut Patience::new(0, u32::MAX, &nobody, &way)).unwrap();
         (over, memory.output)
     });
     assert_eq!(come, [(true, vec![2; 8]), (true, vec![2; 8])]);
@@ -366,9 +370,10 @@ fn who_waits_for_a_free_slot_is_woken_by_a_phase_on_the_spot() {
             sender_is_through.store(true, Ordering::SeqCst);
         } else {
             wait_for(&sender_is_armed);
-            assert_eq!(node.run_now(&phase(0), Patience::of_looks(0)), Ok(true));
+            assert_eq!(node.run_now(&phase(0), &mut Patience::of_looks(0)), Ok(true));
             wait_for(&sender_is_through);
-            (1..phases).for_each(|i| assert_eq!(node.run_now(&phase(i), Patience::of_looks(0)), Ok(true)));
+            (1..phases)
+                .for_each(|i| assert_eq!(node.run_now(&phase(i), &mut Patience::of_looks(0)), Ok(true)));
         }
     });
 }
@@ -488,7 +493,7 @@ fn of_two_roots_one_at_least_finds_the_other_in_the_same_call() {
             let work = run(&plan, memory.buffers(), arith(DType::U8, ReduceOp::Sum, 2), call.pack(), 1);
             let result = if at_once {
                 // Nobody is waited for.
-                node.run_now(&work, Patience::of_looks(0)).map(|over| assert!(over))
+                node.run_now(&work, &mut Patience::of_looks(0)).map(|over| assert!(over))
             } else {
                 node.submit(work).and_then(|()| drive(&mut node, 1, 10)).map(drop)
             };

@@ -149,7 +149,7 @@ impl<T: Transports> Driver<T> {
     }
 
     /// Runs a call of the group on the spot if nothing comes before it.
-    pub fn run_now(&mut self, key: GroupKey, call: &Immediate<'_>, patience: Patience<'_>) -> Tried {
+    pub fn run_now(&mut self, key: GroupKey, call: &Immediate<'_>, patience: &mut Patience<'_>) -> Tried {
         let index = key.index;
         let Some(group) = self.group(key) else { return Tried::NotNow };
         let (tried, result) = group.run_now(call, patience);

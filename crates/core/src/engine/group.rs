@@ -370,7 +370,7 @@ impl<L: NodeLocal> Group<L> {
 
     /// Runs a call on the spot, where nothing is under way (G1); an error is the group's. The transport waits
     /// as long as `patience` lasts.
-    pub fn run_now(&mut self, call: &Immediate<'_>, patience: Patience<'_>) -> (Tried, Result<()>) {
+    pub fn run_now(&mut self, call: &Immediate<'_>, patience: &mut Patience<'_>) -> (Tried, Result<()>) {
         if self.failed.get().is_some() || self.is_busy() {
             return (Tried::NotNow, Ok(()));
         }

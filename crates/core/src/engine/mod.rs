@@ -302,8 +302,8 @@ impl<T: Transports> Engine<T> {
         let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
         // What other groups have under way goes on meanwhile only if this call becomes an operation.
         let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
-        let patience = Patience::new(looks, yields, &self.shared.wanted, &self.shared.yields);
-        let tried = driver.run_now(group, call, patience);
+        let mut patience = Patience::new(looks, yields, &self.shared.wanted, &self.shared.yields);
+        let tried = driver.run_now(group, call, &mut patience);
         match &tried {
             Tried::Later(op) => {
                 // The operation knows how it ended.
