@@ -91,6 +91,7 @@ impl<T: Transports> Driver<T> {
         }
     }
 
+    #[inline]
     pub fn group(&mut self, key: GroupKey) -> Option<&mut Group<T::Local>> {
         self.groups.get_mut(key.index)?.as_mut().filter(|group| group.seat.id == key.id)
     }
@@ -149,6 +150,7 @@ impl<T: Transports> Driver<T> {
     }
 
     /// Runs a call of the group on the spot if nothing comes before it.
+    #[inline]
     pub fn run_now(&mut self, key: GroupKey, call: &Immediate<'_>, patience: &mut Patience<'_>) -> Tried {
         let index = key.index;
         let Some(group) = self.group(key) else { return Tried::NotNow };

@@ -247,6 +247,7 @@ impl<T: Transports> Engine<T> {
         self.shared.free_seat().map(|driver| self.seated(driver))
     }
 
+    #[inline]
     fn seated<'a>(&'a self, driver: MutexGuard<'a, Driver<T>>) -> Seated<'a, T> {
         Seated { engine: self, driver: ManuallyDrop::new(driver), is_unwinding: std::thread::panicking() }
     }
@@ -377,6 +378,7 @@ impl<T: Transports> Engine<T> {
     }
 
     /// Leaves the seat (E2).
+    #[inline]
     fn leave(&self, driver: MutexGuard<'_, Driver<T>>) {
         let left = driver.left();
         let finished = Shared::leave(driver);
@@ -426,6 +428,7 @@ impl<T: Transports> DerefMut for Seated<'_, T> {
 }
 
 impl<T: Transports> Drop for Seated<'_, T> {
+    #[inline]
     fn drop(&mut self) {
         // SAFETY: it is not used again: `self` ends here.
         let driver = unsafe { ManuallyDrop::take(&mut self.driver) };
