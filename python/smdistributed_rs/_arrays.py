@@ -99,7 +99,7 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
     if not seen.dense:
         _refuse_strides(op, argument)
     shape = tuple(seen.shape)
-    if seen.address < _DOUBTED and hasattr(array, "untyped_storage"):
+    if seen.address < _core.DOUBTED and hasattr(array, "untyped_storage"):
         from .tensors import check
 
         own = check(op, argument, array)
@@ -108,8 +108,6 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
     return View(seen.address, math.prod(shape), seen.dtype, seen.itemsize, shape, (seen, array))
 
 
-_DOUBTED = 1 << 36
-"""Addresses below may be offsets of torch tensors without memory. Few programs have any there."""
 _FORMATS = {"?": "bool", "e": "float16", "f": "float32", "d": "float64", "c": "uint8"}
 _INTEGERS = {**dict.fromkeys("bhilqn", "int"), **dict.fromkeys("BHILQN", "uint")}
 

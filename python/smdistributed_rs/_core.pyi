@@ -11,6 +11,9 @@ _Memory = tuple[int, int]
 
 __version__: str
 
+DOUBTED: int
+"""Addresses below may be offsets of torch tensors without memory."""
+
 @final
 class Handle:
     """An operation under way. Keeps the objects whose memory it uses alive until it is over."""

@@ -155,6 +155,15 @@ pub trait Bell: Send + Sync {
     fn ring(&self);
 }
 
+/// How a rank of the node is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// Its process has ended, and it had not left the group.
+    Ended,
+    /// It has left the group in good order.
+    Left,
+}
+
 /// The ranks of one group on one node: phases in host memory (shared memory) or device memory (NCCL).
 ///
 /// Peers are named by their local rank within the group's node. Every member submits the same phases in the
@@ -197,13 +206,19 @@ pub trait NodeLocal: Send {
     /// Local ranks that the oldest unfinished work waits for.
     fn waiting_for(&self) -> Vec<usize>;
 
-    /// A local rank whose process has ended, if that is known. Asked only after fruitless waiting; may make system
-    /// calls, never blocks.
-    fn dead_peer(&mut self) -> Option<usize> {
+    /// A local rank that unfinished work waits for in vain. Asked only after fruitless waiting, as the next two; may make
+    /// system calls, never blocks.
+    fn lost_peer(&mut self) -> Option<(usize, Gone)> {
         None
     }
 
-    /// As [`dead_peer`](Self::dead_peer), of work that goes elsewhere: whether or not anything here waits for the rank.
+    /// Whether a local rank is gone, and nothing of it is left to take in: for receives from any rank, which post nothing.
+    fn gone(&mut self, peer: usize) -> Option<Gone> {
+        let _ = peer;
+        None
+    }
+
+    /// A local rank whose process has ended, whether or not anything here waits for it: for work that goes elsewhere.
     fn ended_peer(&mut self) -> Option<usize> {
         None
     }

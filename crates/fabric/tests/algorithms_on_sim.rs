@@ -34,7 +34,7 @@ impl Rank {
         GroupKey { index: 0, id: self.group.seat.id }
     }
 
-    /// Polls once, as the engine does.
+    /// Polls once and looks around, as the engine does.
     fn turn(&mut self) {
         let (mut done, mut finished) = (Vec::new(), Vec::new());
         let mut result = self.group.seat.local.poll(&mut done).map(|_| ());
@@ -45,7 +45,8 @@ impl Rank {
             result = result.and(self.group.complete(ctx, &mut finished));
         }
         let result = result.and_then(|()| {
-            self.group.advance(Some(&mut self.fabric), &mut self.staging, &mut finished).map(|_| ())
+            self.group.advance(Some(&mut self.fabric), &mut self.staging, &mut finished)?;
+            self.group.lost_peer(Some(&mut self.fabric)).map_or(Ok(()), Err)
         });
         if let Err(error) = result {
             self.group.fail(&error, Some(&mut self.fabric), &mut self.staging, &mut finished);

@@ -20,7 +20,7 @@ const CPU: i32 = 1;
 const CUDA: i32 = 2;
 const MAJOR: u32 = 1;
 /// Addresses below may be offsets into a storage that was given back: torch is asked. Few programs have memory there.
-const DOUBTED: usize = 1 << 36;
+pub const DOUBTED: usize = 1 << 36;
 
 #[repr(C)]
 struct DlTensor {

@@ -45,6 +45,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("DOUBTED", dlpack::DOUBTED)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

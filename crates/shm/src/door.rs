@@ -10,13 +10,24 @@
 //! - **O2** That a peer has left is the last thing that the system call which writes for it writes, if it ends well: a peer that is
 //!   stopped, or ends, behind its last byte is outside.
 //! - **O3** A closed door stays closed: its group works no more.
+//! - **O4** Who leaves a group that has not failed says so with the same word, behind all it ever published: who sees that it has
+//!   left, and still waits for it then, waits in vain.
 
 use crate::layout::Memory;
-use crate::sync::{Ordering, close_fence, enter_fence};
+use crate::sync::{Ordering, close_fence, enter_fence, leave_order};
 
 /// What says that a peer is outside.
 pub(crate) const OUTSIDE: u64 = 0;
 const INSIDE: u64 = 1;
+
+/// Why a door is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Why {
+    Failed = 1,
+    /// The rank has left the group in good order (O4).
+    Left = 2,
+}
 
 /// `peer` is about to write into the memory of `rank`. False: it must not, and is not inside.
 pub(crate) fn enter(memory: &impl Memory, rank: usize, peer: usize) -> bool {
@@ -35,9 +46,14 @@ pub(crate) fn leave(memory: &impl Memory, rank: usize, peer: usize) {
 }
 
 /// Nobody enters any more who is not [inside](is_inside).
-pub(crate) fn close(memory: &impl Memory, rank: usize) {
-    memory.closed(rank).store(1, Ordering::Relaxed);
+pub(crate) fn close(memory: &impl Memory, rank: usize, why: Why) {
+    memory.closed(rank).store(why as u64, leave_order());
     close_fence();
+}
+
+/// Whether `rank` has left the group (O4).
+pub(crate) fn has_left(memory: &impl Memory, rank: usize) -> bool {
+    memory.closed(rank).load(Ordering::Acquire) == Why::Left as u64
 }
 
 /// Whether `peer` may be writing into the memory of `rank`.

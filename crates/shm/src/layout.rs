@@ -187,7 +187,7 @@ pub(crate) trait Memory {
     fn cell(&self, from: usize, to: usize, index: usize) -> &Line<Frame>;
     /// Deal `index` for the messages from `from` to `to`.
     fn deal(&self, from: usize, to: usize, index: usize) -> &Deal;
-    /// Whether the door of `rank` is closed: 0, or 1. Written by the rank (`door`).
+    /// Whether the door of `rank` is closed: 0, or why it is. Written by the rank (`door`).
     fn closed(&self, rank: usize) -> &AtomicU64;
     /// Whether `peer` is inside of it. Written by the peer, and by the kernel in its name.
     fn inside(&self, rank: usize, peer: usize) -> &AtomicU64;

@@ -10,12 +10,13 @@ use smddp_core::call::PackedCall;
 use smddp_core::transport::MsgKey;
 
 use crate::deal::{Deal, End, Stand};
+use crate::door::{self, Why};
 use crate::doorbell::{Sleeper, notify};
 use crate::layout::{ANYBODY, AbortCell, Alerts, Bell, Control, Frame, Line, Logged, Memory, SlotHead};
 use crate::pair::Place;
 use crate::ring::{Area, Ring};
 use crate::sync::{AtomicU32, AtomicU64, Cell, Futex, MISTAKE, Mistake};
-use crate::{abort, door, log};
+use crate::{abort, log};
 
 const SLOTS: usize = 2;
 const CELLS: usize = 2;
@@ -479,7 +480,7 @@ fn one_gives_up() {
             door::leave(&*theirs, 0, 1);
         }
     });
-    door::close(&*heap, 0);
+    door::close(&*heap, 0, Why::Failed);
     while door::is_inside(&*heap, 0, 1) {
         thread::yield_now();
     }
@@ -506,6 +507,33 @@ fn a_writer_that_does_not_fence_is_found() {
 #[should_panic]
 fn a_door_closed_without_a_fence_is_found() {
     explore(3, Some(Mistake::NoCloseFence), one_gives_up);
+}
+
+/// Rank 0 sends a message and leaves. Rank 1, when it sees that, finds the message.
+fn one_leaves() {
+    let heap = Heap::new(2, 0, 1);
+    let ours = Arc::clone(&heap);
+    let leaver = thread::spawn(move || {
+        Place::default().publish(&ours.cells[0], 1, frame(7));
+        door::close(&*ours, 0, Why::Left);
+    });
+    if door::has_left(&*heap, 0) {
+        let has_come = Place::default().arrived(&heap.cells[0], 1).is_some();
+        assert!(has_come, "it left without its last word");
+    }
+    leaver.join().unwrap();
+    assert!(door::has_left(&*heap, 0));
+}
+
+#[test]
+fn who_has_left_has_said_all() {
+    explore(3, None, one_leaves);
+}
+
+#[test]
+#[should_panic(expected = "it left without its last word")]
+fn a_leave_before_its_last_word_is_found() {
+    explore(3, Some(Mistake::RelaxedLeave), one_leaves);
 }
 
 /// Rank 0 gives a message of two pieces, twice; both ranks copy, as they come to it. Or rank 0 fails at its first, in the midst.

@@ -217,6 +217,12 @@ impl Messages {
         (frame.key.seq == seq).then_some(frame.call)
     }
 
+    /// Whether `peer` has sent anything that was not taken out yet.
+    pub(crate) fn lie_ready(&self, peer: usize, segment: &Segment) -> bool {
+        let place = self.lanes[peer].take;
+        place.arrived(segment.cell(peer, self.me, place.index(self.cells)), self.cells).is_some()
+    }
+
     /// Moves what can be moved; true when anything did. `is_last`: before a sleep.
     pub(crate) fn poll(&mut self, segment: &Segment, is_last: bool, done: &mut Vec<Ctx>) -> Result<bool> {
         let mut moved = !self.complete.is_empty();

@@ -6,9 +6,10 @@ use std::time::Duration;
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::shared::Shared;
-use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, Patience, PhaseRun};
+use smddp_core::transport::{Bell, Ctx, Gone, Message, MsgKey, NodeLocal, Patience, PhaseRun};
 use smddp_core::{Error, Result};
 
+use crate::door::{self, Why};
 use crate::doorbell::{self, Sleeper};
 use crate::exchange::{Step, mismatch};
 use crate::geometry::{Agreed, Geometry};
@@ -24,7 +25,7 @@ use crate::script::SoFar;
 use crate::segment::Segment;
 use crate::single_copy::SingleCopy;
 use crate::straight::Copier;
-use crate::{abort, door, log};
+use crate::{abort, log};
 
 /// Bytes of an exchange that is over before a sleeper would have woken.
 const BRIEF: usize = 8 << 10;
@@ -114,7 +115,7 @@ impl ShmNode {
 
     /// Remembers why, so that nothing is touched again.
     fn fail(&mut self, error: Error) -> Error {
-        self.close_door();
+        self.close_door(Why::Failed);
         self.phases.clear();
         self.messages.clear();
         self.failed = Some(error.clone());
@@ -122,9 +123,9 @@ impl ShmNode {
     }
 
     /// From here on no peer writes into this rank's memory, which its callers have back (C5).
-    fn close_door(&self) {
+    fn close_door(&self, why: Why) {
         let segment = &*self.segment;
-        door::close(segment, self.me);
+        door::close(segment, self.me, why);
         for look in 0.. {
             let inside = |&peer: &usize| door::is_inside(segment, self.me, peer);
             let mut inside = (0..self.ranks.len()).filter(inside).peekable();
@@ -394,13 +395,29 @@ impl NodeLocal for ShmNode {
 
     /// Only ranks that this one waits for: what a rank published before its end still counts, so one that finished its
     /// work and left is not lost.
-    fn dead_peer(&mut self) -> Option<usize> {
+    fn lost_peer(&mut self) -> Option<(usize, Gone)> {
         // In this order: what a rank published before its end is seen after its end is.
-        let ended: Vec<usize> = self.peers.ended().collect();
-        if ended.is_empty() {
+        let left = |peer: &usize| *peer != self.me && door::has_left(&*self.segment, *peer);
+        let mut gone: Vec<(usize, Gone)> =
+            (0..self.ranks.len()).filter(left).map(|peer| (peer, Gone::Left)).collect();
+        gone.extend(self.peers.ended().map(|peer| (peer, Gone::Ended)));
+        if gone.is_empty() {
             return None;
         }
-        self.waiting_for().into_iter().find(|peer| ended.contains(peer))
+        let waited_for = self.waiting_for();
+        gone.into_iter().find(|(peer, _)| waited_for.contains(peer))
+    }
+
+    fn gone(&mut self, peer: usize) -> Option<Gone> {
+        let gone = if door::has_left(&*self.segment, peer) {
+            Gone::Left
+        } else if self.peers.ended().any(|ended| ended == peer) {
+            Gone::Ended
+        } else {
+            return None;
+        };
+        // Behind that look, as above.
+        (!self.messages.lie_ready(peer, &self.segment)).then_some(gone)
     }
 
     fn ended_peer(&mut self) -> Option<usize> {
@@ -418,7 +435,7 @@ impl Drop for ShmNode {
     fn drop(&mut self) {
         self.disarm();
         if self.failed.is_none() {
-            self.close_door();
+            self.close_door(Why::Left);
         }
     }
 }
@@ -448,6 +465,8 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
+    use smddp_core::Region;
+
     use crate::probe::open;
 
     fn pair() -> [ShmNode; 2] {
@@ -472,6 +491,43 @@ mod tests {
         assert!(!door::enter(&*first.segment, 1, 0), "its door is closed");
         assert!(door::enter(&*first.segment, 0, 1), "the other's is open");
         door::leave(&*first.segment, 0, 1);
+    }
+
+    fn message(peer: u32, ctx: u64, memory: &mut [u8]) -> Message {
+        let key = MsgKey { group: 0, seq: ctx, tag: 0 };
+        let call = <PackedCall as bytemuck::Zeroable>::zeroed();
+        // SAFETY: the tests' memory outlives their nodes.
+        let region = unsafe { Region::of(memory) };
+        Message { key, peer, peer_rank: peer, region, call, ctx: Ctx(ctx) }
+    }
+
+    #[test]
+    fn who_leaves_is_lost_to_those_alone_who_wait_for_more() {
+        let mut memory = [[1u8; 4], [0; 4], [0; 4]];
+        let [sent, first, second] = &mut memory;
+        let [mut reader, mut leaver] = pair();
+        leaver.send(message(0, 1, sent)).unwrap();
+        leaver.poll(&mut vec![]).unwrap();
+        reader.recv(message(1, 1, first)).unwrap();
+        assert_eq!((reader.lost_peer(), reader.gone(1)), (None, None));
+        drop(leaver);
+        // What it sent lies here; nothing more will come.
+        assert_eq!((reader.lost_peer(), reader.gone(1)), (None, None));
+        let mut done = vec![];
+        reader.poll(&mut done).unwrap();
+        assert_eq!(done, [Ctx(1)]);
+        assert_eq!((reader.lost_peer(), reader.gone(1)), (None, Some(Gone::Left)));
+        reader.recv(message(1, 2, second)).unwrap();
+        assert_eq!(reader.lost_peer(), Some((1, Gone::Left)));
+    }
+
+    #[test]
+    fn who_failed_before_has_not_left() {
+        let [mut first, mut second] = pair();
+        second.abort(&Error::Internal("enough".to_owned()));
+        drop(second);
+        assert_eq!(first.gone(1), None);
+        assert!(matches!(first.poll(&mut vec![]), Err(Error::Aborted { .. })));
     }
 
     #[test]

@@ -166,7 +166,7 @@ mod tests {
         assert!(!door::is_inside(&segment, 1, 0));
         let mut too_late = Reach::new(0, vec![own; 2]).of_stranger(1);
         assert!(!too_late.write(1, door, to + 33, source, &segment) && too_late.bytes() == 0);
-        door::close(&segment, 1);
+        door::close(&segment, 1, door::Why::Failed);
         assert!(!reach.write(1, door, to + 33, source, &segment));
         assert_eq!((target, reach.bytes()), ([0; 200], 100));
         assert!(!door::is_inside(&segment, 1, 0) && !still_stood(&segment, 1) && still_stood(&segment, 0));

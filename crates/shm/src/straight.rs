@@ -222,7 +222,7 @@ mod tests {
         for _ in 0..pieces(LEN) {
             assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Moved);
         }
-        door::close(&segment, 0);
+        door::close(&segment, 0, door::Why::Failed);
         assert_eq!(taker.take(&segment, 0, &taken, &mut AT_ONCE.clone()), Outcome::Nothing);
     }
 
@@ -244,7 +244,7 @@ mod tests {
         let (mut source, mut target) = (vec![1; LEN], vec![0; LEN]);
         let (segment, [mut giver, _], [given, _]) = agreed(&mut source, &mut target);
         assert_eq!(giver.give(&segment, 1, &given, &mut AT_ONCE.clone()), Outcome::Moved);
-        door::close(&segment, 1);
+        door::close(&segment, 1, door::Why::Failed);
         target.fill(2);
         for _ in 0..10 {
             giver.give(&segment, 1, &given, &mut AT_ONCE.clone());

@@ -36,6 +36,11 @@ mod real {
     pub(crate) fn end_order() -> Ordering {
         Ordering::Release
     }
+    /// The store that tells that a rank has left its group, behind all it did there.
+    #[inline]
+    pub(crate) fn leave_order() -> Ordering {
+        Ordering::Release
+    }
 
     /// Between "I am about to sleep" and the last look at what peers published.
     #[inline]
@@ -122,6 +127,7 @@ mod model {
         RelaxedRecycle,
         RelaxedCount,
         RelaxedEnd,
+        RelaxedLeave,
         NoArmFence,
         NoNotifyFence,
         NoSecondLook,
@@ -152,6 +158,10 @@ mod model {
 
     pub(crate) fn end_order() -> Ordering {
         if made(Mistake::RelaxedEnd) { Ordering::Relaxed } else { Ordering::Release }
+    }
+
+    pub(crate) fn leave_order() -> Ordering {
+        if made(Mistake::RelaxedLeave) { Ordering::Relaxed } else { Ordering::Release }
     }
 
     pub(crate) fn arm_fence() {

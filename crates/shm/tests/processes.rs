@@ -201,7 +201,7 @@ fn work_in_two_groups(rank: usize) -> String {
     let kept = open_files() - before;
     for node in &mut nodes {
         // All are alive: each still waits for this rank's part in the next line.
-        assert_eq!(node.dead_peer(), None);
+        assert_eq!(node.lost_peer(), None);
         for count in [1, 5, 1000, 65536, 300_000] {
             let expected: Vec<u64> = (0..count as u64).map(|i| 3 * i).collect();
             assert!(all_reduce(node, rank, count).unwrap() == expected, "{count}");
@@ -249,7 +249,7 @@ fn lose_rank_two(rank: usize) {
     let (bell, started) = (node.bell(), Instant::now());
     node.poll(&mut vec![]).unwrap();
     // As the engine does: look whenever a short sleep has passed in vain.
-    while node.dead_peer().is_none() {
+    while node.lost_peer().is_none() {
         assert!(started.elapsed() < PATIENCE);
         node.poll(&mut vec![]).unwrap();
         node.arm();
@@ -258,12 +258,12 @@ fn lose_rank_two(rank: usize) {
         bell.wait(value, Duration::from_millis(20));
         node.disarm();
     }
-    println!("lost {:?}, waiting for {:?}", node.dead_peer(), node.waiting_for().last());
+    println!("lost {:?}, waiting for {:?}", node.lost_peer(), node.waiting_for().last());
 }
 
 fn killed(said: &[String]) {
     for survivor in &said[..2] {
-        assert_eq!(survivor, "lost Some(2), waiting for Some(2)");
+        assert_eq!(survivor, "lost Some((2, Ended)), waiting for Some(2)");
     }
 }
 

@@ -279,15 +279,15 @@ impl<T: Transports> Driver<T> {
         }
     }
 
-    /// Fails what has waited past its time limit, and groups whose members have died.
+    /// Fails what has waited past its time limit, and groups whose work waits for members that are gone.
     pub fn look_around(&mut self) {
         let now = Instant::now();
         let liveness = now.duration_since(self.looked) > LIVENESS;
         for at in 0..self.busy.len() {
             let index = self.busy[at];
             let Some(group) = self.groups[index].as_mut() else { continue };
-            let dead = if liveness { group.dead_peer() } else { None };
-            let error = match (dead, group.overdue(now)) {
+            let lost = if liveness { group.lost_peer(self.fabric.as_mut()) } else { None };
+            let error = match (lost, group.overdue(now)) {
                 (Some(error), _) => error,
                 (None, Some(op)) => op.timeout_error(group.missing(self.fabric.as_ref())),
                 (None, None) => continue,

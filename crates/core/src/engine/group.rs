@@ -24,7 +24,7 @@ use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
 use crate::topology::GroupShape;
-use crate::transport::{Arith, Buffers, Ctx, Fabric, Message, MsgKey, NodeLocal, Patience, PhaseRun};
+use crate::transport::{Arith, Buffers, Ctx, Fabric, Gone, Message, MsgKey, NodeLocal, Patience, PhaseRun};
 
 /// What the engine needs to know of a group.
 pub struct Seat<L> {
@@ -226,24 +226,39 @@ impl<L: NodeLocal> Group<L> {
                 None => at += 1,
             }
         }
-        // What was taken already is to be finished first.
-        if self.messages_left == self.open.len()
-            && !moved
-            && let Some(fabric) = fabric
-        {
-            self.look_for_senders(fabric)?;
-        }
         Ok(moved)
     }
 
     /// An error where no message can come for the receives from any rank that wait (G2).
-    fn look_for_senders<F: Fabric>(&self, fabric: &mut F) -> Result<()> {
+    fn look_for_senders<F: Fabric>(&mut self, mut fabric: Option<&mut F>) -> Result<()> {
+        // What was taken already is to be finished first.
+        if self.open.is_empty() || self.messages_left > self.open.len() {
+            return Ok(());
+        }
+        let senders = self.any_sender(fabric.as_deref_mut());
+        // Behind that look: what a rank had sent before it went has come by now.
+        match senders {
+            Err(_) if self.match_open(fabric)? => Ok(()),
+            senders => senders,
+        }
+    }
+
+    fn any_sender<F: Fabric>(&mut self, mut fabric: Option<&mut F>) -> Result<()> {
         let (mut left, mut others) = (None, false);
-        for (rank, route) in self.seat.routes.iter().enumerate().filter(|(rank, _)| *rank != self.seat.rank) {
-            match *route {
-                Route::Local(_) => others = true,
-                Route::Fabric(id) if fabric.can_come(self.seat.id, id, rank as u32)? => others = true,
-                Route::Fabric(_) => left = Some(rank),
+        for rank in (0..self.seat.routes.len()).filter(|&rank| rank != self.seat.rank) {
+            let can_come = match (self.seat.routes[rank], fabric.as_deref_mut()) {
+                (Route::Local(local), _) => match self.seat.local.gone(local as usize) {
+                    None => true,
+                    Some(Gone::Left) => false,
+                    Some(ended) => return Err(self.lost(rank, ended)),
+                },
+                (Route::Fabric(id), Some(fabric)) => fabric.can_come(self.seat.id, id, rank as u32)?,
+                (Route::Fabric(_), None) => true,
+            };
+            if can_come {
+                others = true;
+            } else {
+                left = Some(rank);
             }
         }
         match left {
@@ -474,25 +489,33 @@ impl<L: NodeLocal> Group<L> {
         ranks
     }
 
-    /// A member of this node whose process has ended.
-    pub fn dead_peer(&mut self) -> Option<Error> {
-        self.seat.local.dead_peer().and_then(|local| self.lost(local))
+    /// Why what is under way will never end, if that is known: ranks that it waits for are gone.
+    pub fn lost_peer<F: Fabric>(&mut self, fabric: Option<&mut F>) -> Option<Error> {
+        match self.seat.local.lost_peer() {
+            Some((local, gone)) => Some(self.lost(self.rank_of(local)?, gone)),
+            None => self.look_for_senders(fabric).err(),
+        }
     }
 
     /// A member of this node whose process has ended, whether or not any work here waits for it.
     pub fn ended_peer(&mut self) -> Option<Error> {
-        self.seat.local.ended_peer().and_then(|local| self.lost(local))
+        let rank = self.seat.local.ended_peer().and_then(|local| self.rank_of(local))?;
+        Some(self.lost(rank, Gone::Ended))
     }
 
-    fn lost(&self, local: usize) -> Option<Error> {
+    /// The group rank of one of this node.
+    fn rank_of(&self, local: usize) -> Option<usize> {
         let node = self.seat.shape.node_of(self.seat.rank);
-        let peer = *self.seat.shape.ranks_on(node).get(local)? as usize;
-        Some(Error::PeerLost {
-            site: Site::unknown(),
-            peer,
-            node: format!("{node} (this one)"),
-            reason: "its process has ended".to_owned(),
-        })
+        self.seat.shape.ranks_on(node).get(local).map(|&rank| rank as usize)
+    }
+
+    fn lost(&self, peer: usize, gone: Gone) -> Error {
+        let reason = match gone {
+            Gone::Ended => "its process has ended",
+            Gone::Left => "it has destroyed the group",
+        };
+        let node = format!("{} (this one)", self.seat.shape.node_of(peer));
+        Error::PeerLost { site: Site::unknown(), peer, node, reason: reason.to_owned() }
     }
 
     /// G3. Tells the other members.
