@@ -341,16 +341,16 @@ def receives_from_any(how: str) -> dict:
     tensor = torch.zeros(4)
     dist.all_reduce(tensor)
     if dist.get_rank() == 0:
-        # The last words are asked for when nobody is there.
-        gone = [torch.zeros(1) for _ in range(2)]
-        for sign in gone:
-            dist.recv(sign, tag=1)
-        time.sleep(1)
-        dist.recv(tensor, tag=2)
-        return {"got": tensor.tolist()} | caught(lambda: dist.recv(tensor, tag=2))
-    if dist.get_rank() == 1:
-        dist.send(torch.full((4,), 7.0), 0, tag=2)
-    dist.send(torch.ones(1), 0, tag=1)
+        got = []
+        # Rank 1 is gone when rank 2 sends; the last words are asked for when nobody is there.
+        for wait in (0, 0, 1):
+            time.sleep(wait)
+            dist.recv(tensor, tag=2)
+            got.append(tensor[0].item())
+        return {"got": got} | caught(lambda: dist.recv(tensor, tag=2))
+    for i in range(dist.get_rank()):
+        time.sleep(0.5 * (dist.get_rank() - 1))
+        dist.send(torch.full((4,), 10.0 * dist.get_rank() + i), 0, tag=2)
     if how == "die":
         os.kill(os.getpid(), 9)
     dist.destroy_process_group()
@@ -361,7 +361,7 @@ def receives_from_any(how: str) -> dict:
 def test_who_receives_from_any_rank_is_told_when_nobody_can_send(how: str, says: str) -> None:
     ranks = conftest.run(receives_from_any, 3, how=how, limit=60)
     (report, *_) = ranks.reports
-    assert report["got"] == [7.0] * 4
+    assert report["got"] == [10.0, 20.0, 21.0]
     assert report["type"] == "PeerLostError", report
     assert says in report["text"], report["text"]
 

@@ -556,6 +556,17 @@ impl<T: Transports> Communicator<T> {
         if let Some(far) = &request.far {
             far.check(request)?;
         }
+        let in_place =
+            matches!(request.collective, Collective::AllReduce | Collective::Broadcast | Collective::Reduce);
+        if in_place && request.input.as_ptr() != request.output.as_ptr() {
+            return Err(argument(
+                request.collective.name(),
+                "input",
+                "the same memory as the output",
+                "other memory",
+                "Copy it to the output first",
+            ));
+        }
         self.check_call(request, request.input.len(), request.output.len())
     }
 
@@ -613,7 +624,7 @@ impl<T: Transports> Communicator<T> {
                         "One a rank",
                     ));
                 }
-                counts.iter().sum()
+                total(counts)
             }
             None => count.saturating_mul(n),
         };
@@ -624,9 +635,7 @@ impl<T: Transports> Communicator<T> {
             Collective::AllGather => (own, all),
             Collective::ReduceScatter => (all, own),
             Collective::AllToAll => match &request.splits {
-                Some((send, recv)) if send.len() == n && recv.len() == n => {
-                    (send.iter().sum(), recv.iter().sum())
-                }
+                Some((send, recv)) if send.len() == n && recv.len() == n => (total(send), total(recv)),
                 Some((send, recv)) => {
                     let given = format!("{} and {}", send.len(), recv.len());
                     return Err(argument(name, "splits", format!("{n} numbers each"), given, "One a rank"));
@@ -646,6 +655,11 @@ impl<T: Transports> Communicator<T> {
             }
         })
     }
+}
+
+/// Elements of all blocks; of too many to count, more than any memory has.
+fn total(blocks: &Blocks) -> usize {
+    blocks.iter().fold(0, |sum, &block| sum.saturating_add(block))
 }
 
 fn whole_elements(op: &str, dtype: DType, bytes: usize) -> Result<usize> {

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use crate::call::PackedCall;
 use crate::dtype::{DType, ReduceOp};
+use crate::transport::MsgKey;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -92,7 +94,7 @@ fn with_advice(reason: &str) -> String {
 }
 
 impl Error {
-    /// The same error with its site completed: transports know the peer, the engine knows group and operation.
+    /// The same error with its site completed: transports know the peer and perhaps the operation, the engine knows the group.
     pub fn at(mut self, place: &Site) -> Error {
         match &mut self {
             Error::Mismatch { site, .. }
@@ -100,7 +102,13 @@ impl Error {
             | Error::PeerLost { site, .. }
             | Error::Aborted { site, .. } => {
                 if site.group.is_empty() {
-                    *site = place.clone();
+                    let op = std::mem::take(&mut site.op);
+                    let known = if op.is_empty() {
+                        place.clone()
+                    } else {
+                        Site { op, seq: site.seq, ..place.clone() }
+                    };
+                    *site = known;
                 }
             }
             Error::Argument { .. }
@@ -144,6 +152,11 @@ impl Site {
     /// A site to be completed by the engine (see [`Error::at`]).
     pub fn unknown() -> Site {
         Site { rank: 0, group: String::new(), op: String::new(), seq: 0 }
+    }
+
+    /// As [`unknown`](Self::unknown), where the transport knows the call, and the number it travels with.
+    pub fn of_call(call: PackedCall, seq: u64) -> Site {
+        Site { op: call.to_string(), seq: seq & !MsgKey::P2P, ..Site::unknown() }
     }
 }
 

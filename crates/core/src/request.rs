@@ -26,6 +26,7 @@ pub struct Request {
     pub root: usize,
     /// Elements, as [`Call::count`] says.
     pub count: usize,
+    /// all_reduce, broadcast and reduce take the same memory for both.
     pub input: Region,
     pub output: Region,
     /// Uneven all_gather and reduce_scatter: elements of each rank's block, equal on all ranks.

@@ -64,13 +64,8 @@ struct Board {
     moved: Vec<(u32, u32, u64)>,
 }
 
-fn mismatch(ours: PackedCall, peer: u32, theirs: PackedCall) -> Error {
-    Error::Mismatch {
-        site: Site::unknown(),
-        ours: ours.to_string(),
-        peer: peer as usize,
-        theirs: theirs.to_string(),
-    }
+fn mismatch(site: Site, ours: PackedCall, peer: u32, theirs: PackedCall) -> Error {
+    Error::Mismatch { site, ours: ours.to_string(), peer: peer as usize, theirs: theirs.to_string() }
 }
 
 impl Board {
@@ -101,7 +96,12 @@ impl Board {
         let (from, to, send) = self.sends.swap_remove(s);
         let (_, _, recv) = self.recvs.swap_remove(r);
         if send.call != recv.call || send.region.len() != recv.region.len() {
-            return Err(mismatch(recv.call, recv.peer_rank, send.call));
+            return Err(mismatch(
+                Site::of_call(recv.call, recv.key.seq),
+                recv.call,
+                recv.peer_rank,
+                send.call,
+            ));
         }
         recv.region.copy_from(send.region);
         self.done[from as usize].push(send.ctx);
@@ -180,7 +180,7 @@ impl NodeState {
         let runs: Vec<PhaseRun> = self.queues.iter_mut().filter_map(VecDeque::pop_front).collect();
         for (peer, run) in runs.iter().enumerate() {
             if run.call != runs[0].call {
-                return Err(mismatch(runs[0].call, peer as u32, run.call));
+                return Err(mismatch(Site::unknown(), runs[0].call, peer as u32, run.call));
             }
         }
         let Op::Phase(moves) = &runs[0].plan.steps[runs[0].step as usize].op else {

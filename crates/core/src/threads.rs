@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::process;
+
 /// Bytes below which waking other threads costs more than it saves (docs/performance-log.md).
 pub const WORTH: usize = 1 << 20;
 
@@ -18,8 +20,14 @@ const PIECE: usize = 64 << 10;
 /// The caller's thread among them.
 static THREADS: AtomicUsize = AtomicUsize::new(1);
 
-/// The threads beside the callers', from the first large piece of work on. None where there could be none.
-static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
+/// The threads beside the callers', from the first large piece of work on, and whose they are: a forked child has none of them.
+static POOL: OnceLock<Pool> = OnceLock::new();
+
+struct Pool {
+    process: u32,
+    /// None where there could be none.
+    threads: Option<ThreadPool>,
+}
 
 /// Says on how many threads, the caller's among them, large work is done from now on: 1 until said otherwise. Cores are
 /// shared with the node's other ranks, so only who knows the node's shape can tell. Threads are started when they are
@@ -53,9 +61,11 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
     let start = || {
         let builder = ThreadPoolBuilder::new().num_threads(threads - 1);
         let pool = builder.thread_name(|i| format!("smddp-reduce-{i}")).build();
-        pool.inspect_err(|e| tracing::warn!("no threads for large reductions, using one: {e}")).ok()
+        let pool = pool.inspect_err(|e| tracing::warn!("no threads for large reductions, using one: {e}"));
+        Pool { process: process::id(), threads: pool.ok() }
     };
-    POOL.get_or_init(start).as_ref()
+    let pool = POOL.get_or_init(start);
+    if pool.process == process::id() { pool.threads.as_ref() } else { None }
 }
 
 /// The caller and `threads - 1` others take a piece at a time until none are left.
@@ -112,6 +122,38 @@ mod tests {
             assert_eq!(who.len(), threads);
             assert!(who.contains(&std::thread::current().id()));
         }
+        use_threads(1);
+    }
+
+    unsafe extern "C" {
+        fn fork() -> i32;
+        fn alarm(seconds: u32) -> u32;
+        fn waitpid(pid: i32, status: *mut i32, options: i32) -> i32;
+        fn _exit(status: i32) -> !;
+    }
+
+    /// The child has the pool's memory, and none of its threads.
+    #[test]
+    fn a_forked_child_works_alone() {
+        let _alone = ALONE.lock().unwrap();
+        use_threads(2);
+        split(WORTH, |_| ());
+        // SAFETY: the child calls nothing that another thread of the parent may have held a lock of.
+        let child = unsafe { fork() };
+        if child == 0 {
+            // SAFETY: ends the child if it waits for ever.
+            unsafe { alarm(20) };
+            let done = AtomicUsize::new(0);
+            split(WORTH, |range| {
+                done.fetch_add(range.len(), Ordering::Relaxed);
+            });
+            // SAFETY: nothing of the parent's is to be cleaned up.
+            unsafe { _exit(i32::from(done.into_inner() != WORTH)) };
+        }
+        let mut status = -1;
+        // SAFETY: `status` outlives the call.
+        assert_eq!(unsafe { waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
         use_threads(1);
     }
 }

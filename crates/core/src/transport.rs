@@ -162,6 +162,8 @@ pub enum Gone {
     Ended,
     /// It has left the group in good order.
     Left,
+    /// The group has failed there, and it could not tell why.
+    Failed,
 }
 
 /// The ranks of one group on one node: phases in host memory (shared memory) or device memory (NCCL).
@@ -212,7 +214,7 @@ pub trait NodeLocal: Send {
         None
     }
 
-    /// Whether a local rank is gone, and nothing of it is left to take in: for receives from any rank, which post nothing.
+    /// Whether a local rank is gone, and nothing of it lies here to be taken in: for receives from any rank, which post nothing.
     fn gone(&mut self, peer: usize) -> Option<Gone> {
         let _ = peer;
         None

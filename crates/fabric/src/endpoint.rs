@@ -287,13 +287,14 @@ impl<D: Domain> FabricEndpoint<D> {
     }
 
     pub(crate) fn disagree(&mut self, group: u64, d: Disagreement) {
-        self.mismatch(group, d.peer, d.ours.to_string(), d.theirs.to_string());
+        let site = Site::of_call(d.ours, d.seq);
+        self.mismatch(group, d.peer, site, d.ours.to_string(), d.theirs.to_string());
     }
 
-    pub(crate) fn mismatch(&mut self, group: u64, peer: u32, ours: String, theirs: String) {
+    pub(crate) fn mismatch(&mut self, group: u64, peer: u32, site: Site, ours: String, theirs: String) {
         let rank = self.groups.rank_of(group, peer);
         let error = match rank {
-            Some(rank) => CoreError::Mismatch { site: Site::unknown(), ours, peer: rank as usize, theirs },
+            Some(rank) => CoreError::Mismatch { site, ours, peer: rank as usize, theirs },
             None => CoreError::Transport {
                 transport: "fabric",
                 reason: format!(

@@ -73,7 +73,8 @@ impl<D: Domain> FabricEndpoint<D> {
                 call.to_string()
             }
         };
-        self.mismatch(id.key.group, id.peer, say(ours.0, ours.1 as u64), say(theirs.0, theirs.1));
+        let site = Site::of_call(ours.0, id.key.seq);
+        self.mismatch(id.key.group, id.peer, site, say(ours.0, ours.1 as u64), say(theirs.0, theirs.1));
         false
     }
 

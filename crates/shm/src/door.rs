@@ -51,9 +51,13 @@ pub(crate) fn close(memory: &impl Memory, rank: usize, why: Why) {
     close_fence();
 }
 
-/// Whether `rank` has left the group (O4).
-pub(crate) fn has_left(memory: &impl Memory, rank: usize) -> bool {
-    memory.closed(rank).load(Ordering::Acquire) == Why::Left as u64
+/// Why the door of `rank` is closed, if it is (O4).
+pub(crate) fn is_closed(memory: &impl Memory, rank: usize) -> Option<Why> {
+    match memory.closed(rank).load(Ordering::Acquire) {
+        0 => None,
+        why if why == Why::Left as u64 => Some(Why::Left),
+        _ => Some(Why::Failed),
+    }
 }
 
 /// Whether `peer` may be writing into the memory of `rank`.

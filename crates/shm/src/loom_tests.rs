@@ -517,12 +517,12 @@ fn one_leaves() {
         Place::default().publish(&ours.cells[0], 1, frame(7));
         door::close(&*ours, 0, Why::Left);
     });
-    if door::has_left(&*heap, 0) {
+    if door::is_closed(&*heap, 0) == Some(Why::Left) {
         let has_come = Place::default().arrived(&heap.cells[0], 1).is_some();
         assert!(has_come, "it left without its last word");
     }
     leaver.join().unwrap();
-    assert!(door::has_left(&*heap, 0));
+    assert_eq!(door::is_closed(&*heap, 0), Some(Why::Left));
 }
 
 #[test]

@@ -605,7 +605,7 @@ fn compare(message: &Message, theirs: PackedCall, total: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Mismatch {
-        site: Site::unknown(),
+        site: Site::of_call(message.call, message.key.seq),
         ours: format!("{}, receiving {len} bytes", message.call),
         peer: message.peer_rank as usize,
         theirs: format!("{theirs}, sending {total} bytes"),

@@ -143,6 +143,17 @@ impl ShmNode {
         }
     }
 
+    fn is_gone(&self, peer: usize) -> Option<Gone> {
+        // In this order: who has left, and ended then, had left before.
+        let has_ended = self.peers.has_ended(peer);
+        match door::is_closed(&*self.segment, peer) {
+            _ if peer == self.me => None,
+            Some(Why::Left) => Some(Gone::Left),
+            Some(Why::Failed) => Some(Gone::Failed),
+            None => has_ended.then_some(Gone::Ended),
+        }
+    }
+
     fn heard_of_abort(&self) -> Error {
         let (rank, text) = abort::reason(&*self.segment);
         let who = self.ranks.get(rank).map_or_else(|| "a rank".to_owned(), |r| format!("rank {r}"));
@@ -396,26 +407,18 @@ impl NodeLocal for ShmNode {
     /// Only ranks that this one waits for: what a rank published before its end still counts, so one that finished its
     /// work and left is not lost.
     fn lost_peer(&mut self) -> Option<(usize, Gone)> {
-        // In this order: what a rank published before its end is seen after its end is.
-        let left = |peer: &usize| *peer != self.me && door::has_left(&*self.segment, *peer);
-        let mut gone: Vec<(usize, Gone)> =
-            (0..self.ranks.len()).filter(left).map(|peer| (peer, Gone::Left)).collect();
-        gone.extend(self.peers.ended().map(|peer| (peer, Gone::Ended)));
+        let gone = |peer| Some((peer, self.is_gone(peer)?));
+        let gone: Vec<(usize, Gone)> = (0..self.ranks.len()).filter_map(gone).collect();
         if gone.is_empty() {
             return None;
         }
+        // Behind that look: what a rank published before its end is seen after its end is.
         let waited_for = self.waiting_for();
         gone.into_iter().find(|(peer, _)| waited_for.contains(peer))
     }
 
     fn gone(&mut self, peer: usize) -> Option<Gone> {
-        let gone = if door::has_left(&*self.segment, peer) {
-            Gone::Left
-        } else if self.peers.ended().any(|ended| ended == peer) {
-            Gone::Ended
-        } else {
-            return None;
-        };
+        let gone = self.is_gone(peer)?;
         // Behind that look, as above.
         (!self.messages.lie_ready(peer, &self.segment)).then_some(gone)
     }
@@ -526,7 +529,7 @@ mod tests {
         let [mut first, mut second] = pair();
         second.abort(&Error::Internal("enough".to_owned()));
         drop(second);
-        assert_eq!(first.gone(1), None);
+        assert_eq!(first.gone(1), Some(Gone::Failed));
         assert!(matches!(first.poll(&mut vec![]), Err(Error::Aborted { .. })));
     }
 

@@ -100,10 +100,14 @@ impl Peers {
         &self.processes
     }
 
+    /// Whether the process of a local rank has ended.
+    pub(crate) fn has_ended(&self, rank: usize) -> bool {
+        self.processes.get(rank).is_some_and(|p| p.as_ref().is_some_and(|p| p.has_ended()))
+    }
+
     /// Local ranks whose process has ended.
     pub(crate) fn ended(&self) -> impl Iterator<Item = usize> {
-        let ended = |p: &Option<Arc<Process>>| p.as_ref().is_some_and(|p| p.has_ended());
-        self.processes.iter().enumerate().filter(move |(_, p)| ended(p)).map(|(rank, _)| rank)
+        (0..self.processes.len()).filter(|&rank| self.has_ended(rank))
     }
 }
 

@@ -40,6 +40,8 @@ const MOST_THREADS: usize = 4;
 
 /// How long a rank whose group cannot be made waits for the others to have read why.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Time limits beyond it are none; a clock counts no further than some centuries.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// What a new group needs.
 pub struct GroupOptions {
@@ -78,7 +80,7 @@ pub fn connect(options: GroupOptions) -> Result<Communicator> {
         });
     }
     let tuning = Tuning::from_settings(&options.settings)?;
-    let deadline = Instant::now() + options.timeout;
+    let deadline = Instant::now() + options.timeout.min(LONGEST);
     let engine = runtime::engine(&options.settings)?;
     let hellos = hello(&options, deadline)?;
     let labels: Vec<&str> = hellos.iter().map(|h| h.node.as_str()).collect();

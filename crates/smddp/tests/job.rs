@@ -109,6 +109,7 @@ fn worker() {
         "mismatch" => mismatch(),
         "lengths" => lengths(),
         "splits" => splits(),
+        "odd-message" => odd_message(),
         "timeout" => timeout(),
         "killed" => killed(),
         "again" => again(),
@@ -484,6 +485,43 @@ fn ranks_of_which_one_splits_its_blocks_are_told_so() {
         let told =
             |o: &String| o.contains("all_to_all(float32[2])") && o.contains("all_to_all(float32, uneven)");
         assert!(outputs.iter().all(told), "{nodes:?}: {outputs:?}");
+    }
+}
+
+/// Rank 0 waits for messages of both others, of which one is shorter than it should be, and in a collective.
+fn odd_message() {
+    let world = World::init().unwrap();
+    if world.rank() > 0 {
+        if world.rank() == 2 {
+            world.send(&[1f32; 4], 0, 0).unwrap();
+        }
+        return println!("said: {}", world.recv(&mut [0f32], 0, 9).unwrap_err());
+    }
+    let (mut first, mut second, mut sum) = ([0f32; 4], [0f32; 8], [0f32; 8]);
+    // SAFETY: all outlive the work on them.
+    let regions = unsafe { (Region::of(&mut first), Region::of(&mut second), Region::of(&mut sum)) };
+    // SAFETY: as above.
+    let handles = unsafe {
+        [
+            world.start_recv(1, 0, DType::F32, regions.0).unwrap(),
+            world.start(&Request::new(Collective::AllReduce, DType::F32, 8, regions.2, regions.2)).unwrap(),
+            world.start_recv(2, 0, DType::F32, regions.1).unwrap(),
+        ]
+    };
+    let [first, running, second] = handles.map(|handle| handle.wait(None).unwrap_err());
+    assert!(matches!(&second, Error::Mismatch { peer: 2, .. }), "{second}");
+    assert!(second.to_string().contains("operation send/recv(float32[8])"), "{second}");
+    for other in [first, running] {
+        assert!(matches!(&other, Error::Aborted { .. }), "{other}");
+        assert!(other.to_string().contains("the group failed before"), "{other}");
+    }
+    println!("said: {second}");
+}
+
+#[test]
+fn the_message_that_differs_gets_the_mismatch() {
+    for output in good_job("odd-message", &[3], &[]) {
+        assert!(output.contains("float32[4]"), "{output}");
     }
 }
 

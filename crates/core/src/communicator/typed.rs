@@ -14,8 +14,10 @@ use super::Communicator;
 impl<T: Transports> Communicator<T> {
     fn run_typed(&self, request: &Request) -> Result<()> {
         // SAFETY: the regions come from borrows that outlive this blocking call, and when it fails the engine has
-        // withdrawn the operation (G3), so nothing touches them later.
-        unsafe { self.run(request) }
+        // withdrawn the operation (G3, E7), so nothing touches them later.
+        let result = unsafe { self.run(request) };
+        settle(request.dtype, request.output);
+        result
     }
 
     /// Combines `buffer` of all ranks, in place; all end with the same bits.
@@ -101,15 +103,33 @@ impl<T: Transports> Communicator<T> {
     pub fn recv<E: Element>(&self, data: &mut [E], from: usize, tag: u64) -> Result<()> {
         // SAFETY: as in `send`.
         let handle = unsafe { self.start_recv(from, tag, E::DTYPE, whole(data))? };
-        handle.wait(None)
+        let result = handle.wait(None);
+        settle(E::DTYPE, whole(data));
+        result
     }
 
     /// Receives the message of `tag` that comes first, and returns the rank it came from.
     pub fn recv_any<E: Element>(&self, data: &mut [E], tag: u64) -> Result<usize> {
         // SAFETY: as in `send`.
         let handle = unsafe { self.start_recv_any(tag, E::DTYPE, whole(data))? };
-        handle.wait(None)?;
+        let result = handle.wait(None);
+        settle(E::DTYPE, whole(data));
+        result?;
         handle.source().ok_or_else(|| Error::Internal("a message came from nowhere".to_owned()))
+    }
+}
+
+/// Makes what came valid for its type: a truth value of another program is any byte that is not zero, one of Rust's is 1.
+fn settle(dtype: DType, output: Region) {
+    if dtype != DType::Bool {
+        return;
+    }
+    for at in 0..output.len() {
+        // SAFETY: within memory that the caller has back, and has borrowed mutably.
+        unsafe {
+            let byte = output.as_ptr().add(at);
+            *byte = u8::from(*byte != 0);
+        }
     }
 }
 

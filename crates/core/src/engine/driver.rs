@@ -22,8 +22,8 @@ pub struct Driver<T: Transports> {
     pub fabric: Option<T::Fabric>,
     pub staging: Staging,
     done: Vec<Ctx>,
-    /// Since the last turn a group has failed, which may have left `busy` behind.
-    has_failed: bool,
+    /// Since the last turn a group has failed, or work was completed: groups may have left `busy` behind.
+    has_news: bool,
     /// Operations whose callbacks are to be run once the driver's lock is free.
     pub finished: Vec<Arc<OpState>>,
     looked: Instant,
@@ -46,7 +46,7 @@ impl<T: Transports> Driver<T> {
             fabric: None,
             staging: Staging::new(staging),
             done: Vec::new(),
-            has_failed: false,
+            has_news: false,
             finished: Vec::new(),
             looked: Instant::now(),
         }
@@ -114,6 +114,11 @@ impl<T: Transports> Driver<T> {
         }
     }
 
+    /// Fails all groups on every rank.
+    pub fn give_up(&mut self, error: &Error) {
+        (0..self.groups.len()).for_each(|index| self.fail(index, error));
+    }
+
     /// Fails the group on every rank.
     pub fn abort(&mut self, key: GroupKey, error: &Error) {
         if self.group(key).is_some() {
@@ -124,7 +129,7 @@ impl<T: Transports> Driver<T> {
     fn fail(&mut self, index: usize, error: &Error) {
         process::note_failure();
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
-            self.has_failed = true;
+            self.has_news = true;
             group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
         }
     }
@@ -179,7 +184,7 @@ impl<T: Transports> Driver<T> {
             moved |= self.poll_fabric();
         }
         moved |= self.advance();
-        moved |= std::mem::take(&mut self.has_failed);
+        moved |= std::mem::take(&mut self.has_news);
         if moved {
             self.busy.retain(|&i| self.groups[i].as_ref().is_some_and(Group::is_busy));
         }
@@ -225,7 +230,7 @@ impl<T: Transports> Driver<T> {
         let mut failed = result.err().map(|e| (index, e));
         for at in 0..self.done.len() {
             let ctx = self.done[at];
-            moved = true;
+            (moved, self.has_news) = (true, true);
             let owner = group_of(ctx);
             let outcome = match self.groups.get_mut(owner).and_then(Option::as_mut) {
                 Some(group) => group.complete(ctx, &mut self.finished),

@@ -4,7 +4,7 @@
 //! - **G1** collectives run one after the other, in the order started; messages run beside them. Those that move data
 //!   are numbered; peers tell their messages apart by these numbers.
 //! - **G2** receives from any rank take what has come, in the order they were started; a message that a receive names
-//!   the sender of is never taken. They fail as soon as nobody is left to send, or a rank was lost who might have.
+//!   the sender of is never taken. They fail as soon as nobody is left to send, or a rank of another node was lost who might have.
 //! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
 //!   work (so its memory is free), and every later operation fails at once.
 //! - **G4** `advance` goes on until only a start, a completion, a gate that opens, or a message for an open receive can
@@ -235,40 +235,40 @@ impl<L: NodeLocal> Group<L> {
         if self.open.is_empty() || self.messages_left > self.open.len() {
             return Ok(());
         }
-        let senders = self.any_sender(fabric.as_deref_mut());
-        // Behind that look: what a rank had sent before it went has come by now.
-        match senders {
-            Err(_) if self.match_open(fabric)? => Ok(()),
+        match self.any_sender(fabric.as_deref_mut()) {
+            // Behind that look: what a rank had sent before it went has come by now.
+            Err(Error::PeerLost { .. }) if self.match_open(fabric)? => Ok(()),
             senders => senders,
         }
     }
 
     fn any_sender<F: Fabric>(&mut self, mut fabric: Option<&mut F>) -> Result<()> {
-        let (mut left, mut others) = (None, false);
+        let (mut left, mut lost, mut others) = (None, None, false);
         for rank in (0..self.seat.routes.len()).filter(|&rank| rank != self.seat.rank) {
-            let can_come = match (self.seat.routes[rank], fabric.as_deref_mut()) {
-                (Route::Local(local), _) => match self.seat.local.gone(local as usize) {
-                    None => true,
-                    Some(Gone::Left) => false,
-                    Some(ended) => return Err(self.lost(rank, ended)),
-                },
-                (Route::Fabric(id), Some(fabric)) => fabric.can_come(self.seat.id, id, rank as u32)?,
-                (Route::Fabric(_), None) => true,
+            let gone = match (self.seat.routes[rank], fabric.as_deref_mut()) {
+                (Route::Local(local), _) => self.seat.local.gone(local as usize),
+                (Route::Fabric(id), Some(fabric)) => {
+                    (!fabric.can_come(self.seat.id, id, rank as u32)?).then_some(Gone::Left)
+                }
+                (Route::Fabric(_), None) => None,
             };
-            if can_come {
-                others = true;
-            } else {
-                left = Some(rank);
+            match gone {
+                None => others = true,
+                Some(Gone::Left) => left = Some(rank),
+                // Many a program ends without leaving its groups: others may go on.
+                Some(how) => lost = Some(self.lost(rank, how)),
             }
         }
-        match left {
-            Some(peer) if !others => Err(Error::PeerLost {
+        match (lost, left) {
+            _ if others => Ok(()),
+            (Some(lost), _) => Err(lost),
+            (None, Some(peer)) => Err(Error::PeerLost {
                 site: Site::unknown(),
                 peer,
                 node: self.seat.shape.node_of(peer).to_string(),
                 reason: "no rank is left that could send: their process groups are destroyed".to_owned(),
             }),
-            _ => Ok(()),
+            (None, None) => Ok(()),
         }
     }
 
@@ -448,7 +448,8 @@ impl<L: NodeLocal> Group<L> {
     /// The operation that has waited past its time limit, if any.
     pub fn overdue(&self, now: Instant) -> Option<Arc<OpState>> {
         let running = self.active.iter().map(|a| (&a.op, self.hearsay(a)));
-        let others = self.messages.iter().flatten().chain(self.queue.front()).map(|op| (op, 0));
+        // Limits are each call's own: one in the queue may be over before those of all before it.
+        let others = self.messages.iter().flatten().chain(&self.queue).map(|op| (op, 0));
         running.chain(others).find(|(op, shares)| op.overdue(now, *shares)).map(|(op, _)| Arc::clone(op))
     }
 
@@ -513,6 +514,7 @@ impl<L: NodeLocal> Group<L> {
         let reason = match gone {
             Gone::Ended => "its process has ended",
             Gone::Left => "it has destroyed the group",
+            Gone::Failed => "its group has failed",
         };
         let node = format!("{} (this one)", self.seat.shape.node_of(peer));
         Error::PeerLost { site: Site::unknown(), peer, node, reason: reason.to_owned() }
@@ -540,20 +542,24 @@ impl<L: NodeLocal> Group<L> {
             let _ = self.failed.set(error);
         }
         let Some(why) = self.failed.get().cloned() else { return };
-        if let Some(active) = self.active.take() {
+        let active = self.active.take().map(|active| {
             self.spare = active.execution.into_workspace();
             staging.give_back(active.loan);
-            conclude(&active.op, Err(why.clone()), finished);
-        }
-        for op in self.messages.iter_mut().filter_map(Option::take) {
-            // The message that failed the group gets its own error; the others learn that they failed with it.
-            let own = why.site().is_some_and(|site| *site == op.site());
-            conclude(&op, Err(if own { why.clone() } else { after(&why, op.site()) }), finished);
-        }
+            active.op
+        });
+        let unnamed = if active.is_some() { 1 } else { self.messages_left };
+        let messages = self.messages.iter_mut().filter_map(Option::take);
+        let ended: Vec<Arc<OpState>> =
+            active.into_iter().chain(messages).chain(self.queue.drain(..)).collect();
         (self.messages_left, self.weight) = (0, 0);
         self.open.clear();
-        for op in self.queue.drain(..) {
-            conclude(&op, Err(after(&why, op.site())), finished);
+        // The operation that failed the group gets its own error; the others learn that they failed with it. Where a transport cannot
+        // tell which it was, or that one is over here, it is the running call's, or that of all messages.
+        let named = ended.iter().any(|op| is_of(&why, op));
+        for (at, op) in ended.iter().enumerate() {
+            let own = if named { is_of(&why, op) } else { at < unnamed };
+            let result = if own { error.clone().at(&op.site()) } else { after(&why, op.site()) };
+            conclude(op, Err(result), finished);
         }
     }
 
@@ -591,6 +597,20 @@ impl<L: NodeLocal> Group<L> {
             seq: self.next_seq,
         }
     }
+}
+
+/// Whether an error is that of `op`.
+fn is_of(why: &Error, op: &OpState) -> bool {
+    let peer = match why {
+        Error::Mismatch { peer, .. } | Error::PeerLost { peer, .. } => Some(*peer),
+        _ => None,
+    };
+    let with_it = match (&op.work, peer) {
+        // Messages with several peers may have the same name.
+        (Work::Message { peer, .. }, Some(other)) => *peer == other,
+        _ => true,
+    };
+    with_it && why.site().is_some_and(|site| *site == op.site())
 }
 
 /// What an operation gets that was started, or queued, when the group had failed already.

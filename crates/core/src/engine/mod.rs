@@ -13,6 +13,8 @@
 //! - **E5** with a fabric, somebody polls it every [`idle::LISTEN`] at the latest, work or none: peers that withdraw a group
 //!   wait for our answer.
 //! - **E6** in a forked child nobody takes the seat: transports, and memory that ranks share, are the parent's.
+//! - **E7** when a driver panics every group fails, so that peers leave this process's memory alone, before anybody is told and has his
+//!   memory back. If that panics as well, the process ends.
 
 mod callbacks;
 pub mod driver;
@@ -27,8 +29,9 @@ mod summons;
 
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -75,6 +78,8 @@ struct Shared<T: Transports> {
     sleeping: AtomicBool,
     bell: Mutex<Option<Arc<dyn Bell>>>,
     stop: AtomicBool,
+    /// A driver has panicked (E7). Set with the inbox locked.
+    is_dead: AtomicBool,
     spins: AtomicU32,
     yields: Yields,
     callbacks: Callbacks,
@@ -104,6 +109,7 @@ impl<T: Transports> Engine<T> {
             sleeping: AtomicBool::new(false),
             bell: Mutex::new(None),
             stop: AtomicBool::new(false),
+            is_dead: AtomicBool::new(false),
             spins: AtomicU32::new(settings.number("SMDDP_SPIN") as u32),
             yields: Yields::default(),
             callbacks: Callbacks::default(),
@@ -111,7 +117,7 @@ impl<T: Transports> Engine<T> {
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("smddp-progress".to_owned())
-            .spawn(move || progress(&for_thread))
+            .spawn(move || run_progress(&for_thread))
             .map_err(|e| Error::Resource {
                 what: "starting the progress thread".to_owned(),
                 resource: "threads",
@@ -336,7 +342,8 @@ impl<T: Transports> Engine<T> {
         op: &Arc<OpState>,
         limit: Option<Duration>,
     ) -> Result<()> {
-        let until = limit.map(|l| Instant::now() + l);
+        // Beyond what a clock counts to there is none.
+        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
         let late = || until.is_some_and(|u| Instant::now() >= u);
         let mut enough = |_: &mut Driver<T>| op.is_done();
         loop {
@@ -357,7 +364,7 @@ impl<T: Transports> Engine<T> {
                     self.with_seat(|driver| self.shared.drive(driver, &mut enough, until, CALLER))?;
                 }
                 Err(TryLockError::WouldBlock) => seat = self.sleep_on(op),
-                Err(TryLockError::Poisoned(_)) => return Err(poisoned()),
+                Err(TryLockError::Poisoned(left)) => return Err(self.shared.poisoned(left.into_inner())),
             }
             if late() && !op.is_done() {
                 return Err(op.timeout_error(Vec::new()));
@@ -432,9 +439,11 @@ impl<T: Transports> Drop for Seated<'_, T> {
     fn drop(&mut self) {
         // SAFETY: it is not used again: `self` ends here.
         let driver = unsafe { ManuallyDrop::take(&mut self.driver) };
-        // What a driver that panics has left is nobody's any more: the lock tells.
         if self.is_unwinding || !std::thread::panicking() {
             self.engine.leave(driver);
+        } else {
+            let mut driver = driver;
+            self.engine.shared.give_up(&mut driver);
         }
     }
 }
@@ -463,10 +472,15 @@ impl<T: Transports> Drop for Engine<T> {
 
 impl<T: Transports> Shared<T> {
     fn put(&self, op: Arc<OpState>) {
-        if let Ok(mut inbox) = self.inbox.lock() {
-            inbox.push(op);
-            self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_dead.load(Ordering::Relaxed) {
+            drop(inbox);
+            let finished = op.finish(Err(panicked())).then_some(op);
+            return self.hand_over(finished.into_iter().collect());
         }
+        inbox.push(op);
+        self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+        drop(inbox);
         self.ring();
     }
 
@@ -495,9 +509,35 @@ impl<T: Transports> Shared<T> {
     fn seat(&self) -> Result<MutexGuard<'_, Driver<T>>> {
         self.wanted.fetch_add(1, Ordering::SeqCst);
         self.ring();
-        let guard = self.driver.lock().map_err(|_| poisoned());
+        let guard = self.driver.lock();
         self.wanted.fetch_sub(1, Ordering::SeqCst);
-        guard
+        guard.map_err(|left| self.poisoned(left.into_inner()))
+    }
+
+    /// What is to be said of a driver that panicked, once that is settled (E7).
+    #[cold]
+    fn poisoned(&self, mut driver: MutexGuard<'_, Driver<T>>) -> Error {
+        self.give_up(&mut driver);
+        panicked()
+    }
+
+    /// E7.
+    #[cold]
+    fn give_up(&self, driver: &mut Driver<T>) {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_dead.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let waiting = std::mem::take(&mut *inbox);
+        self.inbox_len.store(0, Ordering::SeqCst);
+        drop(inbox);
+        if catch_unwind(AssertUnwindSafe(|| driver.give_up(&panicked()))).is_err() {
+            // Peers may go on writing into memory whose owners have it back.
+            std::process::abort();
+        }
+        let mut finished = std::mem::take(&mut driver.finished);
+        finished.extend(waiting.into_iter().filter(|op| op.finish(Err(panicked()))));
+        self.hand_over(finished);
     }
 
     /// Leaves the seat. What is returned is to be handed over.
@@ -515,7 +555,7 @@ impl<T: Transports> Shared<T> {
             return;
         }
         loop {
-            let Ok(mut inbox) = self.inbox.lock() else { return };
+            let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
             // In order, one at a time, so that the vector keeps its storage.
             if inbox.is_empty() {
                 self.inbox_len.store(0, Ordering::SeqCst);
@@ -568,16 +608,15 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    /// The progress thread has nothing to do until it is woken, or it is time to look for news (E5).
-    fn rest(&self) {
+    /// The progress thread has nothing to do until it is woken, or it is time to look for news (E5): true.
+    fn rest(&self) -> bool {
         if !self.listens.load(Ordering::Relaxed) {
-            return self.summons.park(None);
+            self.summons.park(None);
+            return false;
         }
         let start = Instant::now();
         self.summons.park(Some(idle::LISTEN));
-        if start.elapsed() >= idle::LISTEN {
-            self.summons.call(When::Now, || None);
-        }
+        start.elapsed() >= idle::LISTEN
     }
 
     fn hear_nothing(&self, sleep: impl FnOnce()) {
@@ -621,25 +660,38 @@ impl<T: Transports> Shared<T> {
     }
 }
 
+fn run_progress<T: Transports>(shared: &Shared<T>) {
+    // The panic has been reported by its hook; what waits is told.
+    if catch_unwind(AssertUnwindSafe(|| progress(shared))).is_err() {
+        shared.give_up(&mut shared.driver.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
 /// The progress thread.
 fn progress<T: Transports>(shared: &Shared<T>) {
     let mut nap = Nap::default();
     while !shared.stop.load(Ordering::Acquire) {
+        let mut is_time = false;
         match shared.summons.take() {
             None => {
                 nap = Nap::default();
-                shared.rest();
-                continue;
+                is_time = shared.rest();
+                if !is_time {
+                    continue;
+                }
             }
             Some(When::Later) => nap.take(),
             Some(When::Now) => {}
         }
-        let mut driver = match shared.driver.try_lock() {
-            Ok(driver) => driver,
+        let driver = match shared.driver.try_lock() {
+            Ok(driver) => Ok(driver),
+            // Who makes one brief call after the other has the seat whenever this thread looks, and no look at the fabric.
+            Err(TryLockError::WouldBlock) if is_time => shared.seat(),
             // Who drives calls this thread again if anything is left (E2).
             Err(TryLockError::WouldBlock) => continue,
-            Err(TryLockError::Poisoned(_)) => return,
+            Err(TryLockError::Poisoned(left)) => Err(shared.poisoned(left.into_inner())),
         };
+        let Ok(mut driver) = driver else { return };
         shared.take_inbox(&mut driver);
         if !driver.is_idle() {
             nap = Nap::default();
@@ -662,6 +714,6 @@ fn progress<T: Transports>(shared: &Shared<T>) {
     }
 }
 
-fn poisoned() -> Error {
+fn panicked() -> Error {
     Error::Internal("a thread panicked while it drove progress".to_owned())
 }

@@ -1,5 +1,6 @@
 //! One operation as its caller sees it: started, perhaps waited for, done once.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::OnceLock;
@@ -171,7 +172,8 @@ impl OpState {
         self.has_callbacks.load(Ordering::SeqCst)
     }
 
-    /// Runs what `on_done` left. Called with no lock held.
+    /// Runs what `on_done` left. Called with no lock held. One that panics, which its hook reports, ends neither the thread, which
+    /// serves other operations yet, nor the callbacks behind it.
     pub fn run_callbacks(&self) {
         let Some(result) = self.result() else { return };
         let callbacks = match self.callbacks.lock() {
@@ -179,7 +181,7 @@ impl OpState {
             Err(_) => return,
         };
         for callback in callbacks {
-            callback(result);
+            let _ = catch_unwind(AssertUnwindSafe(|| callback(result)));
         }
     }
 
@@ -210,5 +212,28 @@ impl OpState {
 
     pub fn timeout_error(&self, missing: Vec<usize>) -> Error {
         Error::Timeout { site: self.site(), waited: self.started.elapsed(), missing }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::Collective;
+    use crate::dtype::DType;
+
+    #[test]
+    fn a_callback_that_panics_takes_no_other_with_it() {
+        let call = Call::new(Collective::SendRecv, DType::U8, 0);
+        let key = MsgKey { group: 0, seq: MsgKey::P2P, tag: 0 };
+        let work = Work::Message { peer: 0, key, region: Region::EMPTY, send: true };
+        let group = GroupKey { index: 0, id: 0 };
+        let op = OpState::new(call, work, group, "test".into(), 0, Duration::MAX);
+        let ran = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&ran);
+        op.on_done(Box::new(|_| panic!("as it happens")));
+        op.on_done(Box::new(move |_| tell.store(true, Ordering::Relaxed)));
+        assert!(op.finish(Ok(())));
+        op.run_callbacks();
+        assert!(ran.load(Ordering::Relaxed));
     }
 }

@@ -1,0 +1,215 @@
+//! Which operation gets which error, and what a panic leaves.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{groups, on_all};
+use smddp_core::communicator::Communicator;
+use smddp_core::engine::Engine;
+use smddp_core::engine::execution::Route;
+use smddp_core::engine::group::Seat;
+use smddp_core::plan::select::Tuning;
+use smddp_core::request::Request;
+use smddp_core::settings::Settings;
+use smddp_core::shared::Shared;
+use smddp_core::testing::{MemoryFabric, MemoryNode};
+use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun, Transports};
+use smddp_core::{Collective, DType, Error, GroupShape, Region, Result};
+
+const LONG: Duration = Duration::from_secs(3600);
+const SHORT: Duration = Duration::from_millis(50);
+
+fn sum(data: &mut [f32], timeout: Duration) -> Request {
+    let count = data.len();
+    // SAFETY: the tests' data outlives their groups' work.
+    let region = unsafe { Region::of(data) };
+    let request = Request::new(Collective::AllReduce, DType::F32, count, region, region);
+    Request { timeout: Some(timeout), ..request }
+}
+
+fn is_told(result: Result<()>) -> bool {
+    matches!(result, Err(Error::Aborted { reason, .. }) if reason.contains("the group failed before"))
+}
+
+/// Limits are each call's own, however many wait before it.
+#[test]
+fn the_call_whose_limit_passes_gets_the_timeout() {
+    for queued in 0..3 {
+        let groups = groups(&GroupShape::even(1, 2), 1, &Tuning::default());
+        let mut data = [[1f32; 4]; 4];
+        let [last, before @ ..] = &mut data;
+        // SAFETY: `data` outlives the work.
+        let start = |data: &mut [f32], limit| unsafe { groups[0].start(&sum(data, limit)) }.unwrap();
+        let before: Vec<_> = before.iter_mut().take(queued).map(|data| start(data, LONG)).collect();
+        let last = start(last, SHORT);
+        let error = last.wait(None).unwrap_err();
+        assert!(matches!(&error, Error::Timeout { waited, .. } if *waited >= SHORT), "{error}");
+        assert!(before.into_iter().all(|handle| is_told(handle.wait(None))));
+    }
+}
+
+#[test]
+fn limits_beyond_the_clocks_are_none() {
+    let groups = groups(&GroupShape::even(1, 2), 3, &Tuning::default());
+    on_all(&groups, |g| {
+        let mut data = [1f32; 4];
+        // The peer comes late: the call becomes an operation.
+        std::thread::sleep(SHORT * g.rank() as u32);
+        let request = sum(&mut data, Duration::MAX);
+        // SAFETY: `data` outlives the call, which has no limit.
+        assert!(unsafe { g.run_for(&request, Duration::MAX) }.unwrap().is_none());
+        // SAFETY: as above.
+        unsafe { g.start(&request) }.unwrap().wait(Some(Duration::MAX)).unwrap();
+        assert_eq!(data, [4.0; 4]);
+    });
+}
+
+#[test]
+fn requests_that_would_be_misread_are_refused() {
+    let groups = groups(&GroupShape::even(1, 2), 4, &Tuning::default());
+    let (mut a, mut b) = ([1f32; 2], [2f32; 2]);
+    // SAFETY: both outlive the calls.
+    let (a, b) = unsafe { (Region::of(&mut a), Region::of(&mut b)) };
+    let refused = |request: Request| {
+        // SAFETY: as above.
+        let error = unsafe { groups[0].run(&request) }.unwrap_err();
+        matches!(error, Error::Argument { .. })
+    };
+    for collective in [Collective::AllReduce, Collective::Reduce, Collective::Broadcast] {
+        assert!(refused(Request::new(collective, DType::F32, 2, a, b)), "{collective}");
+    }
+    // As many as one altogether, where numbers wrap around.
+    let counts = Some([usize::MAX, 2].into());
+    let gather = Request::new(Collective::AllGather, DType::U8, 0, a.slice(0, 2), b.slice(0, 1));
+    assert!(refused(Request { counts, ..gather }));
+    assert!(
+        groups[0].all_to_all_uneven(&[0u8; 1], &[usize::MAX, 2], &mut [0u8; 1], &[usize::MAX, 2]).is_err()
+    );
+    // Nothing of it has harmed the group.
+    on_all(&groups, |g| g.barrier().unwrap());
+}
+
+/// Of a program in another language, say, where any byte but zero is true.
+#[test]
+fn truth_values_that_come_are_truth_values() {
+    let groups = groups(&GroupShape::even(1, 2), 5, &Tuning::default());
+    on_all(&groups, |g| {
+        let mut bytes = [0u8, 1, 2, 255];
+        // SAFETY: outlives the calls.
+        let region = unsafe { Region::of(&mut bytes) };
+        if g.rank() == 1 {
+            let request = Request::new(Collective::Broadcast, DType::Bool, 4, region, region);
+            // SAFETY: as above.
+            unsafe { g.run(&Request { root: 1, ..request }).unwrap() };
+            // SAFETY: as above.
+            return unsafe { g.start_send(0, 0, DType::Bool, region) }.unwrap().wait(None).unwrap();
+        }
+        let as_bytes = |values: &[bool; 4]| values.map(u8::from);
+        let (mut from_all, mut from_one) = ([false; 4], [false; 4]);
+        g.broadcast(&mut from_all, 1).unwrap();
+        g.recv(&mut from_one, 1, 0).unwrap();
+        assert_eq!([as_bytes(&from_all), as_bytes(&from_one)], [[0, 1, 1, 1]; 2]);
+    });
+}
+
+/// A node whose polls panic when they are told to.
+struct Frail {
+    node: MemoryNode,
+    panics: Arc<AtomicBool>,
+    aborted: Arc<AtomicBool>,
+}
+
+impl NodeLocal for Frail {
+    fn submit(&mut self, run: PhaseRun) -> Result<()> {
+        self.node.submit(run)
+    }
+    fn enter_shared(&mut self, shared: Shared) -> Result<()> {
+        self.node.enter_shared(shared)
+    }
+    fn send(&mut self, message: Message) -> Result<()> {
+        self.node.send(message)
+    }
+    fn recv(&mut self, message: Message) -> Result<()> {
+        self.node.recv(message)
+    }
+    fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
+        self.node.has_come(peer, key)
+    }
+    fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
+        assert!(!self.panics.load(Ordering::Relaxed), "as it happens");
+        self.node.poll(done)
+    }
+    fn arm(&mut self) {
+        self.node.arm();
+    }
+    fn disarm(&mut self) {
+        self.node.disarm();
+    }
+    fn bell(&self) -> Arc<dyn Bell> {
+        self.node.bell()
+    }
+    fn waiting_for(&self) -> Vec<usize> {
+        self.node.waiting_for()
+    }
+    fn abort(&mut self, why: &Error) {
+        self.aborted.store(true, Ordering::Relaxed);
+        self.node.abort(why);
+    }
+}
+
+struct FrailTransports;
+
+impl Transports for FrailTransports {
+    type Local = Frail;
+    type Fabric = MemoryFabric;
+}
+
+/// One rank of two, whose peer is never heard of; what makes it panic; and whether it has told its peers.
+fn frail() -> (Communicator<FrailTransports>, Arc<AtomicBool>, Arc<AtomicBool>) {
+    let shape = Arc::new(GroupShape::even(1, 2));
+    let (panics, aborted) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+    let node = MemoryNode::new(2, 6).remove(0);
+    let local = Frail { node, panics: Arc::clone(&panics), aborted: Arc::clone(&aborted) };
+    let routes = (0..2).map(Route::Local).collect();
+    let seat = Seat { id: 7, name: "test".into(), rank: 0, shape, local, routes };
+    let engine = Arc::new(Engine::new(&Settings::default()).unwrap());
+    (Communicator::new(engine, seat, Tuning::default(), LONG).unwrap(), panics, aborted)
+}
+
+/// E7: whoever drives, nobody has his memory back before the peers have been told.
+#[test]
+fn a_panic_fails_what_is_under_way_after_peers_were_told() {
+    for by_caller in [true, false] {
+        let (group, panics, aborted) = frail();
+        let (mut data, mut more) = ([1f32; 4], [1f32; 4]);
+        // SAFETY: `data` outlives the work.
+        let handle = unsafe { group.start(&sum(&mut data, LONG)) }.unwrap();
+        let told = Arc::<AtomicBool>::default();
+        let (tell, by_then) = (Arc::clone(&told), Arc::clone(&aborted));
+        handle.on_done(Box::new(move |result: &Result<()>| {
+            assert!(result.is_err() && by_then.load(Ordering::Relaxed));
+            tell.store(true, Ordering::Relaxed);
+        }));
+        panics.store(true, Ordering::Relaxed);
+        let wait = || handle.wait(Some(LONG));
+        if by_caller {
+            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wait));
+            // Unless the progress thread was faster.
+            assert!(caught.is_err() || caught.is_ok_and(|result| result.is_err()));
+        }
+        let begun = Instant::now();
+        while !told.load(Ordering::Relaxed) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "nobody was told");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Later ones are refused, and their callbacks run.
+        // SAFETY: as above.
+        let later = unsafe { group.start(&sum(&mut more, LONG)) };
+        assert!(later.is_err() || later.is_ok_and(|handle| handle.wait(None).is_err()));
+    }
+}
