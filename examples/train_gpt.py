@@ -84,7 +84,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(torch.arange(tokens.size(1)))
+        x = self.token(tokens) + self.position(torch.arange(tokens.size(1), device=tokens.device))
         return self.head(self.norm(self.blocks(x)))
 
 
