@@ -118,7 +118,7 @@ def inside(chroot: Path, script: str, limit: float = 300) -> str:
 
 
 def test_the_image_without_gpu_and_efa(chroot: Path) -> None:
-    """debootstrap: the image's steps with EFA=none, without torch and the toolkit, in a chroot; ssh to itself by mounted keys"""
+    """debootstrap: the image's steps with EFA=none in a chroot, without torch and the toolkit; ssh by mounted keys"""
     steps = "/checkout/docker/steps"
     inside(chroot, f"{steps}/packages.sh && EFA=none {steps}/efa.sh", 500)
     inside(chroot, f"{steps}/ssh.sh && {steps}/ssh.sh")
