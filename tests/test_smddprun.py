@@ -117,6 +117,26 @@ def test_in_an_allocation_of_slurm_mpirun_knows_the_hosts(fake_mpirun: Path, scr
     assert "-x" in words
 
 
+@pytest.mark.parametrize("fake_mpirun", ["openmpi5"], indirect=True)
+def test_an_allocation_of_slurm_without_tasks(fake_mpirun: Path, script: Path) -> None:
+    """Whoever allocates nodes or GPUs alone is told so: the job would run on this host only."""
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "a"}
+    for more in ([], ["-np", "8"]):
+        done = smddprun("--mpirun", fake_mpirun, "--dry-run", *more, script, **allocation)
+        assert done.returncode == 2, done.stdout
+        assert "Slurm's job 7" in done.stderr
+        assert "salloc or sbatch -n 16" in done.stderr
+        assert "--hosts a:8,b:8" in done.stderr
+    words = dry(fake_mpirun, script, "--hosts", "a:4,b:4", **allocation)
+    assert words[:4] == ["-np", "8", "--host", "a:4,b:4"]
+    # One node, and it is this one.
+    alone = allocation | {"SLURM_JOB_NUM_NODES": "1"}
+    assert dry(fake_mpirun, script, "-np", "2", **alone)[:4] == ["-np", "2", "--host", "localhost:2"]
+    # One node, and it may be another: a shell that salloc started.
+    del alone["SLURMD_NODENAME"]
+    assert smddprun("--mpirun", fake_mpirun, "--dry-run", script, **alone).returncode == 2
+
+
 def test_a_module_and_a_program(script: Path) -> None:
     assert smddprun("--dry-run", "-m", "json.tool", "a").stdout.strip().endswith(f"{sys.executable} -m json.tool a")
     assert smddprun("--dry-run", "sh", "-c", "true").stdout.strip().endswith("sh -c true")

@@ -16,12 +16,14 @@ SLURM = str(conftest.HERE / "clients/slurm")
 TOOLS = ("srun", "slurmctld", "slurmd", "munged")
 
 
-def launch(folder: Path, line: list[str], job: object, python: tuple[str, ...] = (sys.executable,)) -> conftest.Ranks:
+def launch(
+    folder: Path, line: list[str], job: object, python: tuple[str, ...] = (sys.executable,), status: int = 0
+) -> conftest.Ranks:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing or os.getuid() != 0:
         pytest.skip(f"needs root and Debian's Slurm; missing: {', '.join(missing) or 'root'}")
     ranks = conftest.launch([SLURM, str(folder / "slurm"), *line], job, python=python, limit=120)
-    assert ranks.statuses == [0], ranks.text
+    assert ranks.statuses == [status], ranks.text
     return ranks
 
 
@@ -35,11 +37,19 @@ def test_srun(mpi: str, tmp_path: Path) -> None:
 
 
 def test_smddprun_in_an_allocation(tmp_path: Path) -> None:
-    """salloc: smddprun takes ranks and hosts from the allocation"""
+    """salloc: smddprun takes ranks and hosts from the allocation's tasks"""
     smddprun = str(Path(sys.executable).with_name("smddprun"))
     line = ["salloc", "-Q", "-N1", "-n2", smddprun, "--mpirun", MPIS["openmpi-system"].mpirun]
     ranks = launch(tmp_path, line, numpy_job, ())
     assert [r["rank"] for r in ranks.reports] == [0, 1], ranks.text
+
+
+def test_smddprun_in_an_allocation_without_tasks(tmp_path: Path) -> None:
+    """salloc: in an allocation by nodes alone smddprun asks for tasks or hosts, and starts nothing"""
+    smddprun = str(Path(sys.executable).with_name("smddprun"))
+    line = ["salloc", "-Q", "-N2", smddprun, "--mpirun", MPIS["openmpi-system"].mpirun]
+    ranks = launch(tmp_path, line, numpy_job, (), status=2)
+    assert "ask for one task a rank" in ranks.text, ranks.text
 
 
 def test_sbatch(tmp_path: Path) -> None:

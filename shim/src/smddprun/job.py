@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from smddprun import devices, hosts, mpi
@@ -60,10 +60,10 @@ def _environment(more: list[str]) -> dict[str, str]:
 
 def _launch(options: argparse.Namespace, environment: dict[str, str], token: str) -> mpi.Launch:
     wanted = hosts.read(options.hosts, options.hostfile)
-    slurm = environment.get("SLURM_NTASKS", "") if "SLURM_JOB_ID" in environment else ""
-    if slurm.isdecimal() and not wanted:
+    tasks = None if wanted else _tasks_of_slurm(environment)
+    if tasks is not None:
         # mpirun knows the allocation.
-        places, ranks = [], options.np or int(slurm)
+        places, ranks = [], options.np or tasks
     else:
         places = hosts.share(wanted, options.np, devices.gpus() or 1)
         ranks = sum(count for _, count in places)
@@ -75,6 +75,22 @@ def _launch(options: argparse.Namespace, environment: dict[str, str], token: str
         program=[*_rank_program(options, token), *_program(options)],
         variables=sorted({*mpi.to_pass_on(environment), *named}),
         more=mpi.split_options(options.mpi_options),
+    )
+
+
+def _tasks_of_slurm(environment: Mapping[str, str]) -> int | None:
+    """The tasks of the Slurm allocation this is in; None: in none, or in one without tasks that is this host alone."""
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    tasks, nodes = environment.get("SLURM_NTASKS", ""), environment.get("SLURM_JOB_NUM_NODES", "")
+    if tasks.isdecimal():
+        return int(tasks)
+    # salloc's shell may be on a host that is not in its allocation; Slurm's own processes know their node.
+    if nodes == "1" and "SLURMD_NODENAME" in environment:
+        return None
+    raise UsageError(
+        f"Slurm's job {environment['SLURM_JOB_ID']} has no tasks, so it does not say how many ranks to start where: "
+        "ask for one task a rank (salloc or sbatch -n 16), or give hosts (--hosts a:8,b:8)"
     )
 
 

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All options; the last are for ranks, which `job` starts by this same program."""
-    cores = "cores: share out this host's cores among its ranks; none: leave them (default: cores; none inside mpirun)"
+    cores = "cores: share out each host's cores among its ranks; none: do not bind (default: cores; none inside mpirun)"
     made = argparse.ArgumentParser(
         prog="smddprun",
         description="Starts a training script once per rank, by the mpirun that is there (Open MPI 4 or 5, MPICH).",
@@ -57,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = made.add_argument
-    add("-np", "-n", type=int, metavar="N", help="ranks in all (default: one for each GPU of a host, else one)")
+    add(
+        "-np",
+        "-n",
+        type=int,
+        metavar="N",
+        help="ranks in all (default: Slurm's tasks; else as many per host as this one has GPUs, or one)",
+    )
     add("--hosts", metavar="A[:N],B", help="hosts, and ranks on each (default: this one)")
     add("--hostfile", metavar="FILE", help="hosts by a file: a name a line, with slots=N after it if need be")
     add("--mpirun", metavar="PATH", help="the mpirun to use (default: of PATH, else beside this Python)")
@@ -68,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--nics",
         default="auto",
         metavar="auto|all|A,B",
-        help="auto: each rank those near its cores, where the host has EFA devices near several; all: all; or names",
+        help="auto: the EFA devices near each rank's cores; all: all of them; or names",
     )
     add("--dry-run", action="store_true", help="print the line for mpirun and stop")
     add("--verbose", action="store_true", help="say what is run and what is set")
