@@ -4,6 +4,8 @@
 
 use std::path::Path;
 
+use smddp_core::Collective;
+use smddp_core::plan::select;
 use smddp_core::settings::{Kind, Row, TABLE, parse_bytes};
 
 const INTRODUCTION: &str = "\
@@ -12,18 +14,41 @@ const INTRODUCTION: &str = "\
 <!-- Made from the table in crates/core/src/settings.rs; do not edit by hand:
 UPDATE_DOCS=1 cargo test -p smddp-core --test settings_page -->
 
-Settings are environment variables, read once when the library starts. All ranks of a job should have equal ones,
-but for those that name parts of a node. An unknown name that begins with `SMDDP_`, or a value outside those given
-here, is an error that says what was expected; names that begin with `SMDDP_AG_` (AWS's library), `SMDDP_STANDIN_` or
-`SMDDP_TEST_` (tests) are left alone. `smddp-perf info` prints the values in force.
+Settings are environment variables. They are read when a group is made, `SMDDP_BOOTSTRAP` and `SMDDP_MPI` by the import under
+mpirun already; what a process has once, such as its log, its network and `SMDDP_SPIN`, goes by its first group.
+`SMDDP_CHUNK`, `SMDDP_ALGORITHM`, `SMDDP_STAGING`, `SMDDP_EAGER` and `SMDDP_STRIPE` must be equal on all ranks of a group: else
+making it is an error. The others should be, but for those that name parts of a node.
+
+An unknown name that begins with `SMDDP_`, or a value outside those given here, is an error that says what was expected; names
+that begin with `SMDDP_AG_` (AWS's library), `SMDDP_STANDIN_` or `SMDDP_TEST_` (tests) are left alone. `smddp-perf info` prints the
+values in force.
 
 Numbers of bytes may end in `K`, `M` or `G` (powers of 1024).
 
 ";
 
+const ALGORITHMS: &str = "
+## Algorithms
+
+What `SMDDP_ALGORITHM` may name, for groups over several nodes; on one node there is nothing to choose. Sizes are those of
+all blocks of a call together. `smddp-perf plan` shows which one would run, and what each is expected to take.
+
+| Collective | Algorithms between nodes |
+| --- | --- |
+";
+
 fn page() -> String {
     let rows: String = TABLE.iter().map(line).collect();
-    format!("{INTRODUCTION}| Setting | Values | Default | Meaning |\n| --- | --- | --- | --- |\n{rows}")
+    let algorithms: String = Collective::ALL.into_iter().filter_map(algorithms_of).collect();
+    format!(
+        "{INTRODUCTION}| Setting | Values | Default | Meaning |\n| --- | --- | --- | --- |\n{rows}{ALGORITHMS}{algorithms}"
+    )
+}
+
+/// None where nothing may be named.
+fn algorithms_of(collective: Collective) -> Option<String> {
+    let names: Vec<String> = select::candidates(collective, 2).map(|name| format!("`{name}`")).collect();
+    (!names.is_empty()).then(|| format!("| `{collective}` | {} |\n", names.join(", ")))
 }
 
 fn line(row: &Row) -> String {

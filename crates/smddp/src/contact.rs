@@ -135,4 +135,13 @@ mod tests {
         let said = from_bytes::<Hello>("g", &all).unwrap_err().to_string();
         assert!(said.contains("rank 1"), "{said}");
     }
+
+    #[test]
+    fn the_page_of_settings_names_those_that_must_be_equal() {
+        let page = include_str!("../../../docs/settings.md");
+        let introduction = page.split("\n| ").next().unwrap();
+        for name in SHARED {
+            assert!(introduction.contains(&format!("`{name}`")), "{name}");
+        }
+    }
 }
