@@ -100,7 +100,7 @@ pub struct Bench {
     /// With --np: end the job after this many seconds
     #[arg(long, value_name = "SECONDS", default_value = "900", allow_negative_numbers = true, value_parser = parse_seconds)]
     pub limit: f64,
-    /// With --np: leave ranks free to move between cores; else each has a core of its own where there are enough
+    /// With --np: leave ranks free to move between cores; else each has its own share of them where there are enough
     #[arg(long)]
     pub no_bind: bool,
     /// Smallest size in bytes; K, M and G are powers of 1024
@@ -170,9 +170,11 @@ pub struct PlanArgs {
     /// Size of the message, as in a measurement
     #[arg(long, default_value = "16M", value_parser = parse_size)]
     pub bytes: usize,
-    #[arg(long, default_value = "f32", value_parser = parse_dtype)]
+    /// Element type, as in a measurement
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_dtype)]
     pub dtype: DType,
-    #[arg(long, default_value = "0")]
+    /// The rank singled out by broadcast, reduce, gather and scatter
+    #[arg(long, value_name = "RANK", default_value = "0")]
     pub root: usize,
     /// Use this algorithm instead of the one the table selects
     #[arg(long)]
@@ -194,6 +196,7 @@ pub struct InfoArgs {
 
 #[derive(Args, Debug)]
 pub struct CompareArgs {
+    /// Files written by --csv; rows of all of them are compared
     #[arg(required = true, value_name = "FILE.csv")]
     pub files: Vec<PathBuf>,
     /// Only this collective, as the CSV names it (allreduce, allgather, reduce_scatter, broadcast, ...)
@@ -211,8 +214,8 @@ pub struct CompareArgs {
     /// Bus bandwidth in GB/s instead of microseconds
     #[arg(long)]
     pub busbw: bool,
-    /// Of each round's fastest batch the median over all rounds, and half of what lies between the quartiles, instead of the
-    /// fastest batch of all
+    /// Of each round's fastest batch the median over all rounds, and half the interquartile range, instead of the fastest
+    /// batch of all
     #[arg(long)]
     pub median: bool,
     /// Add a column: how many times as long the first label takes as the second

@@ -17,9 +17,16 @@ const POLL: Duration = Duration::from_millis(10);
 /// Variables by which a launcher tells a process the size of its job.
 const WORLD_SIZE: [&str; 4] = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"];
 
-/// Whether a launcher (mpirun, torchrun) started this process as one of several ranks.
+/// Whether a launcher (mpirun, torchrun, srun) started this process as one of several ranks.
 pub fn launched() -> bool {
-    WORLD_SIZE.iter().any(|name| std::env::var_os(name).is_some())
+    launched_by(|name| std::env::var(name).ok())
+}
+
+/// A step of Slurm counts when it has several tasks: batch scripts and shells in an allocation are one.
+fn launched_by(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let several = |tasks: String| tasks.parse::<usize>().is_ok_and(|tasks| tasks > 1);
+    WORLD_SIZE.iter().any(|name| variable(name).is_some())
+        || variable("SLURM_STEP_NUM_TASKS").is_some_and(several)
 }
 
 /// Called first by a started rank (L1).
@@ -153,6 +160,21 @@ mod tests {
 
     fn sleeper(seconds: &str) -> Child {
         Command::new("sleep").arg(seconds).spawn().unwrap()
+    }
+
+    #[test]
+    fn launchers_are_known_by_their_variables() {
+        let by = |set: &[(&str, &str)]| {
+            launched_by(|name| {
+                set.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+            })
+        };
+        assert!(
+            by(&[("WORLD_SIZE", "1")]) && by(&[("PMI_SIZE", "2")]) && by(&[("SLURM_STEP_NUM_TASKS", "2")])
+        );
+        assert!(!by(&[]) && !by(&[("SLURM_STEP_NUM_TASKS", "1")]));
+        // A batch script of a job with four tasks.
+        assert!(!by(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")]));
     }
 
     #[test]
