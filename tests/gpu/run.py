@@ -137,10 +137,11 @@ def markdown(about: dict[str, str], results: list[Result]) -> str:
     lines += ["| step | outcome | checks passed | seconds |", "| --- | --- | --: | --: |"]
     lines += [f"| {r.step} | {r.verdict} | {r.passed} | {r.seconds} |" for r in results]
     for result in results:
-        rows = [f["rows"] for f in result.figures if f and "rows" in f][:1]
-        for table in rows:
+        for figures in [f for f in result.figures if f and "rows" in f][:1]:
+            table, legend = figures["rows"], figures.get("columns")
             names = list(table[0])
-            lines += ["", f"**{result.step}**", "", "| " + " | ".join(names) + " |", "| " + "--: | " * len(names)]
+            lines += ["", f"**{result.step}**" + (f": {legend}" if legend else ""), ""]
+            lines += ["| " + " | ".join(names) + " |", "| " + "--: | " * len(names)]
             lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in table]
     for result in results:
         for name, wrong in result.failures.items():
