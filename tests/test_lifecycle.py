@@ -217,6 +217,42 @@ def test_abort_unblocks_every_waiter(nodes: list[int]) -> None:
         assert "abort() was called" in report["text"], report
 
 
+def goes_on_after(what: str) -> dict:
+    """As docs/how-to/handle-failures.md says."""
+    import torch
+    import torch.distributed as dist
+
+    def train() -> float:
+        for step in range(10):
+            odd = attempt == 0 and step == 3 and dist.get_rank() == 1
+            if odd and what == "timeout":
+                time.sleep(5)
+            dist.all_reduce(torch.ones(5 if odd and what == "mismatch" else 4))
+        dist.barrier()
+        return summed()
+
+    ends = []
+    for attempt in range(2):
+        start(3 if attempt == 0 and what == "timeout" else 60)
+        try:
+            return {"sum": train(), "ends": ends}
+        except RuntimeError as error:
+            ends.append(type(error).__name__)
+            dist.group.WORLD.abort()
+            dist.destroy_process_group()
+    return {"ends": ends}
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+@pytest.mark.parametrize("what", ["timeout", "mismatch"])
+def test_ranks_that_live_go_on_with_a_new_group(what: str, nodes: list[int]) -> None:
+    reports = conftest.run(goes_on_after, 2, nodes=nodes, what=what).check().reports
+    assert [report["sum"] for report in reports] == [2.0] * 2
+    ends = {end for report in reports for end in report["ends"]}
+    assert ends <= {"TimeoutError" if what == "timeout" else "MismatchError", "AbortedError"}
+    assert all(len(report["ends"]) == 1 for report in reports)
+
+
 def abort_while_the_peer_has_no_work() -> dict:
     import torch
     import torch.distributed as dist
