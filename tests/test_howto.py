@@ -118,7 +118,7 @@ def test_commands(place: str, line: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=[block.place for block in SNIPPETS])
 def test_snippets(block: Block, folder: Path) -> None:
-    (folder / "snippet.py").write_text(f"import torch\n\nmodel = torch.nn.Linear(2, 2)\n{block.text}")
+    (folder / "snippet.py").write_text(block.text)
     run(["mpirun", "-n", "2", sys.executable, "snippet.py"], folder)
 
 
