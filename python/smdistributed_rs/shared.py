@@ -1,5 +1,5 @@
 """Tensors in memory that the ranks of a node share: ranks work on each other's data where it lies, and nothing is
-copied on the way. Up to four times as fast as with ordinary tensors, from 16 KiB (docs/performance-log.md).
+copied on the way. An all_reduce of 256 KiB and more takes about a third to a half of the time (docs/performance.md).
 
     gradients = smdistributed_rs.shared.empty(1_000_000)  # every rank, in the same order, like a collective
     torch.distributed.all_reduce(gradients)  # or any part of it
