@@ -34,7 +34,7 @@ const MOST_PER_RANK: usize = 256;
 /// How long the listener rests when the process has no descriptor left.
 const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// Pending connections the kernel keeps: a whole job may come at once.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// The running server. Dropping it without [`Server::stop`] ends it at once.
 #[derive(Debug)]

@@ -26,7 +26,7 @@ use crate::descriptors;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::kv;
-use crate::server::Server;
+use crate::server::{BACKLOG, Server};
 use crate::wire::{self, Hello, MAGIC, Op, REPLY, Request, Secret, Status};
 
 /// Longest time a request that does not wait may take, and what a waiting one may take beyond its deadline.
@@ -336,13 +336,31 @@ fn bind(addresses: &[IpAddr], port: u16) -> std::io::Result<TcpListener> {
     let all: Vec<SocketAddr> = addresses.iter().map(|&ip| SocketAddr::new(ip, port)).collect();
     let mut last = None;
     for address in all {
-        match TcpListener::bind(address) {
+        match listen(address) {
             Ok(listener) => return Ok(listener),
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => return Err(error),
             Err(error) => last = Some(error),
         }
     }
     Err(last.unwrap_or_else(|| std::io::Error::other("no address to listen on")))
+}
+
+/// As [`TcpListener::bind`]; what listens on IPv6's wildcard takes IPv4 too, whatever `net.ipv6.bindv6only` says.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    if address.is_ipv4() {
+        return TcpListener::bind(address);
+    }
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET6,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::net::sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::sockopt::set_ipv6_v6only(&socket, false)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(TcpListener::from(socket))
 }
 
 /// When a port is taken: by another rank 0 of this very job? Then both have to know.

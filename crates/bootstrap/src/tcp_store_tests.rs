@@ -369,3 +369,15 @@ fn a_silent_address_leaves_time_to_the_hosts_next_one() {
     let (_, reached) = attempt_each(me(0, 1), store.process, &addresses, limit).unwrap();
     assert_eq!(reached, good);
 }
+
+/// Meaningful where `net.ipv6.bindv6only` is 1; elsewhere it is so anyway.
+#[test]
+fn the_wildcard_of_ipv6_takes_ipv4() {
+    let Ok(listener) = listen((Ipv6Addr::UNSPECIFIED, 0).into()) else {
+        eprintln!("NOT RUN: no IPv6 here");
+        return;
+    };
+    assert!(!rustix::net::sockopt::ipv6_v6only(&listener).unwrap());
+    let port = listener.local_addr().unwrap().port();
+    TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+}
