@@ -2,6 +2,7 @@
 //! launched us.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use smddp_core::process;
@@ -116,9 +117,12 @@ fn route_targets(table: &str) -> Vec<SocketAddr> {
     table.lines().skip(1).filter_map(target).collect()
 }
 
+/// Ports that few kernels give to outgoing connections: what lies below the usual range of those.
+const USUALLY_QUIET: RangeInclusive<u16> = 10_000..=32_767;
+
 /// Ports outside those the kernel gives to outgoing connections, from this text of `ip_local_port_range`.
-fn quiet_ports(range: &str) -> std::ops::RangeInclusive<u16> {
-    const LOW: u16 = 10_000;
+fn quiet_ports(range: &str) -> RangeInclusive<u16> {
+    const LOW: u16 = *USUALLY_QUIET.start();
     let mut numbers = range.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
     let (low, high) = (numbers.next().unwrap_or(32_768), numbers.next().unwrap_or(60_999));
     if low > LOW + 2_000 {
@@ -131,21 +135,29 @@ fn quiet_ports(range: &str) -> std::ops::RangeInclusive<u16> {
     }
 }
 
-/// A port derived from `job`, the same for all its ranks on this host.
-pub(crate) fn derived_port(job: &str) -> u16 {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    spread(&quiet_ports(&range), hash(&["port", job]))
+/// A port derived from `job`, the same for all its ranks: of all hosts, which may each have a range of their own, or
+/// outside that of this one.
+pub(crate) fn derived_port(job: &str, one_host: bool) -> u16 {
+    derived_port_beside(&local_port_range(), job, one_host)
 }
 
-fn spread(range: &std::ops::RangeInclusive<u16>, number: u64) -> u16 {
+fn derived_port_beside(range: &str, job: &str, one_host: bool) -> u16 {
+    let ports = if one_host { quiet_ports(range) } else { USUALLY_QUIET };
+    spread(&ports, hash(&["port", job]))
+}
+
+fn local_port_range() -> String {
+    std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default()
+}
+
+fn spread(range: &RangeInclusive<u16>, number: u64) -> u16 {
     let width = u64::from(range.end() - range.start()) + 1;
     range.start() + (number % width) as u16
 }
 
 /// A port free now on this host, outside the ephemeral range when one can be found.
 pub(crate) fn free_port() -> Option<u16> {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let range = quiet_ports(&range);
+    let range = quiet_ports(&local_port_range());
     let quiet = std::iter::repeat_with(|| spread(&range, random_u64())).take(64);
     quiet.chain([0]).find_map(|port| {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).ok()?;
@@ -211,9 +223,16 @@ mod tests {
     #[test]
     fn derived_ports_are_spread() {
         let ports: std::collections::HashSet<u16> =
-            (0..1000).map(|i| derived_port(&format!("job@{i}"))).collect();
+            (0..1000).map(|i| derived_port(&format!("job@{i}"), true)).collect();
         assert!(ports.len() > 900, "{}", ports.len());
-        assert_eq!(derived_port("a"), derived_port("a"));
+        assert_eq!(derived_port("a", true), derived_port("a", true));
+    }
+
+    #[test]
+    fn hosts_with_ranges_of_their_own_derive_one_port() {
+        let ports = ["32768 60999", "1024 60999", "1024 65535"].map(|r| derived_port_beside(r, "a", false));
+        assert!(ports.iter().all(|&port| port == ports[0] && USUALLY_QUIET.contains(&port)), "{ports:?}");
+        assert_ne!(derived_port_beside("1024 60999", "a", true), ports[0]);
     }
 
     #[test]

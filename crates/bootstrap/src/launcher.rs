@@ -14,7 +14,7 @@ use crate::{host, mpi, mpi_may_know, slurm};
 ///
 /// The master, where it is not given, is the same on all ranks:
 /// - one host: 127.0.0.1, and a port derived from the launcher's job id (or from the launcher's process where, as with
-///   MPICH, there is none), outside the ephemeral range. Two jobs of one host meet on a port by a chance of
+///   MPICH, there is none), outside the host's ephemeral range. Two jobs of one host meet on a port by a chance of
 ///   1 in 20 000 or so; torch then reports the address in use. MPI is not started for this.
 /// - several hosts: SMDATAPARALLEL_SERVER_ADDR where SageMaker sets it; else rank 0 chooses its address and a free port, and
 ///   tells all by MPI; without MPI, Slurm's first node and a port derived from the job's id.
@@ -85,10 +85,15 @@ pub(crate) fn master_without_mpi(env: &Env, vars: &Vars) -> Result<Option<(Strin
     };
     let single = env.one_host() || env.size == Some(1);
     let addr = env.master_addr.as_deref().or(sagemaker).or(single.then_some("127.0.0.1"));
-    let job = env.job.clone().or_else(|| if single { launcher_id(env) } else { None });
-    let derived = job.map(|job| host::derived_port(&job));
-    let port = env.master_port.or(sagemaker.and(sagemaker_port)).or(derived);
+    let port = env.master_port.or(sagemaker.and(sagemaker_port)).or_else(|| derived_port(env));
     Ok(addr.map(str::to_owned).zip(port))
+}
+
+/// The port that the launcher's job id gives, where there is one; on a single host its process will do.
+pub(crate) fn derived_port(env: &Env) -> Option<u16> {
+    let single = env.one_host() || env.size == Some(1);
+    let job = env.job.clone().or_else(|| if single { launcher_id(env) } else { None })?;
+    Some(host::derived_port(&job, single))
 }
 
 /// Identity of the launcher's process on this host.
@@ -104,11 +109,11 @@ fn launcher_id(env: &Env) -> Option<String> {
 
 /// Slurm's first node, where rank 0 runs in every usual distribution, and a port derived from the job.
 pub(crate) fn slurm_master(env: &Env, vars: &Vars) -> Option<(String, u16)> {
-    let job = env.job.as_deref()?;
+    env.job.as_ref()?;
     let list = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"];
     let node = list.iter().find_map(|name| slurm::first_host(vars.get(name)?))?;
     let addr = env.master_addr.clone().unwrap_or(node);
-    Some((addr, env.master_port.unwrap_or_else(|| host::derived_port(job))))
+    Some((addr, env.master_port.or_else(|| derived_port(env))?))
 }
 
 fn ask_mpi(settings: &Settings, dirs: &[PathBuf], vars: &Vars, env: &Env) -> Result<Places> {
