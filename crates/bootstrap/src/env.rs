@@ -7,7 +7,8 @@
 //! 1. What is returned is consistent: `rank < size`, `local_rank < local_size <= size`.
 //! 2. Torch's names and those of mpirun (Open MPI, PMI) must agree when both are there, for one of the two
 //!    would make another job of it. Slurm's need not: `srun torchrun` and `srun spawn.py` start several ranks a
-//!    task, and an `mpirun` inside an allocation inherits the batch step's variables.
+//!    task, and an `mpirun` inside an allocation inherits the batch step's variables. So do PMI's names where it is
+//!    srun that sets them (`--mpi=pmi2`): every step has them, whatever it starts.
 //! 3. Under torchrun (TORCHELASTIC_RUN_ID) only torch's names count.
 
 use std::collections::BTreeMap;
@@ -183,12 +184,19 @@ fn number(vars: &Vars, names: &[&'static str], most: usize) -> Result<Option<Fou
 }
 
 /// Which launcher is at work, if any.
+/// Whether PMI's names, where they are there, are srun's (invariant 2). MPICH's mpirun says more than srun does.
+fn pmi_is_of_srun(vars: &Vars) -> bool {
+    vars.has("SLURM_STEP_ID") && !vars.has("MPI_LOCALRANKID")
+}
+
 fn launcher(vars: &Vars) -> Option<Launcher> {
     let slurm_step =
+    // A step of one task is a shell, say: PMI's names tell nothing of what is started there.
+    let pmi_of_one = pmi_is_of_srun(vars) && vars.get("PMI_SIZE") == Some("1");
         vars.has("SLURM_PROCID") && (vars.has("SLURM_STEP_NUM_TASKS") || vars.has("SLURM_STEP_ID"));
     if vars.has_prefix("OMPI_COMM_WORLD_") {
         Some(Launcher::OpenMpi)
-    } else if vars.has("PMI_RANK") || vars.has("PMI_SIZE") {
+    } else if !pmi_of_one && (vars.has("PMI_RANK") || vars.has("PMI_SIZE")) {
         Some(Launcher::Pmi)
     } else if slurm_step {
         Some(Launcher::Slurm)
@@ -208,7 +216,8 @@ pub fn read(vars: &Vars, torch_rules: bool) -> Result<Env> {
     let elastic = vars.has("TORCHELASTIC_RUN_ID");
     let launcher = if elastic { None } else { launcher(vars) };
     let theirs = launcher.map(Launcher::names);
-    let checked = launcher.is_some_and(Launcher::is_mpirun) && !torch_rules;
+    let of_srun = launcher == Some(Launcher::Pmi) && pmi_is_of_srun(vars);
+    let checked = launcher.is_some_and(Launcher::is_mpirun) && !of_srun && !torch_rules;
 
     let pick =
         |ours: &[&'static str], of: fn(&Names) -> &'static [&'static str], most| -> Result<Option<Found>> {
@@ -346,7 +355,7 @@ fn check_local(rank: Option<Found>, local: Option<Found>, size: Option<Found>) -
 fn slurm_local_size(vars: &Vars, launcher: Option<Launcher>, size: Option<Found>) -> Result<Option<Found>> {
     let under_srun = match launcher {
         Some(Launcher::Slurm) => true,
-        Some(Launcher::Pmi) => vars.has("SLURM_STEP_ID") && !vars.has("MPI_LOCALRANKID"),
+        Some(Launcher::Pmi) => pmi_is_of_srun(vars),
         Some(Launcher::OpenMpi | Launcher::Pmix) | None => false,
     };
     let Some(size) = size.filter(|_| under_srun) else { return Ok(None) };
@@ -396,7 +405,7 @@ fn job(vars: &Vars) -> Option<String> {
     match (mpi, slurm) {
         (Some(mpi), _) => Some(format!("mpi {mpi}")),
         // Without a step there is only the allocation, which several runs may share.
-        (None, Some(slurm)) if vars.has("SLURM_STEP_ID") && !vars.has("MPI_LOCALRANKID") => Some(slurm),
+        (None, Some(slurm)) if pmi_is_of_srun(vars) => Some(slurm),
         (None, _) => None,
     }
 }

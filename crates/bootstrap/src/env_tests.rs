@@ -119,6 +119,29 @@ fn a_batch_step_is_no_launcher() {
     assert_eq!((job_of(&pairs).rank, job_of(&pairs).size), (Some(1), Some(2)));
 }
 
+/// `srun --mpi=pmi2`, or MpiDefault=pmi2: every step has PMI's names, whatever it starts.
+#[test]
+fn pmi_of_srun_is_not_an_mpiruns() {
+    let mut step = SRUN.to_vec();
+    step.extend([("PMI_RANK", "6"), ("PMI_SIZE", "7")]);
+    // Several ranks a task.
+    let mut pairs = step.clone();
+    pairs.extend([("RANK", "9"), ("WORLD_SIZE", "14")]);
+    let env = job_of(&pairs);
+    assert_eq!((env.rank, env.size, env.local_rank, env.local_size), (Some(9), Some(14), None, None));
+    // MPICH's mpirun within such a step is one.
+    pairs.extend([("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")]);
+    assert_eq!(blamed(&pairs), "WORLD_SIZE");
+    // A step of one task is a shell, or a program of its own.
+    let mut pairs = SRUN.to_vec();
+    pairs.extend([("PMI_RANK", "0"), ("PMI_SIZE", "1"), ("SLURM_PROCID", "0"), ("SLURM_NODEID", "0")]);
+    pairs.extend([("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_STEP_TASKS_PER_NODE", "1")]);
+    let env = job_of(&pairs);
+    assert_eq!((env.rank, env.size, env.launcher), (Some(0), Some(1), Some(Launcher::Slurm)));
+    pairs.extend([("RANK", "1"), ("WORLD_SIZE", "4")]);
+    assert_eq!((job_of(&pairs).rank, job_of(&pairs).size), (Some(1), Some(4)));
+}
+
 #[test]
 fn several_ranks_a_task_make_their_own_world() {
     let mut pairs = SRUN.to_vec();
