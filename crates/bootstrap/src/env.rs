@@ -82,7 +82,8 @@ pub struct Env {
     pub master_addr: Option<String>,
     pub master_port: Option<u16>,
     pub launcher: Option<Launcher>,
-    /// What tells this run from another: launcher's job id, torchrun's run id and restart count.
+    /// What tells this run from another: launcher's job id, torchrun's run id. (Not its restart count, of which the
+    /// agents have counts of their own.)
     pub job: Option<String>,
     /// Started by torchrun.
     pub elastic: bool,
@@ -183,16 +184,16 @@ fn number(vars: &Vars, names: &[&'static str], most: usize) -> Result<Option<Fou
     Ok(None)
 }
 
-/// Which launcher is at work, if any.
 /// Whether PMI's names, where they are there, are srun's (invariant 2). MPICH's mpirun says more than srun does.
 fn pmi_is_of_srun(vars: &Vars) -> bool {
     vars.has("SLURM_STEP_ID") && !vars.has("MPI_LOCALRANKID")
 }
 
+/// Which launcher is at work, if any.
 fn launcher(vars: &Vars) -> Option<Launcher> {
-    let slurm_step =
     // A step of one task is a shell, say: PMI's names tell nothing of what is started there.
     let pmi_of_one = pmi_is_of_srun(vars) && vars.get("PMI_SIZE") == Some("1");
+    let slurm_step =
         vars.has("SLURM_PROCID") && (vars.has("SLURM_STEP_NUM_TASKS") || vars.has("SLURM_STEP_ID"));
     if vars.has_prefix("OMPI_COMM_WORLD_") {
         Some(Launcher::OpenMpi)
@@ -395,8 +396,7 @@ fn master_port(vars: &Vars) -> Result<Option<u16>> {
 fn job(vars: &Vars) -> Option<String> {
     let get = |name: &str| vars.get(name).map(str::to_owned);
     if let Some(run) = get("TORCHELASTIC_RUN_ID") {
-        let attempt = get("TORCHELASTIC_RESTART_COUNT").unwrap_or_default();
-        return Some(format!("elastic {run} attempt {attempt}"));
+        return Some(format!("elastic {run}"));
     }
     let mpi = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID"];
     let mpi = mpi.iter().find_map(|name| get(name));

@@ -68,7 +68,7 @@ fn each_launchers_names_are_read() {
     let env = job_of(TORCHRUN);
     assert_eq!((env.rank, env.size, env.local_rank, env.local_size), (Some(5), Some(8), Some(1), Some(4)));
     assert_eq!((env.launcher, env.elastic, env.one_host()), (None, true, false));
-    assert_eq!(env.job.as_deref(), Some("elastic abc attempt 2"));
+    assert_eq!(env.job.as_deref(), Some("elastic abc"));
 
     let env = job_of(OMPI);
     assert_eq!((env.rank, env.size, env.local_rank, env.local_size), (Some(1), Some(2), Some(1), Some(2)));

@@ -10,7 +10,8 @@
 //!    of rank 0's [`tcp_store::TcpStore`] and a random secret.
 //! 2. *env*: rank and size from variables, the store at MASTER_ADDR. Torch's own store has MASTER_PORT; ours takes the
 //!    first free one of the ports [`STORE_PORT_STEP`], 2×, 3× and 4× as far above it (modulo the port range). The
-//!    secret is derived from the job's id and MASTER_PORT: it keeps jobs apart, not attackers out.
+//!    secret is derived from MASTER_PORT, torchrun's run id, and the launcher's job id where the port comes from that:
+//!    it keeps jobs apart, not attackers out.
 //! 3. *single*: neither launcher nor variables: a job of one.
 
 #![forbid(unsafe_code)]
@@ -241,7 +242,10 @@ fn join_by_tcp(rank: usize, size: usize, env: &Env, vars: &Vars, deadline: Insta
             "Set MASTER_ADDR to a name of rank 0's host and MASTER_PORT to a free port there, on all ranks",
         ));
     };
-    let secret = host::hash_16(&["job", env.job.as_deref().unwrap_or(""), &port.to_string()]);
+    // Ranks that were told a port need not be of one launcher: each may be a step of its own.
+    let told = !env.elastic && launcher::derived_port(env) != Some(port);
+    let job = env.job.as_deref().filter(|_| !told).unwrap_or("");
+    let secret = host::hash_16(&["job", job, &port.to_string()]);
     let identity = Identity { rank, size, secret };
     let loopback = env.one_host() || is_loopback(&addr);
     let ports = store_ports(port);
@@ -292,6 +296,46 @@ mod tests {
         let vars = Vars::from_pairs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")]);
         let error = join_with(&Settings::default(), &[], &vars, Instant::now()).unwrap_err();
         assert!(matches!(&error, Error::Variable { name, .. } if name == "MASTER_ADDR"), "{error}");
+    }
+
+    /// Two ranks of one job by variables, each with some of its own.
+    fn meet(each: [&[(&str, &str)]; 2]) {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let soon = Instant::now() + std::time::Duration::from_secs(20);
+        let ranks = [0, 1].map(|rank: usize| {
+            let (number, port) = (rank.to_string(), port.to_string());
+            let mut pairs =
+                vec![("RANK", number.as_str()), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")];
+            pairs.push(("MASTER_PORT", &port));
+            pairs.extend(each[rank]);
+            let vars = Vars::from_pairs(pairs);
+            std::thread::spawn(move || {
+                join_with(&Settings::default(), &[], &vars, soon).map(|job| job.job_id)
+            })
+        });
+        let ids = ranks.map(|rank| rank.join().unwrap());
+        assert!(ids[0].is_ok() && ids[0] == ids[1], "{ids:?}");
+    }
+
+    /// An agent that joined later has restarted less often than the others.
+    #[test]
+    fn agents_of_torchrun_may_have_counted_their_restarts_differently() {
+        let run = ("TORCHELASTIC_RUN_ID", "x");
+        meet([&[run, ("TORCHELASTIC_RESTART_COUNT", "1")], &[run, ("TORCHELASTIC_RESTART_COUNT", "0")]]);
+    }
+
+    /// `srun -n 1` once for each rank, with RANK and its sisters: the steps have their own numbers.
+    #[test]
+    fn ranks_with_a_master_in_common_may_be_steps_of_their_own() {
+        let step = |id| {
+            [
+                ("SLURM_JOB_ID", "7"),
+                ("SLURM_STEP_ID", id),
+                ("SLURM_PROCID", "0"),
+                ("SLURM_STEP_NUM_TASKS", "1"),
+            ]
+        };
+        meet([&step("0"), &step("1")]);
     }
 
     /// Ranks as threads, by variables alone, while torch's own store sits on MASTER_PORT and a stranger on the first

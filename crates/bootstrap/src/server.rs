@@ -456,7 +456,8 @@ impl State {
             None => return,
         };
         if hello.secret != self.secret {
-            return self.turn_away(id, Status::Stranger, "this store serves another job");
+            let why = "this store serves another job, with another MASTER_PORT or launcher's id";
+            return self.turn_away(id, Status::Stranger, why);
         }
         let rank = hello.rank as usize;
         if hello.size as usize != self.size || rank >= self.size {
