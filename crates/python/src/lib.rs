@@ -12,6 +12,7 @@ mod callback;
 mod communicator;
 mod cuda;
 mod dlpack;
+mod ending;
 mod errors;
 mod handle;
 mod shared;
@@ -33,13 +34,15 @@ mod _core {
     #[pymodule_export]
     use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]
+    use super::ending::finalize_mpi_at_exit;
+    #[pymodule_export]
     use super::handle::Handle;
     #[pymodule_export]
     use super::shared::SharedMemory;
     #[pymodule_export]
     use super::torch::{AllReduce, reads_options, use_torch};
     #[pymodule_export]
-    use super::world::{World, forsake_mpi, launcher_variables, leave_mpi, settings_table};
+    use super::world::{World, launcher_variables, settings_table};
 
     use super::*;
 

@@ -110,18 +110,3 @@ pub fn launcher_variables(py: Python<'_>, library_dirs: Vec<PathBuf>) -> PyResul
     });
     raise(py, told)
 }
-
-/// MPI is left without a word, for the end of the process by an exception: mpirun then ends the job.
-#[pyfunction]
-pub fn forsake_mpi() {
-    smddp_bootstrap::mpi::forsake();
-}
-
-/// Finalises MPI if it was started here, for the normal end of the process; MPI waits for the other ranks, at most as
-/// long as an operation may.
-#[pyfunction]
-pub fn leave_mpi(py: Python<'_>) -> PyResult<()> {
-    let limit = smddp_bootstrap::mpi::finalize_limit(&raise(py, Settings::from_env())?);
-    let left = py.detach(|| smddp_bootstrap::mpi::finalize(limit).map_err(Error::from));
-    raise(py, left)
-}
