@@ -426,6 +426,29 @@ def an_efa(root: Path, name: str, numa: int, driver: str = "efa") -> None:
     folder.mkdir(parents=True)
     (folder / "driver").symlink_to(root / "drivers" / driver)
     (folder / "numa_node").write_text(f"{numa}\n")
+SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, Place(3, 8, 1, None)),
+        # A step of one task may be the allocation's shell, from which a job is to be started; with --mpi=pmi2 too.
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "3", "PMI_SIZE": "8"}, Place(3, 8, 1, None)),
+        # MPICH's mpirun within a step, and Open MPI's.
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Place(0, 1, 0, 1)),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            Place(0, 2, None, None),
+        ),
+    ],
+)
+def test_tasks_of_srun_are_ranks(more: dict[str, str], expected: Place | None) -> None:
+    assert place(SRUN | more) == expected
+
+
     (root / "class/infiniband" / name).mkdir(parents=True)
     (root / "class/infiniband" / name / "device").symlink_to(folder)
 

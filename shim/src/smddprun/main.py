@@ -1,8 +1,8 @@
 """The command line. One program with two parts, told apart by where it runs:
 
 - outside of MPI it builds the line for mpirun and runs it (`mpi`, `job`);
-- inside, started by mpirun once per rank, it prepares that rank and becomes the user's program (`rank`). That is how
-  SageMaker's training toolkit calls it: `mpirun ... smddprun python -m mpi4py train.py`.
+- inside, started by mpirun or srun once per rank, it prepares that rank and becomes the user's program (`rank`). That
+  is how SageMaker's training toolkit calls it: `mpirun ... smddprun python -m mpi4py train.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         for_mpirun = [name for name, value in launch_options(options).items() if value]
         if for_mpirun:
             raise UsageError(
-                f"{', '.join(for_mpirun)}: this is already rank {here.rank} of {here.size} of an mpirun: give it there"
+                f"{', '.join(for_mpirun)}: this is already rank {here.rank} of {here.size} of an mpirun or srun: "
+                "give it there"
             )
         return rank.become(options, here)
     except UsageError as error:

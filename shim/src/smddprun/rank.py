@@ -1,4 +1,4 @@
-"""One rank, inside mpirun: sets its variables, binds it, and becomes the user's program or watches it.
+"""One rank, inside mpirun or srun: sets its variables, binds it, and becomes the user's program or watches it.
 
 Nothing here may start MPI, nor import what does: the program that follows in this process's place will.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from smddprun import devices, watch
 from smddprun.errors import UsageError
 
-_FAMILIES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
+_Names = tuple[str, str, str, str | None]
+_OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What mpirun says of this rank. A launcher that tells no local numbers leaves them None."""
+    """What mpirun, or srun, says of this rank. A launcher that tells no local numbers leaves them None."""
 
     rank: int
     size: int
@@ -32,20 +32,28 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Where this process stands in an mpirun; None outside of one."""
-    for rank, size, local_rank, local_size in _FAMILIES:
-        if rank in environment and size in environment:
-            numbers = {name: environment.get(name) for name in (rank, size, local_rank, local_size)}
-            wrong = [
-                f"{name}={value}" for name, value in numbers.items() if value is not None and not value.isdecimal()
-            ]
-            if wrong:
-                raise UsageError(f"{', '.join(wrong)}: expected numbers, which mpirun sets: unset what is not its own")
-            return Place(
-                int(environment[rank]),
-                int(environment[size]),
-                *(None if numbers[name] is None else int(environment[name]) for name in (local_rank, local_size)),
-            )
+    """Where this process stands in an mpirun, or among several tasks of an srun; None outside of one."""
+    names = _names(environment)
+    if names is None:
+        return None
+    told = {name: environment[name] for name in names if name is not None and name in environment}
+    wrong = [f"{name}={value}" for name, value in told.items() if not value.isdecimal()]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: expected numbers, which mpirun or srun sets: unset what is not its own")
+    rank, size, local_rank, local_size = (int(told[name]) if name in told else None for name in names)
+    assert rank is not None
+    assert size is not None
+    return Place(rank, size, local_rank, local_size)
+
+
+def _names(environment: Mapping[str, str]) -> _Names | None:
+    """The variables that tell the place."""
+    # With --mpi=pmi2 srun sets PMI's too, whatever it starts; MPICH's mpirun within a step sets more of them.
+    of_srun = "SLURM_STEP_ID" in environment and "MPI_LOCALRANKID" not in environment
+    for names in (_OPEN_MPI, _SRUN if of_srun else _PMI):
+        if names[0] in environment and names[1] in environment:
+            # A step of one task may be an allocation's shell, from which a job is to be started.
+            return None if names is _SRUN and environment[names[1]] == "1" else names
     return None
 
 
