@@ -329,14 +329,14 @@ def test_what_stops_smddprun_stops_the_job(name: str, number: signal.Signals, tm
     with waiting(start(name, 2), tmp_path) as process:
         process.send_signal(number)
         status = process.wait(30)
-    finally:
-        conftest.stop([process])
     said = (tmp_path / "log").read_text()
     assert status == (-number if number == signal.SIGKILL else 128 + number), said
     if number != signal.SIGKILL:
         assert f"smddprun: stopped by {number.name}" in said
         assert "failed first" not in said
     everyone_is_gone(tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_do_not_outlive_an_mpirun_that_is_killed(name: str, tmp_path: Path) -> None:
     with waiting(start(name, 2), tmp_path) as process:
@@ -358,8 +358,6 @@ def test_what_was_to_be_ignored_stays_so(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     everyone_is_gone(tmp_path)
-
-
 
 
 def test_a_host_that_is_not_there() -> None:
@@ -428,6 +426,29 @@ def test_inside_mpirun_options_for_mpirun_are_refused() -> None:
     assert (done.returncode, "OMPI_COMM_WORLD_RANK=one" in done.stderr) == (2, True)
 
 
+SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, Place(3, 8, 1, None)),
+        # A step of one task may be the allocation's shell, from which a job is to be started; with --mpi=pmi2 too.
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "3", "PMI_SIZE": "8"}, Place(3, 8, 1, None)),
+        # MPICH's mpirun within a step, and Open MPI's.
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Place(0, 1, 0, 1)),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            Place(0, 2, None, None),
+        ),
+    ],
+)
+def test_tasks_of_srun_are_ranks(more: dict[str, str], expected: Place | None) -> None:
+    assert place(SRUN | more) == expected
+
+
 def test_variables_that_are_set_stay() -> None:
     environment = {"RANK": "7", "PMI_RANK": "1", "PMI_SIZE": "4"}
     here = place(environment)
@@ -460,29 +481,6 @@ def an_efa(root: Path, name: str, numa: int, driver: str = "efa") -> None:
     folder.mkdir(parents=True)
     (folder / "driver").symlink_to(root / "drivers" / driver)
     (folder / "numa_node").write_text(f"{numa}\n")
-SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "8"}, Place(3, 8, 1, None)),
-        # A step of one task may be the allocation's shell, from which a job is to be started; with --mpi=pmi2 too.
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "3", "PMI_SIZE": "8"}, Place(3, 8, 1, None)),
-        # MPICH's mpirun within a step, and Open MPI's.
-        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Place(0, 1, 0, 1)),
-        (
-            {"SLURM_STEP_NUM_TASKS": "8", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
-            Place(0, 2, None, None),
-        ),
-    ],
-)
-def test_tasks_of_srun_are_ranks(more: dict[str, str], expected: Place | None) -> None:
-    assert place(SRUN | more) == expected
-
-
     (root / "class/infiniband" / name).mkdir(parents=True)
     (root / "class/infiniband" / name / "device").symlink_to(folder)
 

@@ -139,7 +139,9 @@ class _Job:
         except OSError as error:
             raise UsageError(f"{line[0]}: {error.strerror}", 126) from error
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._pass_on)
+            # nohup, and a shell that starts a job in its background, have some ignored.
+            if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _: object) -> None:
         if number in (signal.SIGUSR1, signal.SIGUSR2):
