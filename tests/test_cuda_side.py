@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
@@ -14,11 +15,11 @@ import pytest
 import torch
 from torch.distributed import Work
 
-from smdistributed_rs import cuda, work
+from smdistributed_rs import cuda, tensors, work
 from smdistributed_rs.collectives import Collectives
 from smdistributed_rs.cuda import CudaSide, Message
 from smdistributed_rs.errors import AbortedError, ArgumentError
-from smdistributed_rs.tensors import Once, Span
+from smdistributed_rs.tensors import Once, Span, received_span
 
 
 class _Handle:
@@ -72,10 +73,12 @@ def side(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaSide]:
     monkeypatch.setattr(cuda, "DeviceGroup", _Native)
     monkeypatch.setattr(cuda, "CudaWork", lambda *_: _Done())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(CudaSide, "_streams", lambda *_: (7, 8))
     _Native.made = 0
     made = CudaSide(_host(), lambda: None)
     made.connect(0)
+    made._stream = SimpleNamespace(cuda_stream=7, device=torch.device("cuda", 0), device_index=0)
     return made
 
 
@@ -255,3 +258,96 @@ def test_the_device_side_ends_before_the_group_on_the_host() -> None:
     group: Any = SimpleNamespace(_comm=part("host"), _cuda=part("device"))
     Collectives.shutdown(group)
     assert ended == ["device", "host"]
+
+
+class _Machine(threading.local):
+    """Devices as CUDA's runtime and torch have them: a thread without a device has device 0, whose context is made when
+    the device is set; torch's guards put a device back only where that has a context."""
+
+    device = 0
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Devices on which this process has a context, of a rank whose device is 3."""
+    made, machine = {3}, _Machine()
+
+    def set_device(device: int) -> None:
+        machine.device = device
+        made.add(device)
+
+    class Device:
+        def __init__(self, device: Any) -> None:
+            self._device = getattr(device, "index", device)
+
+        def __enter__(self) -> None:
+            self._before = machine.device
+            set_device(self._device)
+
+        def __exit__(self, *_: object) -> None:
+            machine.device = self._before
+
+    class Current:
+        def __init__(self, stream: Any) -> None:
+            self._device = stream.device_index
+
+        def __enter__(self) -> None:
+            self._before = machine.device
+            set_device(self._device)
+
+        def __exit__(self, *_: object) -> None:
+            set_device(self._before)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "stream", Current)
+    return made
+
+
+def _on_a_new_thread(what: Callable[[], object]) -> None:
+    """As a callback runs: on a thread that has no device."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(what).result(10)
+
+
+def _stream_of(device: int) -> Any:
+    wait: Callable[[], None] = lambda: None  # noqa: E731
+    where = torch.device("cuda", device)
+    return SimpleNamespace(device_index=device, device=where, cuda_stream=7, synchronize=wait)
+
+
+def test_a_message_that_arrives_on_a_callbacks_thread_makes_no_context(
+    monkeypatch: pytest.MonkeyPatch, contexts: set[int]
+) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: _stream_of(3))
+    monkeypatch.setattr(tensors, "_is_on_device", lambda _: True)
+    target = torch.zeros(4)
+    span = received_span(target)
+    span.keep.fill_(5)  # type: ignore[attr-defined]
+    assert span.finish
+    _on_a_new_thread(span.finish)
+    assert target.tolist() == [5] * 4
+    assert contexts == {3}
+
+
+def test_calls_that_copy_back_make_no_context_elsewhere(side: CudaSide, contexts: set[int]) -> None:
+    native: Any = side._native
+    native.start = lambda *_: native.handle
+    side._stream = _stream_of(3)
+    finished: list[int] = []
+
+    def span(number: int) -> Span:
+        return Span((100, 16), 4, torch.zeros(4), Once(lambda: finished.append(number)), 0)
+
+    _on_a_new_thread(lambda: side.issue("all_gather", 0, (), span(1), span(1), [], True))
+    _on_a_new_thread(lambda: side._exchange([Message(1, False, span(2), torch.zeros(4))]))
+    assert finished == [1, 2]
+    assert contexts == {3}
+
+
+def test_a_future_makes_no_context_elsewhere(monkeypatch: pytest.MonkeyPatch, contexts: set[int]) -> None:
+    monkeypatch.setattr(torch.futures, "Future", lambda **_: SimpleNamespace(set_result=lambda value: None))
+    call = cuda.CudaWork(_Native(), _Handle(), [torch.zeros(1)], _stream_of(3))  # type: ignore[arg-type]
+    _on_a_new_thread(call.get_future)
+    assert contexts == {3}

@@ -11,6 +11,7 @@ at the first collective, which may come before a message on one rank and behind 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from ._compat import HAS_BACKENDS, survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
 from .errors import AbortedError, ArgumentError
+from .tensors import current
 from .work import DONE, NO_LIMIT, Together, graphs_may_wait, register, seconds_of
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class CudaSide:
         handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
         finishes = [m.span.finish for m in messages if m.span.finish is not None]
         if finishes:
-            with torch.cuda.stream(self._stream):
+            with current(self._stream):
                 for finish in finishes:
                     finish()
             handle.extend(stream[0])
@@ -148,12 +150,12 @@ class CudaSide:
     ) -> Work:
         """Enqueues one call; `call` is what `DeviceGroup.start` takes after the streams."""
         native = self._connected(name, device)
-        stream, current = self._streams(device, is_async)
+        stream, behind = self._streams(device, is_async)
         if is_async:
             self._keep(source.keep, target.keep, results)
-        handle = native.start(stream, current, *call)
+        handle = native.start(stream, behind, *call)
         if target.finish is not None:
-            with torch.cuda.stream(self._stream if is_async else torch.cuda.current_stream(device)):
+            with current(self._stream if is_async else torch.cuda.current_stream(device)):
                 target.finish()
             handle.extend(stream)
         return self.note(CudaWork(native, handle, results, self._stream)) if is_async else DONE
@@ -166,9 +168,9 @@ class CudaSide:
         native = self._native
         if native is None:
             return None
-        stream, current = self._streams(self._device, is_async)
+        stream, behind = self._streams(self._device, is_async)
         try:
-            handle = native.start_tensors(stream, current, collective, code, root, output, input, limit)
+            handle = native.start_tensors(stream, behind, collective, code, root, output, input, limit)
         except BaseException:
             if is_async:
                 self._keep(output, input)
@@ -190,15 +192,15 @@ class CudaSide:
 
     def _streams(self, device: int, is_async: bool) -> tuple[int, int | None]:
         """(the one a call runs on, another it runs behind)"""
-        current = _current_stream(device)
+        behind = _current_stream(device)
         if not is_async:
-            return current, None
+            return behind, None
         if self._stream is None:
             # One for good, of whichever thread comes first (the program's, autograd's): memory is kept for it by name.
             with self._lock:
                 if self._stream is None:
                     self._stream = torch.cuda.Stream(device, priority=-1)
-        return self._stream.cuda_stream, current
+        return self._stream.cuda_stream, behind
 
     def synchronize(self) -> None:
         """Waits until the device has done what the current stream was given: a barrier is one for devices too."""
@@ -311,7 +313,7 @@ class CudaWork(Work):
         """A future of the output tensors, complete at once: whoever reads it is ordered behind the call by streams."""
         if self._future is None:
             self._future = torch.futures.Future(devices=[self._stream.device])
-            with torch.cuda.stream(self._stream):
+            with current(self._stream):
                 self._future.set_result(self._results)
         return self._future
 

@@ -7,7 +7,8 @@ so is refused, naming the argument.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -165,11 +166,19 @@ def received_span(tensor: Tensor) -> Span:
 
     def arrive() -> None:
         # Whichever thread comes first: behind what the caller had enqueued that uses the tensor, and before it goes on.
-        with torch.cuda.stream(stream):
+        with current(stream):
             copy_back(target, inside)
-        stream.synchronize()
+            stream.synchronize()
 
     return _of(inside, Once(arrive))
+
+
+@contextmanager
+def current(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Makes `stream` current, on whichever thread. One that has no device yet, such as a callback's, would by torch's way
+    alone be given device 0 afterwards, whose context takes hundreds of megabytes there; `device` makes none."""
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 def refuse_overlap(op: str, argument: str, target: Tensor) -> None:
