@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -42,6 +44,9 @@ class _Native:
         self.handle = _Handle()
 
     def abort(self, reason: str) -> None:
+        pass
+
+    def shutdown(self) -> None:
         pass
 
     def exchange(self, stream: int, behind: int, messages: list[tuple[int, bool, int, int]]) -> _Handle:
@@ -351,3 +356,67 @@ def test_a_future_makes_no_context_elsewhere(monkeypatch: pytest.MonkeyPatch, co
     call = cuda.CudaWork(_Native(), _Handle(), [torch.zeros(1)], _stream_of(3))  # type: ignore[arg-type]
     _on_a_new_thread(call.get_future)
     assert contexts == {3}
+
+
+def test_memory_that_is_not_torchs_is_kept_until_its_call_is_over(side: CudaSide) -> None:
+    """torch's allocator, which keeps what it has given until a stream is past it, knows nothing of other memory."""
+
+    class Call(_Handle):
+        past = False
+
+        def is_past(self) -> bool:
+            return self.past
+
+    def foreign() -> torch.Tensor:
+        return torch.frombuffer(bytearray(16), dtype=torch.float32).as_subclass(_OnDevice)
+
+    calls: list[Call] = []
+
+    def start(*_: object) -> Call:
+        calls.append(Call())
+        return calls[-1]
+
+    native: Any = side._native
+    native.start = native.start_tensors = native.exchange = start
+    given = [foreign() for _ in range(6)]
+    alive = [weakref.ref(tensor) for tensor in given]
+    ours = torch.zeros(4).as_subclass(_OnDevice)
+    side.short(2, 0, 0, given[0], None, None, True)
+    side.short(2, 0, 0, ours, given[1], None, True)
+    side.issue(
+        "all_gather", 0, (), Span((1, 16), 4, given[2], None, 0), Span((1, 16), 4, [given[3]], None, 0), [], True
+    )
+    side.message("recv", Message(1, False, Span((1, 16), 4, given[4], None, 0), given[4]))
+    # A synchronous call is on the caller's own stream, as what frees the memory is.
+    side.short(2, 0, 0, given[5], None, None, False)
+    given.clear()
+    is_kept = lambda: [tensor() is not None for tensor in alive]  # noqa: E731
+    assert is_kept() == [True] * 5 + [False]
+    calls[0].past = calls[1].past = True
+    side.short(2, 0, 0, ours, None, None, True)
+    assert is_kept() == [False, False, True, True, True, False]
+    side.shutdown()
+    assert is_kept() == [False] * 6
+    kept = weakref.ref(ours)
+    del ours
+    assert kept() is None
+
+
+def test_memory_that_is_not_torchs_of_a_call_that_fails_is_kept(side: CudaSide) -> None:
+    """A part of the call may be enqueued, and nothing says where that ends."""
+
+    class Full(Exception):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise Full
+
+    native: Any = side._native
+    native.start_tensors = refuse
+    tensor = torch.frombuffer(bytearray(16), dtype=torch.float32).as_subclass(_OnDevice)
+    alive = weakref.ref(tensor)
+    with pytest.raises(Full):
+        side.short(2, 0, 0, tensor, None, None, True)
+    del tensor
+    gc.collect()
+    assert alive() is not None

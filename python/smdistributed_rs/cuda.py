@@ -81,6 +81,8 @@ class CudaSide:
         self._ended = ""
         self._stream: Any = None
         self._batch = _Batch()
+        self._foreign: deque[tuple[DeviceHandle | None, list[Tensor]]] = deque()
+        self._foreign_lock = threading.Lock()
         self._lock = threading.Lock()
 
     @property
@@ -125,8 +127,14 @@ class CudaSide:
     def _exchange(self, messages: list[Message]) -> Work:
         native, stream = self._connected("send and recv", self._device), self._streams(self._device, True)
         tensors = [m.tensor for m in messages]
-        self._keep([m.span.keep for m in messages], tensors)
-        handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
+        given = [[m.span.keep for m in messages], tensors]
+        self._keep(given)
+        try:
+            handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
+        except BaseException:
+            self._keep_foreign(None, given)
+            raise
+        self._keep_foreign(handle, given)
         finishes = [m.span.finish for m in messages if m.span.finish is not None]
         if finishes:
             with current(self._stream):
@@ -151,9 +159,17 @@ class CudaSide:
         """Enqueues one call; `call` is what `DeviceGroup.start` takes after the streams."""
         native = self._connected(name, device)
         stream, behind = self._streams(device, is_async)
+        given = [source.keep, target.keep, results]
         if is_async:
-            self._keep(source.keep, target.keep, results)
-        handle = native.start(stream, behind, *call)
+            self._keep(given)
+        try:
+            handle = native.start(stream, behind, *call)
+        except BaseException:
+            if is_async:
+                self._keep_foreign(None, given)
+            raise
+        if is_async:
+            self._keep_foreign(handle, given)
         if target.finish is not None:
             with current(self._stream if is_async else torch.cuda.current_stream(device)):
                 target.finish()
@@ -173,7 +189,8 @@ class CudaSide:
             handle = native.start_tensors(stream, behind, collective, code, root, output, input, limit)
         except BaseException:
             if is_async:
-                self._keep(output, input)
+                self._keep([output, input])
+                self._keep_foreign(None, [output, input])
             raise
         if handle is None:
             return None
@@ -182,13 +199,26 @@ class CudaSide:
         output.record_stream(self._stream)
         if input is not None:
             input.record_stream(self._stream)
+        if self._foreign or not (_is_torchs(output) and (input is None or _is_torchs(input))):
+            self._keep_foreign(handle, [output, input])
         return self.note(CudaWork(native, handle, [output], self._stream))
 
-    def _keep(self, *tensors: object) -> None:
+    def _keep(self, given: object) -> None:
         """Their memory is given to nobody else before what the group's stream holds is over: of a call that fails too,
         since a part of it may be enqueued."""
-        for tensor in _tensors(tensors):
+        for tensor in _tensors(given):
             tensor.record_stream(self._stream)
+
+    def _keep_foreign(self, handle: DeviceHandle | None, given: object) -> None:
+        """Keeps tensors in memory that torch's allocator has not given, and so knows nothing of, until the call is
+        over, whoever keeps its work; of one that has failed (None), until the group ends."""
+        foreign = [tensor for tensor in _tensors(given) if not _is_torchs(tensor)]
+        if foreign or self._foreign:
+            with self._foreign_lock:
+                while self._foreign and _is_over(self._foreign[0][0]):
+                    self._foreign.popleft()
+                if foreign:
+                    self._foreign.append((handle, foreign))
 
     def _streams(self, device: int, is_async: bool) -> tuple[int, int | None]:
         """(the one a call runs on, another it runs behind)"""
@@ -222,6 +252,7 @@ class CudaSide:
             native, self._native = self._native, None
             if native is not None:
                 how(native)
+            self._foreign.clear()
             if self._rail is not None:
                 self._rail.shutdown()
 
@@ -256,6 +287,19 @@ def _tensors(kept: object) -> Sequence[Tensor]:
     if isinstance(kept, (list, tuple)):
         return [tensor for part in kept for tensor in _tensors(part)]
     return []
+
+
+def _is_torchs(tensor: Tensor) -> bool:
+    """Whether the memory is torch's allocator's: what comes from elsewhere (DLPack, another process) is of one size."""
+    return tensor.untyped_storage().resizable()
+
+
+def _is_over(handle: DeviceHandle | None) -> bool:
+    """A device that cannot be asked may be at work."""
+    try:
+        return handle is not None and handle.is_past()
+    except RuntimeError:
+        return False
 
 
 @survives_halving

@@ -175,8 +175,8 @@ def received_span(tensor: Tensor) -> Span:
 
 @contextmanager
 def current(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Makes `stream` current, on whichever thread. One that has no device yet, such as a callback's, would by torch's way
-    alone be given device 0 afterwards, whose context takes hundreds of megabytes there; `device` makes none."""
+    """Makes `stream` current, on whichever thread. One that has no device yet, such as a callback's, would by torch's
+    way alone be given device 0 afterwards, whose context takes hundreds of megabytes there; `device` makes none."""
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield
 
