@@ -43,6 +43,8 @@ codes! {
     LAUNCH_FAILED = 719, c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure";
     NOT_PERMITTED = 800, c"CUDA_ERROR_NOT_PERMITTED", c"operation not permitted";
     NOT_SUPPORTED = 801, c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported";
+    CAPTURE_UNSUPPORTED = 900, c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        c"operation not permitted when stream is capturing";
     CAPTURED_EVENT = 907, c"CUDA_ERROR_CAPTURED_EVENT",
         c"operation not permitted on an event last recorded in a capturing stream";
     UNKNOWN = 999, c"CUDA_ERROR_UNKNOWN", c"unknown error";

@@ -54,6 +54,20 @@ impl<T> Out<T> {
     }
 }
 
+/// A C caller's pointer to an argument whose place takes a result. Only the C ABI makes one.
+#[repr(transparent)]
+pub struct InOut<T>(*mut T);
+
+impl<T: Copy> InOut<T> {
+    pub fn get(&self) -> Result<T> {
+        In(self.0.cast_const()).read(1)?.first().copied().ok_or(Code::INVALID_VALUE)
+    }
+
+    pub fn set(&self, value: T) -> Result {
+        Out(self.0).set(value)
+    }
+}
+
 /// A C caller's pointer to an array of arguments. Only the C ABI makes one.
 #[repr(transparent)]
 pub struct In<T>(*const T);

@@ -4,6 +4,7 @@ use crate::code::{Code, Result};
 use crate::entry::lock;
 use crate::queue::wait_parked;
 use crate::stream::{Stream, next_handle};
+use smddp_standin::switches::{OneQueue, Switches};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -89,9 +90,14 @@ impl Event {
 
     /// What is queued on `stream` later waits for the generation recorded last; for none, if there is none.
     pub fn hold(self: &Arc<Self>, stream: &Arc<Stream>) {
-        let generation = lock(&self.state).recorded;
+        let (generation, last) = {
+            let state = lock(&self.state);
+            (state.recorded, state.last.clone())
+        };
         let event = Arc::clone(self);
-        stream.enqueue("cuStreamWaitEvent", move || {
+        // Where one queue serves all streams in any order, it must know; elsewhere the operation waits by itself.
+        let after = last.filter(|_| Switches::get().one_queue == OneQueue::Any).into_iter().collect();
+        stream.enqueue_after("cuStreamWaitEvent", after, false, move || {
             let what = || format!("record {generation} of event {:#x}", event.handle);
             wait_parked(what, |time| Ok(event.wait_some(generation, time)))
         });

@@ -2,13 +2,14 @@
 
 use crate::code::{Code, Result};
 use crate::context;
-use crate::entry;
+use crate::entry::{self, lock};
 use crate::memory::{self, Span};
 use crate::queue::wait_parked;
 use crate::stream::Stream;
 use smddp_standin::switches::{GpuDirect, Switches, WaitValue};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,7 +77,15 @@ fn load(word: &Span, width: Width) -> Result<u64> {
     })
 }
 
+/// What streams have stored last, by address: what a wait sees that sees nothing of the host's.
+static STORED: Mutex<BTreeMap<usize, u64>> = Mutex::new(BTreeMap::new());
+
+fn was_stored_by_a_stream(word: &Span, found: u64) -> Result<bool> {
+    word.with_word(|ptr| lock(&STORED).get(&ptr.addr()) == Some(&found))
+}
+
 fn store(word: &Span, width: Width, value: u64) -> Result {
+    word.with_word(|ptr| lock(&STORED).insert(ptr.addr(), value))?;
     word.with_word(|ptr| match width {
         // SAFETY: as in `load`.
         Width::W32 => unsafe { AtomicU32::from_ptr(ptr.cast()) }.store(value as u32, Ordering::Release),
@@ -128,7 +137,10 @@ impl MemOp {
                 wait_parked(what, |time| {
                     let steps = (time.as_micros() / 50).max(1);
                     for step in 0..steps {
-                        if compare.holds(*width, load(word, *width)?, *value) && !never {
+                        let found = load(word, *width)?;
+                        if compare.holds(*width, found, *value)
+                            && (!never || was_stored_by_a_stream(word, found)?)
+                        {
                             return Ok(true);
                         }
                         if step + 1 < steps {

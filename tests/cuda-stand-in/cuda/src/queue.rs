@@ -3,7 +3,7 @@
 use crate::code::{Code, Result};
 use crate::entry::{self, lock};
 use crate::stream::Stream;
-use smddp_standin::switches::Switches;
+use smddp_standin::switches::{OneQueue, Switches};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -34,6 +34,11 @@ pub struct Queue {
     state: Mutex<State>,
     changed: Condvar,
 }
+
+/// Operations given to a queue that had no room count as calls of this name.
+const FULL: &str = "full queue";
+/// What runs first where any order will do.
+const FIRST: &str = "cuStreamWaitValue32";
 
 static PARKED: AtomicU64 = AtomicU64::new(0);
 static EXECUTED: AtomicU64 = AtomicU64::new(0);
@@ -84,9 +89,37 @@ pub fn wait_parked(what: impl Fn() -> String, mut done: impl FnMut(Duration) -> 
     result
 }
 
+impl State {
+    fn take(&mut self) -> Option<Op> {
+        if Switches::get().one_queue != OneQueue::Any {
+            return self.ops.pop_front();
+        }
+        let mut streams: Vec<&Stream> = Vec::new();
+        let mut may_run = Vec::new();
+        for (at, op) in self.ops.iter().enumerate() {
+            if streams.iter().any(|stream| std::ptr::eq(*stream, &*op.stream)) {
+                continue;
+            }
+            streams.push(&op.stream);
+            if op.after.iter().all(|(other, place)| other.is_done(*place)) {
+                may_run.push(at);
+            }
+        }
+        let first = may_run.iter().find(|at| self.ops[**at].name == FIRST).or(may_run.first())?;
+        self.ops.remove(*first)
+    }
+}
+
 impl Queue {
+    /// Blocks while there is no room, whatever locks its caller holds: as drivers do.
     pub fn push(self: &Arc<Self>, op: Op) {
+        let depth = Switches::get().queue_depth;
         let mut state = lock(&self.state);
+        if depth > 0 && state.ops.len() >= depth {
+            entry::count(FULL);
+            let is_full = |state: &mut State| state.ops.len() >= depth && entry::lasting_error().is_none();
+            state = self.changed.wait_while(state, is_full).unwrap_or_else(PoisonError::into_inner);
+        }
         state.ops.push_back(op);
         if !state.started {
             state.started = true;
@@ -111,10 +144,11 @@ impl Queue {
         loop {
             let mut state = lock(&self.state);
             let op = loop {
-                if let Some(op) = state.ops.pop_front() {
+                if let Some(op) = state.take() {
+                    self.changed.notify_all();
                     break op;
                 }
-                if state.closed {
+                if state.closed && state.ops.is_empty() {
                     return;
                 }
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

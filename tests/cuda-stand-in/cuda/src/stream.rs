@@ -4,9 +4,9 @@ use crate::code::{Code, Result};
 use crate::context::{self, Device};
 use crate::entry::{self, lock};
 use crate::queue::{Op, Queue, wait_parked};
-use smddp_standin::switches::Switches;
+use smddp_standin::switches::{OneQueue, Switches};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,14 +32,33 @@ pub struct Stream {
     queue: Arc<Queue>,
     progress: Mutex<Progress>,
     changed: Condvar,
-    /// Only said: what it is given runs all the same.
-    captures: AtomicBool,
+    /// Number of the graph that is captured, 0 for none. Only said: what it is given runs all the same.
+    captures: AtomicU64,
 }
 
 impl fmt::Display for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "stream {:#x} of device {}", self.handle, self.device)
     }
+}
+
+/// Graphs captured so far, and how many of the first of them were destroyed.
+static GRAPHS: AtomicU64 = AtomicU64::new(0);
+static DESTROYED: AtomicU64 = AtomicU64::new(0);
+
+/// Streams that capture.
+static CAPTURES: AtomicU64 = AtomicU64::new(0);
+
+pub fn captures_under_way() -> bool {
+    CAPTURES.load(Ordering::SeqCst) > 0
+}
+
+pub fn destroy_graphs() {
+    DESTROYED.store(GRAPHS.load(Ordering::SeqCst), Ordering::SeqCst);
+}
+
+pub fn graph_lives(graph: u64) -> bool {
+    graph > DESTROYED.load(Ordering::SeqCst)
 }
 
 /// With `SMDDP_STANDIN_ONE_QUEUE` all streams share this one, as hardware with one connection does.
@@ -50,7 +69,8 @@ fn shared_queue() -> &'static Arc<Queue> {
 
 impl Stream {
     pub fn new(handle: usize, device: i32, kind: Kind, priority: i32) -> Self {
-        let queue = if Switches::get().one_queue { Arc::clone(shared_queue()) } else { Arc::default() };
+        let shares = Switches::get().one_queue != OneQueue::Off;
+        let queue = if shares { Arc::clone(shared_queue()) } else { Arc::default() };
         Self {
             handle,
             device,
@@ -59,7 +79,7 @@ impl Stream {
             queue,
             progress: Mutex::default(),
             changed: Condvar::new(),
-            captures: AtomicBool::new(false),
+            captures: AtomicU64::new(0),
         }
     }
 
@@ -109,11 +129,21 @@ impl Stream {
     }
 
     pub fn is_capturing(&self) -> bool {
+        self.graph() != 0
+    }
+
+    pub fn graph(&self) -> u64 {
         self.captures.load(Ordering::SeqCst)
     }
 
     pub fn set_capturing(&self, captures: bool) {
-        self.captures.store(captures, Ordering::SeqCst);
+        let graph = if captures { GRAPHS.fetch_add(1, Ordering::SeqCst) + 1 } else { 0 };
+        let before = self.captures.swap(graph, Ordering::SeqCst);
+        match (before != 0, captures) {
+            (false, true) => CAPTURES.fetch_add(1, Ordering::SeqCst),
+            (true, false) => CAPTURES.fetch_sub(1, Ordering::SeqCst),
+            _ => 0,
+        };
     }
 
     /// The place of what was queued last.
@@ -165,7 +195,7 @@ impl Stream {
     }
 
     pub fn close(&self) {
-        if !Switches::get().one_queue {
+        if Switches::get().one_queue == OneQueue::Off {
             self.queue.close();
         }
     }

@@ -4,7 +4,7 @@ use crate::code::{Code, Result};
 use crate::context;
 use crate::entry;
 use crate::memory::{self, Kind, Span};
-use crate::{event, queue};
+use crate::{event, queue, stream as streams};
 use smddp_standin::abi::{self, Leaks, SpanHandle, Table, Work};
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -21,6 +21,9 @@ static TABLE: Table = Table {
     disown,
     capture,
     executed,
+    graph,
+    graph_lives,
+    destroy_graphs,
     current_device,
     launch,
     span,
@@ -104,6 +107,18 @@ unsafe extern "C" fn disown(ptr: *mut c_void) -> c_int {
 
 unsafe extern "C" fn capture(stream: *mut c_void, captures: bool) -> c_int {
     to_c(context::stream(stream as usize).map(|stream| stream.set_capturing(captures)))
+}
+
+unsafe extern "C" fn graph(stream: *mut c_void) -> u64 {
+    context::stream(stream as usize).map_or(0, |stream| stream.graph())
+}
+
+extern "C" fn graph_lives(graph: u64) -> bool {
+    streams::graph_lives(graph)
+}
+
+extern "C" fn destroy_graphs() {
+    streams::destroy_graphs();
 }
 
 unsafe extern "C" fn current_device(out: *mut c_int) -> c_int {

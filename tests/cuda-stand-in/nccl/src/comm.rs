@@ -26,6 +26,8 @@ struct State {
     done: u64,
     /// A thread of our own has yet to queue what the last call of a communicator that does not block gave.
     launching: bool,
+    /// Graphs that hold operations: each keeps the communicator from ending.
+    graphs: Vec<u64>,
 }
 
 pub struct Comm {
@@ -327,7 +329,9 @@ impl Comm {
         let name = operations.first().map_or("ncclGroup", Operation::name);
         let comm = Arc::clone(self);
         driver::launch(name, streams, move || comm.run(number, &operations))?;
-        lock(&self.state).queued = number + 1;
+        let mut state = lock(&self.state);
+        state.queued = number + 1;
+        state.graphs.extend(streams.iter().filter_map(|stream| driver::graph(*stream)));
         Ok(())
     }
 
@@ -374,10 +378,11 @@ impl Comm {
         Ok(())
     }
 
-    /// Waits until nothing queued is left.
+    /// Waits until nothing queued is left, and no graph that could queue it again.
     pub fn drain(&self) -> Result {
-        self.wait("waiting for its operations to end", false, |state| {
-            (state.done >= state.queued).then_some(Ok(()))
+        self.wait("waiting for its operations to end, and for graphs that hold some", false, |state| {
+            state.graphs.retain(|graph| driver::graph_lives(*graph));
+            (state.done >= state.queued && state.graphs.is_empty()).then_some(Ok(()))
         })
     }
 

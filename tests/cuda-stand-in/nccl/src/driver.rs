@@ -78,6 +78,17 @@ pub fn context_error() -> Option<i32> {
     (code != 0).then_some(code)
 }
 
+/// The graph that is captured from a stream.
+pub fn graph(stream: usize) -> Option<u64> {
+    // SAFETY: a handle, which is looked up.
+    let graph = unsafe { (table().graph)(stream as *mut c_void) };
+    (graph != 0).then_some(graph)
+}
+
+pub fn graph_lives(graph: u64) -> bool {
+    (table().graph_lives)(graph)
+}
+
 /// Counts an operation that waits for peers.
 pub struct Parked;
 

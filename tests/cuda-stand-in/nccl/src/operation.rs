@@ -73,6 +73,14 @@ pub struct Arguments {
     pub root: i32,
 }
 
+/// Elements lie where their size divides the address: kernels read them so.
+fn buffer(dtype: DType, address: usize, len: usize, what: &str) -> Result<Buffer> {
+    if len > 0 && !address.is_multiple_of(dtype.size()) {
+        return Err(argument(format!("{what} {address:#x} is not aligned to {} bytes", dtype.size())));
+    }
+    Buffer::new(address, len, what)
+}
+
 impl Operation {
     pub fn collective(comm: &Comm, kind: Kind, args: &Arguments) -> Result<Self> {
         let dtype = DType::of(args.dtype)?;
@@ -93,22 +101,22 @@ impl Operation {
         Ok(Self {
             what: What::Collective(call),
             dtype,
-            from: sends.map(|len| Buffer::new(args.from, len, "sendbuff")).transpose()?,
-            to: receives.map(|len| Buffer::new(args.to, len, "recvbuff")).transpose()?,
+            from: sends.map(|len| buffer(dtype, args.from, len, "sendbuff")).transpose()?,
+            to: receives.map(|len| buffer(dtype, args.to, len, "recvbuff")).transpose()?,
             scalar,
         })
     }
 
     pub fn send(comm: &Comm, from: usize, count: usize, dtype: i32, to: i32) -> Result<Self> {
         let (peer, of) = (peer(comm, to, "peer")?, DType::of(dtype)?);
-        let from = Some(Buffer::new(from, bytes(of, count, 1)?, "sendbuff")?);
+        let from = Some(buffer(of, from, bytes(of, count, 1)?, "sendbuff")?);
         let what = What::Send { peer, count: count as u64, dtype };
         Ok(Self { what, dtype: of, from, to: None, scalar: None })
     }
 
     pub fn receive(comm: &Comm, to: usize, count: usize, dtype: i32, from: i32) -> Result<Self> {
         let (peer, of) = (peer(comm, from, "peer")?, DType::of(dtype)?);
-        let to = Some(Buffer::new(to, bytes(of, count, 1)?, "recvbuff")?);
+        let to = Some(buffer(of, to, bytes(of, count, 1)?, "recvbuff")?);
         let what = What::Recv { peer, count: count as u64, dtype };
         Ok(Self { what, dtype: of, from: None, to, scalar: None })
     }

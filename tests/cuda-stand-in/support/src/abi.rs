@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_void};
 pub const TABLE_SYMBOL: &[u8] = b"smddpStandinTable\0";
 
 /// Grows with every change of [`Table`]: libraries of two builds must not meet.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A piece of work for a stream. Returns 0, or the error that the whole context shall have from then on.
 pub type Work = unsafe extern "C" fn(data: *mut c_void) -> c_int;
@@ -50,6 +50,11 @@ pub struct Table {
     pub capture: unsafe extern "C" fn(stream: *mut c_void, captures: bool) -> c_int,
     /// Operations that run, and have run, on streams.
     pub executed: extern "C" fn() -> u64,
+    /// The number of the graph that is captured from `stream`, 0 for none; whether it was not destroyed yet.
+    pub graph: unsafe extern "C" fn(stream: *mut c_void) -> u64,
+    pub graph_lives: extern "C" fn(graph: u64) -> bool,
+    /// All that were captured so far.
+    pub destroy_graphs: extern "C" fn(),
 
     pub current_device: unsafe extern "C" fn(out: *mut c_int) -> c_int,
     /// Queues `work` on the first of `streams`; it starts after what all of them hold by now, and what they

@@ -76,6 +76,11 @@ impl Control {
         code(unsafe { (self.table.capture)(std::ptr::without_provenance_mut(stream), captures) })
     }
 
+    /// Destroys all graphs captured so far.
+    pub fn destroy_graphs(&self) {
+        (self.table.destroy_graphs)();
+    }
+
     /// The error that every call gives since an operation failed on a stream, and its text.
     pub fn lasting_error(&self) -> Option<(i32, String)> {
         let mut text = [0u8; 512];

@@ -20,7 +20,7 @@ pub enum WaitValue {
     Works,
     /// Both memory operations answer NOT_SUPPORTED.
     Unsupported,
-    /// A wait is taken, and never sees its value.
+    /// A wait is taken, and never sees what the host stores; what a stream stores, it sees.
     Never,
 }
 
@@ -31,6 +31,16 @@ pub enum Poison {
     Start,
     /// When it is queued: stricter, for destinations nobody may use until the operation is done.
     Enqueue,
+}
+
+/// Whether all streams share a queue, as hardware with one connection has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OneQueue {
+    Off,
+    /// Operations run in the order in which they were given.
+    InOrder,
+    /// In the worst order that streams and events allow: waits for words before whatever else may run.
+    Any,
 }
 
 /// Whether others may read and write devices' memory, and how a stream sees what they wrote.
@@ -74,7 +84,9 @@ pub struct Switches {
     pub copy_time: Duration,
     pub faults: Vec<Fault>,
     pub wait_value: WaitValue,
-    pub one_queue: bool,
+    pub one_queue: OneQueue,
+    /// Operations that a queue holds beside the one that runs; who gives it more blocks. 0: as many as come.
+    pub queue_depth: usize,
     pub free_lock: bool,
     pub poison: Poison,
     pub peer_loss: PeerLoss,
@@ -119,7 +131,12 @@ impl Switches {
                     ("never", WaitValue::Never),
                 ],
             )?,
-            one_queue: choice(&var, "ONE_QUEUE", &FLAG)?,
+            one_queue: choice(
+                &var,
+                "ONE_QUEUE",
+                &[("0", OneQueue::Off), ("1", OneQueue::InOrder), ("any", OneQueue::Any)],
+            )?,
+            queue_depth: number(&var, "QUEUE_DEPTH", 0)?,
             free_lock: choice(&var, "FREE_LOCK", &FLAG)?,
             poison: choice(
                 &var,

@@ -360,6 +360,60 @@ fn one_queue_lets_a_parked_wait_stop_everything() {
     );
 }
 
+/// A wait that may come first does, and what leads to its end is behind it; an event keeps it from that.
+#[test]
+fn one_queue_may_take_streams_in_any_order() {
+    let test = Children::of("one_queue_may_take_streams_in_any_order").env("SMDDP_STANDIN_ONE_QUEUE", "any");
+    test.run(|_| {
+        let (cuda, control) = cuda();
+        let (one, two, flags, event) = (cuda.stream(), cuda.stream(), cuda.pinned(64), cuda.event());
+        // Nothing runs before all of it is there.
+        assert_eq!(cuda.cuStreamWaitValue32_v2(one, flags.device + 32, 1, GEQ), 0);
+        until("the wait is reached", || control.parked() == 1);
+        assert_eq!(cuda.cuStreamWriteValue32_v2(one, flags.device, 1, 0), 0);
+        assert_eq!(cuda.cuEventRecord(event, one), 0);
+        assert_eq!(cuda.cuStreamWaitEvent(two, event, 0), 0);
+        assert_eq!(cuda.cuStreamWaitValue32_v2(two, flags.device, 1, GEQ), 0);
+        flags.word(8).store(1, Ordering::Release);
+        assert_eq!(cuda.cuStreamSynchronize(two), 0);
+
+        assert_eq!(cuda.cuStreamWaitValue32_v2(one, flags.device + 32, 2, GEQ), 0);
+        until("the wait is reached", || control.parked() == 1);
+        assert_eq!(cuda.cuStreamWriteValue32_v2(one, flags.device + 4, 1, 0), 0);
+        assert_eq!(cuda.cuStreamWaitValue32_v2(two, flags.device + 8, 1, GEQ), 0);
+        flags.word(8).store(2, Ordering::Release);
+        until("the first wait is over", || control.executed() == 6);
+        until("the other waits", || control.parked() == 1);
+        assert_eq!(flags.word(1).load(Ordering::Acquire), 0);
+        flags.word(2).store(1, Ordering::Release);
+        assert_eq!((cuda.cuStreamSynchronize(one), cuda.cuStreamSynchronize(two)), (0, 0));
+    });
+}
+
+#[test]
+fn who_gives_a_full_queue_more_waits() {
+    let test = Children::of("who_gives_a_full_queue_more_waits").env("SMDDP_STANDIN_QUEUE_DEPTH", "4");
+    test.run(|_| {
+        let (cuda, control) = cuda();
+        let (stream, flags) = (cuda.stream(), cuda.pinned(64));
+        assert_eq!(cuda.cuStreamWaitValue32_v2(stream, flags.device, 1, GEQ), 0);
+        until("the wait is reached", || control.parked() == 1);
+        for value in 1..=4 {
+            assert_eq!(cuda.cuStreamWriteValue32_v2(stream, flags.device + 4, value, 0), 0);
+        }
+        assert_eq!(control.calls("full queue"), 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                until("one waits", || control.calls("full queue") == 1);
+                flags.word(0).store(1, Ordering::Release);
+            });
+            assert_eq!(cuda.cuStreamWriteValue32_v2(stream, flags.device + 4, 5, 0), 0);
+        });
+        assert_eq!(cuda.cuStreamSynchronize(stream), 0);
+        assert_eq!(flags.word(1).load(Ordering::Acquire), 5);
+    });
+}
+
 #[test]
 fn streams_do_not_stop_each_other() {
     Children::of("streams_do_not_stop_each_other").run(|_| {
@@ -397,7 +451,11 @@ fn waits_can_be_lost_and_end_by_the_limit() {
     test.run(|_| {
         let (cuda, control) = cuda();
         let (stream, flags) = (cuda.stream(), cuda.pinned(64));
-        assert_eq!(cuda.cuStreamWriteValue32_v2(stream, flags.device, 1, 0), 0);
+        // Another stream's store is seen, the host's is not.
+        assert_eq!(cuda.cuStreamWaitValue32_v2(stream, flags.device + 4, 1, GEQ), 0);
+        assert_eq!(cuda.cuStreamWriteValue32_v2(cuda.stream(), flags.device + 4, 1, 0), 0);
+        assert_eq!(cuda.cuStreamSynchronize(stream), 0);
+        flags.word(0).store(1, Ordering::Release);
         assert_eq!(cuda.cuStreamWaitValue32_v2(stream, flags.device, 1, GEQ), 0);
         assert_eq!(cuda.cuStreamSynchronize(stream), 702);
         let text = control.lasting_error().unwrap().1;

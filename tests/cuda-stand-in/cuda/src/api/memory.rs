@@ -2,7 +2,7 @@
 
 use crate::code::{Code, Result};
 use crate::context;
-use crate::entry::{Out, api};
+use crate::entry::{In, Out, api};
 use crate::memory::{self, Kind, Span, device_span, host_span, poison};
 use crate::stream::Stream;
 use smddp_standin::switches::{Poison, Switches};
@@ -22,6 +22,70 @@ fn queue_copy(stream: &Arc<Stream>, name: &'static str, to: Span, from: Span, ma
         }
         to.copy_from(&source)
     }))
+}
+
+/// CUDA_MEMCPY2D.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Copy2d {
+    from: Side2d,
+    to: Side2d,
+    width: usize,
+    height: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Side2d {
+    x: usize,
+    y: usize,
+    kind: c_int,
+    host: u64,
+    device: u64,
+    array: u64,
+    pitch: usize,
+}
+
+/// What attribute 11 says; longer ones are refused.
+const MAX_PITCH: usize = i32::MAX as usize;
+
+impl Side2d {
+    /// The rows' places.
+    fn rows(&self, width: usize, height: usize) -> Result<Vec<Span>> {
+        if self.pitch < self.x + width || self.pitch > MAX_PITCH {
+            return Err(Code::INVALID_VALUE);
+        }
+        let at = |start: u64, row: usize| start + ((self.y + row) * self.pitch + self.x) as u64;
+        let one = |row| match self.kind {
+            1 => host_span(at(self.host, row), width).and_then(|span| match span.is_pinned() {
+                true => Ok(span),
+                false => Err(Code::NOT_SUPPORTED),
+            }),
+            2 => device_span(at(self.device, row), width),
+            _ => Err(Code::NOT_SUPPORTED),
+        };
+        (0..height).map(one).collect()
+    }
+}
+
+/// Between a device and pinned memory, which is all that is asked for here.
+fn rows(name: &'static str, copy: &Copy2d, stream: usize) -> Result {
+    let stream = context::stream(stream)?;
+    if copy.width == 0 || copy.height == 0 {
+        return Ok(());
+    }
+    let (from, to) = (copy.from.rows(copy.width, copy.height)?, copy.to.rows(copy.width, copy.height)?);
+    let marks = copy.to.kind == 1;
+    let poison = move |to: &[Span], now| to.iter().filter(|_| marks).try_for_each(|span| poison(span, now));
+    poison(&to, Poison::Enqueue)?;
+    stream.enqueue(name, move || {
+        poison(&to, Poison::Start)?;
+        if marks {
+            std::thread::sleep(Switches::get().copy_time);
+        }
+        to.iter().zip(&from).try_for_each(|(to, from)| to.copy_from(from))
+    });
+    Ok(())
 }
 
 fn to_host(name: &'static str, host: usize, device: u64, len: usize, stream: usize, wait: bool) -> Result {
@@ -203,6 +267,11 @@ api! {
 
     fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: usize) {
         on_device("cuMemcpyDtoDAsync", to, from, len, stream, false)
+    }
+
+    fn cuMemcpy2DAsync_v2(copy: In<Copy2d>, stream: usize) {
+        let copy = copy.read(1)?;
+        rows("cuMemcpy2DAsync", copy.first().ok_or(Code::INVALID_VALUE)?, stream)
     }
 
     fn cuMemcpyAsync(to: u64, from: u64, len: usize, stream: usize) {
