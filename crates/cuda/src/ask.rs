@@ -34,10 +34,11 @@ impl Asker {
         let (answer, answers) = mpsc::channel();
         let device = Arc::clone(device);
         let run = move || {
-            let ready = device.enter().and_then(|()| device.tolerate_captures());
-            let is_ready = ready.is_ok();
+            let ready = device.enter().and_then(|()| device.relax());
+            let (ready, relaxed) =
+                ready.map_or_else(|error| (Err(error), None), |relaxed| (Ok(()), Some(relaxed)));
             // Who asked may have given up.
-            if tell.send(ready).is_ok() && is_ready {
+            if tell.send(ready).is_ok() && relaxed.is_some() {
                 serve(&asked, &answer);
             }
         };

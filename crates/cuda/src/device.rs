@@ -142,12 +142,13 @@ impl Device {
         Ok(state != 0)
     }
 
-    /// Lets this thread ask about events while another thread captures a graph.
-    pub(crate) fn tolerate_captures(&self) -> Result<()> {
+    /// Lets this thread ask about events until what it gives is dropped, whoever captures a graph: else asking ends the capture.
+    pub(crate) fn relax(&self) -> Result<Relaxed> {
         let mut mode = sys::CAPTURE_MODE_RELAXED;
         // SAFETY: a place for the mode wanted, and for the one before.
         let status = unsafe { (self.driver.capture_mode)(&raw mut mode) };
-        self.check("setting the thread's capture mode", status)
+        self.check("setting the thread's capture mode", status)?;
+        Ok(Relaxed { driver: Arc::clone(&self.driver), before: mode })
     }
 
     pub(crate) fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: sys::Stream) -> Result<()> {
@@ -175,6 +176,20 @@ impl Drop for Visit {
             // refuses one that has been destroyed since.
             let _ = unsafe { (self.driver.ctx_set)(before) };
         }
+    }
+}
+
+/// A thread's capture mode, put back when this is dropped.
+#[must_use]
+pub(crate) struct Relaxed {
+    driver: Arc<Driver>,
+    before: i32,
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: a place for a mode, which holds the thread's own before.
+        let _ = unsafe { (self.driver.capture_mode)(&raw mut self.before) };
     }
 }
 

@@ -394,6 +394,11 @@ impl<T: Transports> DeviceGroup<T> {
                 if let Some(life) = &life {
                     if past.is_captured() { life.ends() } else { life.enqueued(&past) }
                 }
+                if past.is_captured()
+                    && let Ok(nccl) = self.nccl()
+                {
+                    nccl.note_capture();
+                }
                 Ok(Started { number, handle, life, past })
             }
             (Err(error), life) => {

@@ -5,10 +5,12 @@
 //!   is enqueued; whoever looks lets go when the communicator is to end. So it ends with its turn, as NCCL wants it.
 //! - **K3** a call of one that blocks may hang in NCCL with the turn, and only an abort ends that. It comes [`FAREWELL`] later, without
 //!   the turn (ADR 0037).
+//! - **K4** NCCL ends a communicator only when the program's graphs that hold calls of it are destroyed, which may be never. So where
+//!   calls were captured its end is not waited for as long.
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,8 @@ use crate::group::{DeviceCall, DeviceMessage, missing};
 const MEETING: &str = "meeting the other ranks";
 /// How long the end of a communicator may take before it is left behind.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// The same where graphs hold its calls (K4): as long as one needs whose graphs are no more.
+const BRIEF_FAREWELL: Duration = Duration::from_millis(500);
 
 /// How long a call that goes on without its caller is looked at as often as can be, and then every so long.
 const BRIEF: Duration = Duration::from_micros(200);
@@ -108,9 +112,11 @@ pub(crate) struct NcclComm {
     rank: usize,
     size: usize,
     /// Held during each call on the communicator.
-    turn: Mutex<()>,
+    turn: Arc<Mutex<()>>,
     /// Set before `raw` is freed, and looked at, with the turn, before it is used.
     ended: AtomicBool,
+    /// Calls that graphs were captured of.
+    captured: AtomicUsize,
     /// The process that made it; in one forked from it, it is nobody's.
     process: u32,
 }
@@ -118,8 +124,10 @@ pub(crate) struct NcclComm {
 impl Drop for NcclComm {
     /// Peers that are still there must not wait for it.
     fn drop(&mut self) {
-        if self.process == std::process::id() {
-            self.end(true);
+        if self.process == std::process::id()
+            && let Some(ending) = self.begin_end(true)
+        {
+            ending.wait();
         }
     }
 }
@@ -159,8 +167,9 @@ impl Meeting {
             raw,
             rank: self.rank,
             size: self.size,
-            turn: Mutex::new(()),
+            turn: Arc::default(),
             ended: AtomicBool::new(false),
+            captured: AtomicUsize::new(0),
             process: std::process::id(),
         }))
     }
@@ -206,7 +215,7 @@ impl NcclComm {
 
     /// An error NCCL found beside the calls, such as a lost peer; none is found while a call is being made.
     pub(crate) fn health(&self) -> Result<()> {
-        let Some(_turn) = self.try_turn() else { return Ok(()) };
+        let Some(_turn) = try_turn(&self.turn) else { return Ok(()) };
         if self.ended.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -217,12 +226,9 @@ impl NcclComm {
         if found == sys::IN_PROGRESS { Ok(()) } else { check(&self.nccl, "meanwhile", found) }
     }
 
-    fn try_turn(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.turn.try_lock() {
-            Ok(turn) => Some(turn),
-            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+    /// A graph holds one more call (K4).
+    pub(crate) fn note_capture(&self) {
+        self.captured.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Enqueues a call on `stream`.
@@ -437,38 +443,73 @@ impl NcclComm {
         }
     }
 
-    /// Ends the communicator, once; `failed`: without waiting for peers.
-    pub(crate) fn end(&self, failed: bool) {
+    /// Begins to end the communicator, once; `failed`: without waiting for peers. None: that was begun before.
+    pub(crate) fn begin_end(&self, failed: bool) -> Option<Ending> {
         if self.ended.swap(true, Ordering::AcqRel) {
-            return;
+            return None;
         }
-        // Who looks after a call that does not block lets go now. One that hangs in the library is ended by an abort from
-        // another thread, and by nothing else (K3).
-        let until = Instant::now() + FAREWELL;
-        let mut turn = self.try_turn();
-        while turn.is_none() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(1));
-            turn = self.try_turn();
-        }
-        let failed = failed || turn.is_none();
-        let (tell, told) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
         let (nccl, device, raw) = (Arc::clone(&self.nccl), Arc::clone(&self.device), Raw(self.raw.0));
+        let turns = Arc::clone(&self.turn);
         let end = move || {
             let raw = raw;
+            // Who looks after a call that does not block lets go now. One that hangs in the library is ended by an abort from
+            // another thread, and by nothing else (K3).
+            let until = Instant::now() + FAREWELL;
+            let mut turn = try_turn(&turns);
+            while turn.is_none() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+                turn = try_turn(&turns);
+            }
+            let failed = failed || turn.is_none();
+            // Who waits may have given up.
+            let _ = tell.send(());
             if device.enter().is_ok() {
                 // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`). Nobody else
                 // is in a call of it, but for K3, where NCCL promises nothing: else the process would hang for good. Its
                 // failure leaves nothing to do.
                 let _ = unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
             }
-            drop(tell);
         };
-        if std::thread::Builder::new().name("smddp-nccl-end".to_owned()).spawn(end).is_ok() {
-            // Disconnected when it is done.
-            if matches!(told.recv_timeout(FAREWELL), Err(mpsc::RecvTimeoutError::Timeout)) {
-                tracing::warn!("an NCCL communicator did not end in time; it is left behind");
-            }
+        // Where there is no thread it does not end.
+        std::thread::Builder::new().name("smddp-nccl-end".to_owned()).spawn(end).ok()?;
+        Some(Ending { told, captured: self.captured.load(Ordering::Relaxed) })
+    }
+}
+
+/// The end of a communicator, under way. Several go on at once: one may wait for what only the other ends.
+#[must_use]
+pub(crate) struct Ending {
+    /// Told when it begins to end, disconnected when it has.
+    told: mpsc::Receiver<()>,
+    captured: usize,
+}
+
+impl Ending {
+    /// Waits for it as long as makes sense.
+    pub(crate) fn wait(self) {
+        let limit = if self.captured > 0 { BRIEF_FAREWELL } else { FAREWELL };
+        let is_late = |limit| matches!(self.told.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Timeout));
+        // It begins after FAREWELL at the latest, as soon as its thread gets time.
+        if !is_late(2 * FAREWELL) && !is_late(limit) {
+            return;
         }
+        if self.captured > 0 {
+            tracing::warn!(
+                calls = self.captured,
+                "CUDA graphs hold calls of an NCCL communicator; it ends when they are destroyed. Destroy graphs before their group"
+            );
+        } else {
+            tracing::warn!("an NCCL communicator did not end in time; it is left behind");
+        }
+    }
+}
+
+fn try_turn(turn: &Mutex<()>) -> Option<MutexGuard<'_, ()>> {
+    match turn.try_lock() {
+        Ok(turn) => Some(turn),
+        Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 

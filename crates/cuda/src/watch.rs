@@ -36,7 +36,7 @@ use smddp_core::{Collective, Error, Result};
 use crate::ask::{Asker, no_thread};
 use crate::device::Device;
 use crate::group::missing;
-use crate::nccl::NcclComm;
+use crate::nccl::{Ending, NcclComm};
 use crate::past::Past;
 
 /// How often calls are looked at.
@@ -111,6 +111,12 @@ pub(crate) struct Communicators {
 impl Communicators {
     fn each(&self) -> impl Iterator<Item = &NcclComm> {
         [&self.first].into_iter().chain(&self.flat)
+    }
+
+    /// Ends all of them at once: a call of one may lie on its stream behind one of another that hangs, and NCCL's end waits for it.
+    fn end(&self, failed: bool) {
+        let endings: Vec<Ending> = self.each().filter_map(|nccl| nccl.begin_end(failed)).collect();
+        endings.into_iter().for_each(Ending::wait);
     }
 }
 
@@ -224,7 +230,7 @@ impl<T: Transports> Watch<T> {
         }
         let has_failed = state.failure.is_some();
         drop(state);
-        shared.nccl.each().for_each(|nccl| nccl.end(has_failed));
+        shared.nccl.end(has_failed);
     }
 }
 
@@ -338,7 +344,7 @@ impl<T: Transports> Shared<T> {
         tracing::warn!(%error, group = self.host.name(), "ending NCCL's calls");
         // First what tells the other ranks and releases streams that wait for words, then the kernels.
         self.tell(error);
-        self.nccl.each().for_each(|nccl| nccl.end(true));
+        self.nccl.end(true);
     }
 
     fn tell(&self, error: &Error) {

@@ -5,6 +5,7 @@
 
 mod direct;
 mod failures;
+mod graphs;
 mod hierarchical;
 mod job;
 mod memory;

@@ -10,13 +10,14 @@ use crate::reference::{Case, Placed};
 use crate::{DOES_NOT_BLOCK, SLOW};
 
 /// Kernels that wait for a rank which left wait until they are aborted, and the stand-in gives nothing up by itself.
-const FOR_EVER: [(&str, &str); 2] = [("SMDDP_STANDIN_PEER_LOSS", "hang"), ("SMDDP_STANDIN_HANG_S", "600")];
+pub const FOR_EVER: [(&str, &str); 2] =
+    [("SMDDP_STANDIN_PEER_LOSS", "hang"), ("SMDDP_STANDIN_HANG_S", "600")];
 /// Ranks connect at the first call, which blocks their hosts.
 const LAZY: (&str, &str) = ("SMDDP_STANDIN_CONNECT", "call");
 const NO_WORDS: (&str, &str) = ("SMDDP_STANDIN_WAIT_VALUE", "unsupported");
 const LIMIT: Duration = Duration::from_secs(1);
 
-fn until(what: impl Fn() -> bool) -> bool {
+pub fn until(what: impl Fn() -> bool) -> bool {
     let until = Instant::now() + Duration::from_secs(20);
     while !what() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(2));
@@ -429,7 +430,7 @@ fn a_staged_call_after_the_shutdown_is_told_whose_it_was() {
 }
 
 /// Names of this process's threads.
-fn threads() -> Vec<String> {
+pub fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let name = |task: std::io::Result<std::fs::DirEntry>| {
         // A thread that ends meanwhile has no name any more.

@@ -1,11 +1,12 @@
 //! The ways that calls take between nodes, as SMDDP_CUDA_ALGORITHM has them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Job, children};
 use crate::reference::Case;
+use crate::watch::{FOR_EVER, threads, until};
 
 const NODES: &[usize] = &[2, 2];
 const ALGORITHM: &str = "SMDDP_CUDA_ALGORITHM";
@@ -136,4 +137,34 @@ fn a_call_over_all_ranks_follows_one_of_the_node() {
 fn a_call_of_the_node_follows_one_over_all_ranks() {
     let test = "ways::a_call_of_the_node_follows_one_over_all_ranks";
     calls_of_two_communicators_follow_one_another(test, [100, 5000]);
+}
+
+/// A call of the node lies behind one of all ranks that never ends: an abort of the node's communicator waits for that of the other.
+#[test]
+fn both_communicators_are_aborted_at_once() {
+    children("ways::both_communicators_are_aborted_at_once", NODES, &FOR_EVER).run(|rank| {
+        let job = Job::wanting("nccl", rank, NODES);
+        let group = job.group("world", &[SLOTS[0], SLOTS[1], (ALGORITHM, "all_reduce:0-1K=nccl")]);
+        let cases = [100, 5000].map(|count| Case::of(Collective::AllReduce, DType::F32, count, 0, &job));
+        let placed = cases.each_ref().map(|case| case.place(&job));
+        job.synchronize();
+        if rank.rank == 0 {
+            for (case, placed) in cases.iter().zip(&placed) {
+                case.launch(&group, placed, job.stream_address(), None).unwrap();
+            }
+            assert!(job.comes_to_wait(), "nothing waits for ranks that have not come");
+            let since = Instant::now();
+            group.device.abort("a test");
+            // What is given up is given up after 5 s.
+            assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
+            assert!(job.comes_to_rest(), "the stream still waits");
+            assert!(
+                until(|| !threads().iter().any(|name| name.starts_with("smddp-nccl"))),
+                "{:?}",
+                threads()
+            );
+        }
+        rank.barrier("aborted");
+        rank.barrier("over");
+    });
 }
