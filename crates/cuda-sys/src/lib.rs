@@ -42,6 +42,37 @@ pub const DMA_BUF_SUPPORTED: c_int = 124;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`: the thread's calls never disturb another thread's capture.
 pub const CAPTURE_MODE_RELAXED: c_int = 2;
 
+/// `CU_MEMORYTYPE_HOST`, `CU_MEMORYTYPE_DEVICE`.
+pub const MEMORY_HOST: c_int = 1;
+pub const MEMORY_DEVICE: c_int = 2;
+/// Rows may lie so far from one another at most (`CU_DEVICE_ATTRIBUTE_MAX_PITCH` of all devices so far).
+pub const MAX_PITCH: usize = c_int::MAX as usize;
+
+/// One side of [`Copy2d`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Side2d {
+    pub x: usize,
+    pub y: usize,
+    pub memory: c_int,
+    pub host: *mut c_void,
+    pub device: DevicePtr,
+    pub array: *mut c_void,
+    /// Bytes from one row to the next.
+    pub pitch: usize,
+}
+
+/// `CUDA_MEMCPY2D`: rows of equal length, evenly spaced on both sides.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Copy2d {
+    pub from: Side2d,
+    pub to: Side2d,
+    /// Bytes of a row.
+    pub width: usize,
+    pub height: usize,
+}
+
 const SONAME: &str = "libcuda.so.1";
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -105,6 +136,7 @@ table! {
     copy_to_host = "cuMemcpyDtoHAsync_v2": fn(*mut c_void, DevicePtr, usize, Stream);
     copy_to_device = "cuMemcpyHtoDAsync_v2": fn(DevicePtr, *const c_void, usize, Stream);
     copy_on_device = "cuMemcpyDtoDAsync_v2": fn(DevicePtr, DevicePtr, usize, Stream);
+    copy_rows = "cuMemcpy2DAsync_v2": fn(*const Copy2d, Stream);
     host_register = "cuMemHostRegister_v2": fn(*mut c_void, usize, c_uint);
     host_unregister = "cuMemHostUnregister": fn(*mut c_void);
     host_device_pointer = "cuMemHostGetDevicePointer_v2": fn(*mut DevicePtr, *mut c_void, c_uint);

@@ -216,6 +216,38 @@ pub(crate) enum Arrival {
     Flushed,
 }
 
+/// Rows of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rows {
+    start: u64,
+    /// Bytes from one to the next.
+    pitch: usize,
+}
+
+impl Rows {
+    /// `rows` rows of `width` bytes at these places; none: they are not spaced so that one copy takes them.
+    pub(crate) fn at(place: &dyn Fn(usize) -> u64, rows: usize, width: usize) -> Option<Rows> {
+        let start = place(0);
+        if rows < 2 {
+            return Some(Rows { start, pitch: width });
+        }
+        let pitch = usize::try_from(place(1).checked_sub(start)?).ok()?;
+        let is_even = || (2..rows).all(|row| place(row) == start + (row * pitch) as u64);
+        ((width..=sys::MAX_PITCH).contains(&pitch) && is_even()).then_some(Rows { start, pitch })
+    }
+
+    fn side(self) -> sys::Side2d {
+        let (memory, none) = (sys::MEMORY_DEVICE, std::ptr::null_mut());
+        sys::Side2d { x: 0, y: 0, memory, host: none, device: self.start, array: none, pitch: self.pitch }
+    }
+}
+
+/// Rows on the host that follow one another.
+fn dense(start: *mut u8, width: usize) -> sys::Side2d {
+    let (memory, array) = (sys::MEMORY_HOST, std::ptr::null_mut());
+    sys::Side2d { x: 0, y: 0, memory, host: start.cast(), device: 0, array, pitch: width }
+}
+
 /// A stream of our own, which the default stream does not wait for.
 pub(crate) struct Stream {
     device: Arc<Device>,
@@ -253,6 +285,34 @@ impl Stream {
         let status =
             unsafe { (self.device.driver.copy_to_device)(to, from.cast::<c_void>(), bytes, self.raw) };
         self.device.check("copying to the device", status)
+    }
+
+    /// Copies `rows` rows of `width` bytes, the device's `pitch` bytes apart, to where they follow one another.
+    pub(crate) fn rows_to_host(&self, to: *mut u8, from: Rows, (rows, width): (usize, usize)) -> Result<()> {
+        if from.pitch == width {
+            return self.copy_to_host(to, from.start, rows * width);
+        }
+        let copy = sys::Copy2d { from: from.side(), to: dense(to, width), width, height: rows };
+        self.copy_rows("copying rows to the host", &copy)
+    }
+
+    /// As [`rows_to_host`](Self::rows_to_host), the other way round.
+    pub(crate) fn rows_to_device(
+        &self,
+        to: Rows,
+        from: *const u8,
+        (rows, width): (usize, usize),
+    ) -> Result<()> {
+        if to.pitch == width {
+            return self.copy_to_device(to.start, from, rows * width);
+        }
+        let copy = sys::Copy2d { from: dense(from.cast_mut(), width), to: to.side(), width, height: rows };
+        self.copy_rows("copying rows to the device", &copy)
+    }
+
+    fn copy_rows(&self, what: &str, copy: &sys::Copy2d) -> Result<()> {
+        // SAFETY: as in `copy_to_host`, for each row.
+        self.device.check(what, unsafe { (self.device.driver.copy_rows)(copy, self.raw) })
     }
 
     pub(crate) fn write_word(&self, at: u64, value: u32) -> Result<()> {
@@ -372,4 +432,21 @@ impl Drop for Event {
 pub(crate) fn wait(device: &Device, stream: sys::Stream, event: &Event) -> Result<()> {
     // SAFETY: our event, and a stream of its device (for the caller's stream: its contract).
     device.check("ordering streams", unsafe { (device.driver.stream_wait_event)(stream, event.raw, 0) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_one_copy_where_they_are_evenly_spaced() {
+        let of = |places: &[u64], width| Rows::at(&|row| places[row], places.len(), width);
+        assert_eq!(of(&[64], 16), Some(Rows { start: 64, pitch: 16 }));
+        assert_eq!(of(&[64, 96, 128], 16), Some(Rows { start: 64, pitch: 32 }));
+        assert_eq!(of(&[64, 80], 16), Some(Rows { start: 64, pitch: 16 }));
+        // Uneven, backwards, one upon the other, too far apart.
+        for places in [&[64, 96, 129][..], &[64, 32], &[64, 72], &[0, 1 << 31]] {
+            assert_eq!(of(places, 16), None, "{places:?}");
+        }
+    }
 }

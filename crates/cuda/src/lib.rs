@@ -9,12 +9,15 @@
 //!
 //! Invariants
 //! - **C1** everything is enqueued by the caller's thread, in call order; the host waits for the device only where streams
-//!   cannot wait for words, and then for as long as the call may take.
+//!   cannot wait for words, and where a call, or those before it, are of more pieces than streams have places for (`stager.rs`), outside
+//!   of the driver; and then for as long as the call may take.
 //! - **C2** between "input is there" and "output is there" nobody calls CUDA or NCCL, or takes an interpreter's lock: the
 //!   progress thread reads a word and stores a word. So nothing that holds a lock of the driver can stop it.
 //! - **C3** a wait is enqueued only behind the copy and the word that lead to its release, so no order of enqueuing stops
 //!   the device for ever; a failed operation releases its wait too (W2), and its group refuses later calls.
 //! - **C4** a slot is written again only behind the event after its last copy out.
+//! - **C5** what waits for a word comes behind the stream's work that leads to it by an event too: of an order by words alone the
+//!   device knows nothing, and may put the wait first where streams share a queue.
 
 mod ask;
 mod device;

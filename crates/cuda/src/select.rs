@@ -41,10 +41,14 @@ const fn ways(collective: Collective) -> &'static [&'static str] {
 /// and NCCL work at the same time, and a chunk is to take much longer than its operations' beginnings, some 50 us.
 const CHUNKS: &[(usize, usize)] = &[(4 << 20, 512 << 10), (16 << 20, 1 << 20)];
 
+/// Chunks of a larger call grow with it, so that it has about so many where slots have room: each takes a few places in its streams.
+const MANY: usize = 100;
+const LARGE: usize = 2 << 20;
+
 /// Bytes of a chunk of a call of which so many are to pass one rail, where `most` fit a slot.
 pub(crate) fn chunk(bytes: usize, most: usize) -> usize {
     let row = CHUNKS.iter().find(|(up_to, _)| bytes <= *up_to);
-    row.map_or(most, |(_, chunk)| most.min(*chunk))
+    most.min(row.map_or_else(|| LARGE.max(bytes.div_ceil(MANY)), |(_, chunk)| *chunk))
 }
 
 /// The ways as the settings leave them.
@@ -143,5 +147,10 @@ mod tests {
         }
         assert_eq!((4 << 20) / chunk(4 << 20, most), 8);
         assert_eq!(chunk(1 << 30, most), most);
+        // With larger slots no call has many more than a hundred.
+        for bytes in [17 << 20, 300 << 20, 1 << 30, 10 << 30] {
+            let pieces = bytes / chunk(bytes, 512 << 20);
+            assert!((8..=MANY).contains(&pieces), "{bytes}: {pieces}");
+        }
     }
 }

@@ -3,7 +3,12 @@
 //! A collective's memory is *rows* of equal length: one, or one for each rank. A piece is the same columns of every
 //! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
 //! length pass as one piece through memory of their own, of which a little is kept for the next such call.
+//!
+//! A piece takes four places in each of our streams, some more with GPUDirect, and about as many in the caller's. Drivers have some
+//! thousand, and who enqueues more waits inside of them, with their locks. So a host that has [`UNDER_WAY`] pieces under way waits
+//! for the first of them before it enqueues another.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +20,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
 
-use crate::device::{Arrival, Device, DeviceMemory, Event, Stream, wait};
+use crate::device::{self, Arrival, Device, DeviceMemory, Event, Stream, wait};
 use crate::direct::{Direct, DirectPiece};
 use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
@@ -28,6 +33,10 @@ const PROBE_BRIEF: Duration = Duration::from_secs(2);
 const PROBE_LONGEST: Duration = Duration::from_secs(60);
 /// Columns of a piece are a multiple of so many elements where as many have room, so that rows stay aligned.
 const ALIGN: usize = 64;
+/// Pieces whose exchange is not over.
+const UNDER_WAY: usize = 192;
+/// Slots, and halves of them, begin where all element types may, and what kernels read at once.
+const APART: usize = 256;
 /// Free memory for calls that do not fit a slot that is kept.
 const KEPT: usize = 2;
 /// How often a host that waits for the device looks.
@@ -120,6 +129,10 @@ pub(crate) struct Stager {
     to_device: Stream,
     begin: Event,
     end: Event,
+    /// Orders `to_device` behind `to_host` (C5).
+    handed_over: Event,
+    /// Slot and value of pieces, as they were started; the exchanges of the first ones may be over.
+    under_way: VecDeque<(usize, u32)>,
     /// Memory of calls that did not fit a slot; what was used last comes last.
     borrowed: Vec<Borrowed>,
     /// Whether words can be written and waited for from streams; else the host waits for the device.
@@ -140,6 +153,7 @@ impl Stager {
             Ok(Slot { memory, free: Event::new(device)?, value: 0 })
         };
         let words = SharedWords::new(device)?;
+        let half = bytes / 2 / APART * APART;
         let mut stager = Stager {
             device: Arc::clone(device),
             uses: Uses::new(&words.words),
@@ -148,18 +162,20 @@ impl Stager {
             direct: None,
             scratch: match scratch {
                 Scratch::None => None,
-                Scratch::OnDevice => Some(DeviceMemory::new(device, count * (bytes / 2))?),
+                Scratch::OnDevice => Some(DeviceMemory::new(device, count * half)?),
             },
             next: 0,
-            half: bytes / 2,
+            half,
             to_host: Stream::new(device)?,
             to_device: Stream::new(device)?,
             begin: Event::new(device)?,
             end: Event::new(device)?,
+            handed_over: Event::new(device)?,
+            under_way: VecDeque::new(),
             borrowed: Vec::new(),
             by_words: false,
         };
-        stager.by_words = queues_are_many() && stager.has_words(host);
+        stager.by_words = queues_are_many() && stager.has_words(host)?;
         if !stager.by_words {
             tracing::warn!(
                 "streams cannot wait for words here: the host waits for the device in each exchange of CUDA tensors"
@@ -175,11 +191,11 @@ impl Stager {
 
     /// Whether words can be waited for; tried once on each device, for half of the group's time limit at most, since the other
     /// ranks wait meanwhile.
-    fn has_words<T: Transports>(&mut self, host: &Communicator<T>) -> bool {
+    fn has_words<T: Transports>(&mut self, host: &Communicator<T>) -> Result<bool> {
         let ordinal = self.device.ordinal;
         let tried = || TRIED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&(_, has_words)) = tried().iter().find(|&&(device, _)| device == ordinal) {
-            return has_words;
+            return Ok(has_words);
         }
         let limit = PROBE_LONGEST.min(host.timeout() / 2);
         let found = self.probe(host, limit);
@@ -190,7 +206,21 @@ impl Stager {
             tried().push((ordinal, has_words));
         }
         tracing::debug!(?found, "words of streams");
-        matches!(found, Ok(Some(true)))
+        if matches!(found, Ok(Some(false))) {
+            self.leave_streams()?;
+        }
+        Ok(matches!(found, Ok(Some(true))))
+    }
+
+    /// A wait that sees nothing of the host's heads a stream. A word of the device's own may end it, as waits for the whole device
+    /// need; if not, what is enqueued from now on is not behind it, and its word stays where it is.
+    fn leave_streams(&mut self) -> Result<()> {
+        if let Err(error) = self.to_host.write_word(self.words.done(0), 1) {
+            tracing::debug!(%error, "a stream waits for good");
+        }
+        self.words.leave_behind();
+        (self.to_host, self.to_device) = (Stream::new(&self.device)?, Stream::new(&self.device)?);
+        Ok(())
     }
 
     /// Tries both directions on the first slot's words, which are at 0. None: the group failed meanwhile.
@@ -198,6 +228,7 @@ impl Stager {
         let gate = Gate { words: Arc::clone(&self.words.words), slot: 0, value: 1 };
         self.slots[0].value = 1;
         self.to_host.write_word(self.words.ready(0), 1)?;
+        self.hand_over()?;
         let waits = self.to_device.wait_word(self.words.done(0), 1, Arrival::InOrder);
         let (since, mut is_told) = (Instant::now(), false);
         let mut within = |what: &dyn Fn() -> bool| {
@@ -383,8 +414,10 @@ impl Stager {
         count: usize,
         (inputs, outputs): (&dyn Fn(usize) -> u64, &dyn Fn(usize) -> u64),
     ) -> Result<Handle<T>> {
+        self.make_room(host, call)?;
         let on_device = self.scratch();
         let (slot, gate) = self.take_slot();
+        let value = gate.value;
         let memory = self.slots[slot].memory.region();
         let width = count * call.dtype.size();
         let input = memory.slice(0, rows.input * width);
@@ -396,17 +429,39 @@ impl Stager {
             let piece = DirectPiece { request, rows, width, on_device, place: (host.rank(), host.size()) };
             self.through_device(host, &piece, gate, (inputs, outputs))?
         } else {
-            for r in 0..rows.copied_in {
-                self.to_host.copy_to_host(input.slice(r * width, width).as_ptr(), inputs(r), width)?;
-            }
+            self.copy_in(input, inputs, (rows.copied_in, width))?;
             let handle = self.exchange(host, &request, gate)?;
-            for r in 0..rows.copied_out {
-                self.to_device.copy_to_device(outputs(r), output.slice(r * width, width).as_ptr(), width)?;
-            }
+            self.copy_out(output, outputs, (rows.copied_out, width))?;
             handle
         };
         self.slots[slot].free.record(self.to_device.raw)?;
+        self.under_way.push_back((slot, value));
         Ok(handle)
+    }
+
+    /// Rows at these places, to where they follow one another.
+    fn copy_in(&self, to: Region, from: &dyn Fn(usize) -> u64, (rows, width): (usize, usize)) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        match device::Rows::at(from, rows, width) {
+            Some(from) => self.to_host.rows_to_host(to.as_ptr(), from, (rows, width)),
+            None => (0..rows).try_for_each(|r| {
+                self.to_host.copy_to_host(to.slice(r * width, width).as_ptr(), from(r), width)
+            }),
+        }
+    }
+
+    fn copy_out(&self, from: Region, to: &dyn Fn(usize) -> u64, (rows, width): (usize, usize)) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        match device::Rows::at(to, rows, width) {
+            Some(to) => self.to_device.rows_to_device(to, from.as_ptr(), (rows, width)),
+            None => (0..rows).try_for_each(|r| {
+                self.to_device.copy_to_device(to(r), from.slice(r * width, width).as_ptr(), width)
+            }),
+        }
     }
 
     /// A piece whose messages go from and to the slot's memory on the device; what this rank sums goes through the host.
@@ -459,8 +514,10 @@ impl Stager {
         host: &Communicator<T>,
         call: &DeviceCall,
     ) -> Result<Option<Handle<T>>> {
+        self.make_room(host, call)?;
         let region = self.borrow(call.input.bytes + call.output.bytes + ALIGN)?;
         let (slot, gate) = self.take_slot();
+        let value = gate.value;
         let (input, output) = (
             region.slice(0, call.input.bytes),
             region.slice(call.input.bytes.next_multiple_of(ALIGN), call.output.bytes),
@@ -470,6 +527,7 @@ impl Stager {
         let handle = self.exchange(host, &call.request(call.count, input, output), gate)?;
         self.to_device.copy_to_device(call.output.address, output.as_ptr(), output.len())?;
         self.slots[slot].free.record(self.to_device.raw)?;
+        self.under_way.push_back((slot, value));
         let past = Event::new(&self.device)?;
         past.record(self.to_device.raw)?;
         if let Some(borrowed) = self.borrowed.last_mut() {
@@ -500,6 +558,24 @@ impl Stager {
         Ok(region)
     }
 
+    /// Waits, outside of the driver, until the streams have places for another piece.
+    fn make_room<T: Transports>(&mut self, host: &Communicator<T>, call: &DeviceCall) -> Result<()> {
+        let words = &self.words.words;
+        let under_way = &mut self.under_way;
+        if !self.by_words {
+            // Nothing is under way that the host has not waited for.
+            under_way.clear();
+            return Ok(());
+        }
+        let mut has_room = || {
+            while under_way.front().is_some_and(|&(slot, value)| words.is_left(slot, value)) {
+                under_way.pop_front();
+            }
+            Ok(under_way.len() < UNDER_WAY)
+        };
+        wait_for(host, (call.collective, call.timeout), &mut has_room)
+    }
+
     fn take_slot(&mut self) -> (usize, Gate) {
         let slot = self.next;
         self.next = (self.next + 1) % self.slots.len();
@@ -518,6 +594,7 @@ impl Stager {
         let (slot, value) = (gate.slot, gate.value);
         if self.by_words {
             self.to_host.write_word(self.words.ready(slot), value)?;
+            self.hand_over()?;
             let request = Request { gate: Some(gate), ..request.clone() };
             let beginning = self.uses.begin();
             // SAFETY: the memory, a slot's or borrowed, is freed at the stager's end only when this use's `done` says that
@@ -536,23 +613,43 @@ impl Stager {
         Ok(handle)
     }
 
-    /// Blocks the host until the copies to it are done, the group has failed, or the request's limit has passed: kernels that
-    /// never end may lie before them.
+    /// What `to_device` is given from now on comes behind what `to_host` holds (C5).
+    fn hand_over(&self) -> Result<()> {
+        self.handed_over.record(self.to_host.raw)?;
+        self.to_device.wait(&self.handed_over)
+    }
+
+    /// Blocks the host until the copies to it are done: kernels that never end may lie before them.
     fn wait_for_input<T: Transports>(&self, host: &Communicator<T>, request: &Request) -> Result<()> {
-        let (since, limit) = (Instant::now(), request.timeout.unwrap_or_else(|| host.timeout()));
-        while !self.to_host.is_idle()? {
-            if let Some(error) = host.known_failure() {
-                return Err(error);
-            }
-            let waited = since.elapsed();
-            if waited >= limit {
-                let (rank, group) = (host.rank(), host.name().to_owned());
-                let site = Site { rank, group, op: request.collective.name().to_owned(), seq: host.calls() };
-                return Err(Error::Timeout { site, waited, missing: Vec::new() });
-            }
-            std::thread::sleep(WAIT_STEP.min(limit - waited));
+        wait_for(host, (request.collective, request.timeout), &mut || self.to_host.is_idle())
+    }
+}
+
+/// Blocks the host until `is_there`, the group has failed, or the call's limit has passed.
+fn wait_for<T: Transports>(
+    host: &Communicator<T>,
+    (collective, timeout): (Collective, Option<Duration>),
+    is_there: &mut dyn FnMut() -> Result<bool>,
+) -> Result<()> {
+    if is_there()? {
+        return Ok(());
+    }
+    let (since, limit) = (Instant::now(), timeout.unwrap_or_else(|| host.timeout()));
+    loop {
+        // First, since a failure ends what is waited for, too.
+        if let Some(error) = host.known_failure() {
+            return Err(error);
         }
-        Ok(())
+        if is_there()? {
+            return Ok(());
+        }
+        let waited = since.elapsed();
+        if waited >= limit {
+            let (rank, group) = (host.rank(), host.name().to_owned());
+            let site = Site { rank, group, op: collective.name().to_owned(), seq: host.calls() };
+            return Err(Error::Timeout { site, waited, missing: Vec::new() });
+        }
+        std::thread::sleep(WAIT_STEP.min(limit - waited));
     }
 }
 

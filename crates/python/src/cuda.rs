@@ -46,8 +46,8 @@ impl DeviceGroup {
     }
 
     /// Enqueues one call on `stream` (its address), after that stream's work and that of `behind`; what is enqueued on
-    /// it later comes after the call. Other arguments as of `Communicator.start`, addresses those of the device. Never
-    /// waits for the device.
+    /// it later comes after the call. Other arguments as of `Communicator.start`, addresses those of the device. Waits
+    /// for the device where streams cannot wait for words, or have no places for more pieces, only.
     #[pyo3(signature = (stream, behind, collective, dtype, op, root, count, input, output, timeout=None, counts=None, splits=None))]
     #[allow(clippy::too_many_arguments, reason = "a call and its memory, in numbers")]
     fn start(

@@ -140,7 +140,6 @@ fn only_what_is_summed_passes_the_host() {
                 let sums = matches!(collective, Collective::AllReduce | Collective::ReduceScatter);
                 let wanted = match (is_direct, collective) {
                     (true, _) => u64::from(sums),
-                    (false, Collective::ReduceScatter) => 2,
                     (false, Collective::Broadcast) => u64::from(job.rank() == 0),
                     (false, _) => 1,
                 };

@@ -152,14 +152,20 @@ impl Job {
         settings
     }
 
-    fn meet(&self, name: String, (rank, size): (usize, usize), settings: &Settings) -> Result<Communicator> {
+    fn meet(
+        &self,
+        name: String,
+        (rank, size): (usize, usize),
+        settings: &Settings,
+        timeout: Duration,
+    ) -> Result<Communicator> {
         connect(GroupOptions {
             scope: name.clone(),
             name,
             rank,
             size,
             store: Arc::clone(&self.store),
-            timeout: LIMIT,
+            timeout,
             settings: settings.clone(),
             library_dirs: library_dirs(&[]),
         })
@@ -167,16 +173,21 @@ impl Job {
 
     /// A group for the CPU alone.
     pub fn host(&self, name: &str, more: &[(&str, &str)]) -> Communicator {
-        self.meet(name.to_owned(), (self.rank, self.size()), &self.settings(more)).unwrap()
+        self.meet(name.to_owned(), (self.rank, self.size()), &self.settings(more), LIMIT).unwrap()
     }
 
     pub fn try_group(&self, name: &str, more: &[(&str, &str)]) -> Result<Group> {
+        self.group_within(name, more, LIMIT)
+    }
+
+    /// A group with a time limit of its own.
+    pub fn group_within(&self, name: &str, more: &[(&str, &str)], limit: Duration) -> Result<Group> {
         let (node, local) = self.place;
         let settings = self.settings(more);
-        let host = self.meet(name.to_owned(), (self.rank, self.size()), &settings)?;
+        let host = self.meet(name.to_owned(), (self.rank, self.size()), &settings, limit)?;
         let even = self.nodes.iter().all(|&n| n == self.nodes[0]);
         let rail = (self.nodes.len() > 1 && even && self.nodes[0] > 1)
-            .then(|| self.meet(format!("{name}/rail{local}"), (node, self.nodes.len()), &settings))
+            .then(|| self.meet(format!("{name}/rail{local}"), (node, self.nodes.len()), &settings, limit))
             .transpose()?;
         let device = self.device_side(&host, rail, settings)?;
         Ok(Group { host, device })

@@ -11,6 +11,7 @@ mod job;
 mod memory;
 mod messages;
 mod misuse;
+mod queues;
 mod reference;
 mod streams;
 mod watch;

@@ -1,6 +1,6 @@
 //! Pinned memory: it stays as long as a device or an operation may use it, and no longer.
 
-use smddp::Error;
+use smddp::{Collective, DType, Error};
 
 use crate::failures::{sum, told};
 use crate::job::{Job, children};
@@ -145,6 +145,23 @@ fn all_that_devices_write_to_is_kept_from_children() {
         group.end();
         assert_eq!(kept_from_children(), before);
         host.shutdown();
+        job.end();
+    });
+}
+
+/// NCCL's kernels read and write whole elements, some of 16 bytes, in the slots' memory on the device.
+#[test]
+fn slots_of_an_odd_size_hold_aligned_memory() {
+    let nodes = &[2, 2];
+    children("memory::slots_of_an_odd_size_hold_aligned_memory", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[("SMDDP_CUDA_SLOT", "100002"), ("SMDDP_CUDA_SLOTS", "3")]);
+        for collective in [Collective::ReduceScatter, Collective::AllReduce, Collective::AllToAll] {
+            let case = Case::of(collective, DType::F32, 70_000, 0, &job);
+            case.run(&job, &group);
+        }
+        rank.barrier("over");
+        group.end();
         job.end();
     });
 }
