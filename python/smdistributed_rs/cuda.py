@@ -1,7 +1,8 @@
 """The CUDA side of a process group: which stream a call runs on, what keeps its memory, and the `Work` it gives.
 
 Order is kept by streams: a call waits for what the caller's current stream did before it, and `Work.wait()` makes the
-current stream wait for the call. The host waits for neither. A synchronous call runs on the current stream itself.
+current stream wait for the call. The host waits for neither, as long as streams have room. A synchronous call runs on
+the current stream itself.
 
 Messages go from device to device in groups that were connected to their device when they were made (`device_id`) and
 whose calls NCCL carries alone. Then every rank knows that the others do so too, as it does not where a group connects

@@ -100,10 +100,30 @@ class Cuda:
             "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(host), _device(device), ctypes.c_size_t(nbytes), _handle(stream)
         )
 
+    def rows_to_host(self, stream: Any, host: int, device: int, pitch: int, width: int, rows: int) -> None:
+        """Rows `pitch` bytes apart, to where they follow one another."""
+        source, target = Side(memory=2, device=device, pitch=pitch), Side(memory=1, host=host, pitch=width)
+        self.call("cuMemcpy2DAsync_v2", ctypes.byref(Copy(source, target, width, rows)), _handle(stream))
+
     def to_device(self, stream: Any, device: int, host: int, nbytes: int) -> None:
         self.call(
             "cuMemcpyHtoDAsync_v2", _device(device), ctypes.c_void_p(host), ctypes.c_size_t(nbytes), _handle(stream)
         )
+
+
+class Side(ctypes.Structure):
+    """One side of CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        ("x", ctypes.c_size_t), ("y", ctypes.c_size_t), ("memory", ctypes.c_int), ("host", ctypes.c_void_p),
+        ("device", ctypes.c_uint64), ("array", ctypes.c_void_p), ("pitch", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
+class Copy(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [("source", Side), ("target", Side), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
 
 
 class Word:
@@ -266,6 +286,14 @@ def memops() -> None:
         words[1].set(1)
         return {"parked": parked, "released": until(stream.query, 2)}
 
+    def wait_for_a_stream() -> dict[str, bool]:
+        other = cuda.stream()
+        cuda.wait_value(stream, words[5], 1)
+        time.sleep(0.05)
+        parked = not stream.query()
+        cuda.write_value(other, words[5], 1)
+        return {"parked": parked, "released": until(stream.query, 2)}
+
     def round_trip() -> dict[str, float]:
         took = []
         for i in range(2, 202):
@@ -286,6 +314,7 @@ def memops() -> None:
 
     attempt("write-value is seen by the host", write)
     attempt("wait-value parks and a host store releases it", wait)
+    attempt("another stream's write-value releases it", wait_for_a_stream)
     attempt("host to GPU to host", round_trip)
     attempt("5 is cyclically >= 0xFFFFFFF0", cyclic)
     attempt("the current stream from C", lambda: _current_stream(torch))
@@ -383,6 +412,63 @@ def blockers() -> None:
         took = time.perf_counter() - start
         fact(name, "waited" if took > 0.38 else "went on", seconds=round(took, 3), error=error)
         until(lambda: releaser.done() and stream.query(), 5)
+    releaser.end()
+
+
+MANY = 20_000
+
+
+def depth() -> None:
+    """How many operations a parked stream takes before its host waits, of MANY. Released from outside after 1 s."""
+    releaser = Releaser()
+    cuda = Cuda()
+    torch = cuda.torch
+    word, spare = cuda.words(releaser.memory)[:2]
+    host = address_of(memory := mmap.mmap(-1, 1 << 20))
+    cuda.pin(memory)
+    _kept.append(memory)
+    data = torch.ones(1 << 18, device="cuda")
+    at = data.data_ptr()
+    event = torch.cuda.Event()
+    other = cuda.stream()
+    other.record_event(event)
+
+    def piece(stream: Any) -> None:
+        stream.wait_event(event)
+        cuda.rows_to_host(stream, host, at, 1 << 14, 1 << 12, 4)
+        cuda.write_value(stream, spare, 1)
+        event.record(stream)
+
+    def kernel(stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            data.mul_(1.0)
+
+    kinds: dict[str, Callable[[Any], object]] = {
+        "kernels": kernel,
+        "event records": lambda stream: event.record(stream),
+        "waits for an event": lambda stream: stream.wait_event(event),
+        "write-values": lambda stream: cuda.write_value(stream, spare, 1),
+        "wait-values": lambda stream: cuda.wait_value(stream, spare, 0),
+        "copies to the host": lambda stream: cuda.to_host(stream, host, at, 1 << 12),
+        "copies of 4 rows to the host": lambda stream: cuda.rows_to_host(stream, host, at, 1 << 14, 1 << 12, 4),
+        "pieces of 4 operations": piece,
+    }
+    kernel(other)
+    torch.cuda.synchronize()
+    for value, (name, push) in enumerate(kinds.items(), 1):
+        stream = cuda.stream()
+        cuda.wait_value(stream, word, value)
+        releaser.release(value, 1.0)
+        taken, longest = 0, 0.0
+        while taken < MANY and longest < 0.3 and not releaser.done():
+            start = time.perf_counter()
+            push(stream)
+            longest = time.perf_counter() - start
+            taken += 1
+        waited = longest >= 0.3
+        then = "the host waited" if waited else "it took more" if taken == MANY else "1 s was over"
+        fact("operations a parked stream takes", taken - waited, of=name, then=then)
+        until(lambda stream=stream: releaser.done() and stream.query(), 5)
     releaser.end()
 
 
@@ -500,6 +586,10 @@ def costs() -> None:
         "write-value": lambda: cuda.write_value(a, words[0], 1),
         "wait-value that is met": lambda: cuda.wait_value(b, words[0], 1),
         "D2H of 64 KiB": lambda: cuda.to_host(a, host, data.data_ptr(), 1 << 16),
+        "D2H of 8 rows of 8 KiB, one call": lambda: cuda.rows_to_host(a, host, data.data_ptr(), 1 << 14, 1 << 13, 8),
+        "D2H of 8 rows of 8 KiB, 8 calls": lambda: [
+            cuda.to_host(a, host + (row << 13), data.data_ptr() + (row << 14), 1 << 13) for row in range(8)
+        ],
         "H2D of 64 KiB": lambda: cuda.to_device(a, data.data_ptr(), host, 1 << 16),
         "cuStreamQuery": query,
         "ncclAllReduce, 1 rank, blocking": lambda: nccl.all_reduce(blocking, data, a),
@@ -628,6 +718,7 @@ STEPS: dict[str, tuple[Callable[[], None], float, dict[str, str]]] = {
     "neighbour": (neighbour, 20, {}),
     "aborting": (aborting, 20, {}),
     "costs": (costs, 20, {}),
+    "depth": (depth, 30, {}),
     "rates": (rates, 25, {}),
     "two_on_one_gpu": (two_on_one_gpu, 25, {}),
     "overlap, 32 connections": (overlap, 20, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),

@@ -144,9 +144,10 @@ def backends_by_device() -> dict[str, Any]:
 
 
 def messages() -> dict[str, Any]:
-    """Messages from device to device, by NCCL: of a group that was made for a device. On a GPU only."""
-    if not ON_GPU:
-        return {"cases": {}}
+    """Messages from device to device, by NCCL: of a group that was made for a device. On a GPU only, and from torch
+    2.14 on: an older one does not tell where a batch begins."""
+    if not ON_GPU or TORCH < (2, 14):
+        return {"cases": {}, "figures": {"torch": TORCH, "needed": (2, 14)}}
     choose_device()
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)
@@ -187,6 +188,73 @@ def messages() -> dict[str, Any]:
     except Exception:  # noqa: BLE001
         found["messages"] = traceback.format_exc()
     synchronize()
+    dist.destroy_process_group()
+    return {"cases": found}
+
+
+def messages_natively() -> dict[str, Any]:
+    """The same by the native half itself, whichever torch is here: what `messages` needs of it. On a GPU only."""
+    if not ON_GPU:
+        return {"cases": {}}
+    start()
+    rank, size, found = dist.get_rank(), dist.get_world_size(), {}
+    try:
+        _still_works()  # which connects the devices
+        group: Any = dist.group.WORLD
+        native = group._cuda._native
+        assert native.carries_messages, group.describe()
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        for count in (1, 1000, 3_000_001):
+            for step in range(1, size):
+                to, of = (rank + step) % size, (rank - step) % size
+                for behind in (None, current.cuda_stream):
+                    given, into = full(count, rank), full(count, -1)
+                    stream = current if behind is None else side
+                    moved = [
+                        (peer, sent, t.data_ptr(), t.nbytes) for peer, sent, t in ((to, True, given), (of, False, into))
+                    ]
+                    handle = native.exchange(stream.cuda_stream, behind, moved)
+                    handle.order(current.cuda_stream)
+                    is_all(into, of)
+                    synchronize()
+                    assert handle.is_past()
+                    assert handle.error() is None
+        for turn in range(10):
+            tensor = full(5000, turn if rank == 0 else -1)
+            if rank < 2:
+                moved = [(1 - rank, rank == 0, tensor.data_ptr(), tensor.nbytes)]
+                native.wait(native.exchange(current.cuda_stream, None, moved), 20.0)
+                is_all(tensor, turn)
+        for wrong in (rank, size):
+            _refused(
+                lambda wrong=wrong: native.exchange(current.cuda_stream, None, [(wrong, True, tensor.data_ptr(), 4)])
+            )
+        _still_works()
+        found["messages"] = ""
+    except Exception:  # noqa: BLE001
+        found["messages"] = traceback.format_exc()
+    synchronize()
+    dist.destroy_process_group()
+    return {"cases": found}
+
+
+def chosen_device() -> dict[str, Any]:
+    """The device that is chosen when the group is made, of a script that chooses none. On a GPU only."""
+    if not ON_GPU:
+        return {"cases": {}}
+    dist.init_process_group("smddp", timeout=timedelta(seconds=40))
+    found = {}
+    try:
+        assert not torch.cuda.is_initialized()
+        tensor = torch.full((1000,), dist.get_rank() + 1.0, device="cuda")
+        wanted = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        assert (tensor.device.index, torch.cuda.current_device()) == (wanted, wanted)
+        dist.all_reduce(tensor)
+        is_all(tensor, total())
+        found["it is the local rank's"] = ""
+    except Exception:  # noqa: BLE001
+        found["it is the local rank's"] = traceback.format_exc()
     dist.destroy_process_group()
     return {"cases": found}
 
@@ -422,6 +490,73 @@ def every_collective_in_many_pieces() -> None:
         handed = full(count, 0)
         dist.scatter(handed, every if rank == root else None, root)
         is_all(handed, rank + 1)
+
+
+def _captures() -> bool:
+    """Whether calls may be captured: NCCL carries them, of a rank alone."""
+    return os.environ.get("SMDDP_CUDA") == "nccl" and dist.get_world_size() == 1
+
+
+@case(STREAMS, gpu=True)
+def calls_in_a_graph() -> None:
+    """Synchronous and asynchronous ones, replayed on other numbers."""
+    if not _captures():
+        return
+    given, summed, doubled = full(50_000, 0), full(50_000, 0), full(50_000, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        summed.copy_(given)
+        dist.all_reduce(summed)
+        summed.add_(1)
+        work = dist.all_reduce(summed, async_op=True)
+        work.wait()
+        doubled.copy_(summed).mul_(2)
+    assert not work.is_completed()
+    for value in range(5):
+        given.fill_(value)
+        graph.replay()
+        is_all(doubled, 2 * (value + 1))
+    _still_works()
+    # Before its group, which waits for it.
+    synchronize()
+    del graph
+
+
+@case(STREAMS, gpu=True)
+def calls_in_a_graph_while_others_are_pending() -> None:
+    """An eager call on the group's stream lies behind a sleeping one when the capture begins, and ends after it."""
+    if not _captures():
+        return
+    given, doubled = full(50_000, 0), full(50_000, 0)
+    tensors = [full(100_000, dist.get_rank() + 1) for _ in range(2)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    synchronize()
+    torch.cuda._sleep(4_000_000_000)
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        doubled.copy_(given)
+        dist.all_reduce(doubled)
+        captured = dist.all_reduce(doubled, async_op=True)
+        # Asking for it must leave the capture alone.
+        assert not works[0].is_completed()
+        captured.wait()
+        doubled.mul_(2)
+        graph.capture_end()
+    assert not works[0].is_completed(), "the capture has waited for the eager call"
+    for work in works:
+        work.wait()
+    for tensor in tensors:
+        is_all(tensor, total())
+    for value in range(3):
+        given.fill_(value)
+        graph.replay()
+        is_all(doubled, 2 * value)
+    _still_works()
+    synchronize()
+    del graph
 
 
 # ---- training

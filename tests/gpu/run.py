@@ -79,6 +79,8 @@ STEPS = [
     Step("backends by device, 1 rank", "backends_by_device", [0], 40),
     Step("backends by device, 2 ranks", "backends_by_device", [0, 0], 45, SHARED, as_hosts, optional=True),
     Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
+    Step("messages, native, two ranks of NCCL on one GPU", "messages_natively", [0, 0], 45, NCCL | SHARED, as_hosts),
+    Step("the device chosen at start, 2 nodes", "chosen_device", [0, 1], 30),
     Step("messages, two ranks of NCCL on one GPU", "messages", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
     Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
     Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
