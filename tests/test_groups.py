@@ -454,6 +454,24 @@ def test_groups_leave_nothing_in_the_store(shape: str) -> None:
         assert many - second <= 3 * 200, report
 
 
+# ---- what ends the making of a group
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("call", ["add", "set", "get"])
+def test_an_interrupt_while_a_group_is_made_stays_one(call: str, interrupt: type[BaseException]) -> None:
+    from smdistributed_rs import _core, _meeting
+
+    def stop(*_: object) -> None:
+        raise interrupt("enough")
+
+    store: Any = SimpleNamespace(set=lambda *_: None, add=lambda *_: 1, wait=lambda *_: None, get=lambda *_: b"")
+    setattr(store, call, stop)
+    recorder = _meeting.Recorder(store)
+    with pytest.raises(interrupt, match="enough"):
+        _core.Communicator.connect(recorder, 0, 2, "stopped", "scope", 5.0, [])
+
+
 # ---- the current CUDA device
 
 

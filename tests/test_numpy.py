@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import traceback
 from collections.abc import Callable
@@ -228,6 +229,39 @@ def torch_tensors(world: object) -> None:
 
 
 @case
+def pinned_memory(world: object) -> None:
+    """Which DLPack has a number of its own for."""
+    import torch
+
+    class Pinned:
+        def __init__(self, tensor: object, device: int) -> None:
+            self.tensor, self.device = tensor, device
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (self.device, 0)
+
+        def __dlpack__(self) -> object:
+            return self.tensor.__dlpack__()
+
+    tensor = torch.ones(4)
+    world.all_reduce(Pinned(tensor, 3))
+    assert tensor.tolist() == [world.size] * 4
+    raises(lambda: world.all_reduce(Pinned(tensor, 2)), "'array'", "on the CPU", "DLPack device 2")
+
+
+@case
+def limits_beyond_all_clocks(world: object) -> None:
+    import numpy as np
+
+    array = np.ones(2)
+    for seconds in (1e15, 1.8e19):
+        handle = world.all_reduce(array, async_op=True, timeout=seconds)
+        handle.wait(seconds)
+        world.broadcast(array, timeout=seconds)
+    assert array.tolist() == [world.size**2] * 2
+
+
+@case
 def refused(world: object) -> None:
     import numpy as np
 
@@ -302,6 +336,55 @@ def test_numpy(nodes: tuple[int, ...], name: str) -> None:
     assert len(ranks.reports) == len(nodes), ranks.text
     for rank, report in enumerate(ranks.reports):
         assert report[name] == "", f"rank {rank}: {report[name]}"
+
+
+def dropped(keeps_handle: bool) -> dict[str, object]:
+    """Rank 0 lets go of a group whose call waits for rank 1."""
+    import gc
+    import threading
+
+    import numpy as np
+
+    import smdistributed_rs
+
+    with smdistributed_rs.init() as world:
+        array, ticks, is_over = np.ones(4), [time.monotonic()], threading.Event()
+
+        def tick() -> None:
+            while not is_over.wait(0.01):
+                ticks.append(time.monotonic())
+
+        ticker = threading.Thread(target=tick)
+        ticker.start()
+        group = world.new_group([0, 1])
+        world.barrier()
+        # Longer than a group that ends waits for what is under way.
+        time.sleep(6.5 * world.rank)
+        handle = group.all_reduce(array, async_op=True)
+        if not keeps_handle:
+            handle = None
+        start = time.monotonic()
+        del group
+        gc.collect()
+        took = time.monotonic() - start
+        if handle is not None:
+            handle.wait()
+        world.barrier()
+        until = time.monotonic() + 5
+        while array[0] == 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        is_over.set()
+        ticker.join()
+        gaps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
+        return {"array": array.tolist(), "took": took, "gap": max(gaps)}
+
+
+@pytest.mark.parametrize("keeps_handle", [True, False])
+def test_a_group_that_is_dropped_lives_as_long_as_its_calls(keeps_handle: bool) -> None:
+    for report in conftest.run(dropped, 2, keeps_handle=keeps_handle).check().reports:
+        assert report["array"] == [2.0] * 4
+        assert report["took"] < 1.5
+        assert report["gap"] < 1.5, "the interpreter stood still"
 
 
 def again() -> list[float]:

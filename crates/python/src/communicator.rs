@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use smddp::{DType, GroupOptions, Request, Settings};
+use smddp::{DType, GroupOptions, Request, Settings, Store};
 
 use crate::arguments::{Numbers, counts, region, seconds};
 use crate::dlpack;
 use crate::errors::{argument, exception, raise};
+use crate::group::Group;
 use crate::handle::{Handle, Keep, SLICE, wait};
 use crate::store::PyStore;
 use crate::torch;
@@ -24,12 +25,12 @@ const FIRST_SLICE: Duration = Duration::from_millis(20);
 /// gather, scatter, all_to_all). `timeout` is in seconds; None takes the group's.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct Communicator {
-    pub(crate) inner: smddp::Communicator,
+    pub(crate) inner: Group,
 }
 
 impl Communicator {
     pub fn wrap(inner: smddp::Communicator) -> Communicator {
-        Communicator { inner }
+        Communicator { inner: Group::new(inner) }
     }
 }
 
@@ -51,17 +52,21 @@ impl Communicator {
     ) -> PyResult<Communicator> {
         let settings = raise(py, Settings::from_env())?;
         let limit = seconds(py, "init_process_group", Some(timeout))?;
+        let store = Arc::new(PyStore::new(store));
         let options = GroupOptions {
             name,
             scope,
             rank,
             size,
-            store: Arc::new(PyStore::new(store)),
+            store: Arc::clone(&store) as Arc<dyn Store>,
             timeout: limit.unwrap_or(settings.seconds("SMDDP_TIMEOUT")),
             settings,
             library_dirs,
         };
         let connected = py.detach(|| smddp::connect(options));
+        if let Some(interrupt) = store.interrupt() {
+            return Err(interrupt);
+        }
         Ok(Communicator::wrap(raise(py, connected)?))
     }
 
@@ -217,7 +222,8 @@ impl Communicator {
                 self.inner.start_recv(peer, tag, dtype, memory)
             }
         });
-        Ok(Some(Handle::new(raise(py, started)?, [Some(tensor.clone().unbind()), None])))
+        let keep = [Some(tensor.clone().unbind()), None];
+        Ok(Some(Handle::new(raise(py, started)?, keep, &self.inner)))
     }
 
     /// Starts sending `memory` to rank `to`.
@@ -234,7 +240,7 @@ impl Communicator {
         let dtype = known_dtype(py, "send", dtype)?;
         // SAFETY: P2; see `region`.
         let started = py.detach(|| unsafe { self.inner.start_send(to, tag, dtype, region(memory)) });
-        Ok(Handle::new(raise(py, started)?, [keep, None]))
+        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
     }
 
     /// Starts receiving into `memory` from rank `from_rank`.
@@ -251,7 +257,7 @@ impl Communicator {
         let dtype = known_dtype(py, "recv", dtype)?;
         // SAFETY: P2; see `region`.
         let started = py.detach(|| unsafe { self.inner.start_recv(from_rank, tag, dtype, region(memory)) });
-        Ok(Handle::new(raise(py, started)?, [keep, None]))
+        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
     }
 
     /// Starts receiving into `memory` from whichever rank's message of `tag` comes first.
@@ -267,7 +273,7 @@ impl Communicator {
         let dtype = known_dtype(py, "recv", dtype)?;
         // SAFETY: P2; see `region`.
         let started = py.detach(|| unsafe { self.inner.start_recv_any(tag, dtype, region(memory)) });
-        Ok(Handle::new(raise(py, started)?, [keep, None]))
+        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
     }
 
     /// Every waiter of every rank of the group gets AbortedError.
@@ -348,7 +354,7 @@ impl Communicator {
     fn launch(&self, py: Python<'_>, request: Request, keep: Keep) -> PyResult<Handle> {
         // SAFETY: P2: the handle holds `keep`.
         let started = py.detach(|| unsafe { self.inner.start(&request) });
-        Ok(Handle::new(raise(py, started)?, keep))
+        Ok(Handle::new(raise(py, started)?, keep, &self.inner))
     }
 }
 

@@ -35,8 +35,8 @@ impl DeviceGroup {
         library_dirs: Vec<PathBuf>,
     ) -> PyResult<DeviceGroup> {
         let options = DeviceOptions {
-            host: host.inner.clone(),
-            rail: rail.map(|r| r.inner.clone()),
+            host: (*host.inner).clone(),
+            rail: rail.map(|r| (*r.inner).clone()),
             device,
             settings: raise(py, Settings::from_env())?,
             library_dirs,

@@ -8,29 +8,32 @@ use smddp::Error;
 use crate::arguments::seconds;
 use crate::callback;
 use crate::errors::{exception, raise};
+use crate::group::Group;
 
 /// How long a wait may keep a signal (Ctrl-C) waiting.
 pub const SLICE: Duration = Duration::from_millis(250);
 
-/// An operation under way. Keeps the objects whose memory it uses alive until it is over.
+/// An operation under way. Keeps its group, and the objects whose memory it uses, alive until it is over.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct Handle {
     inner: smddp::Handle,
     keep: Keep,
+    group: Group,
 }
 
 /// Objects whose memory an operation uses.
 pub type Keep = [Option<Py<PyAny>>; 2];
 
 impl Handle {
-    pub fn new(inner: smddp::Handle, keep: Keep) -> Handle {
-        Handle { inner, keep }
+    pub fn new(inner: smddp::Handle, keep: Keep, group: &Group) -> Handle {
+        Handle { inner, keep, group: group.clone() }
     }
 }
 
 /// Waits with the interpreter detached (**P1**), looking at signals now and then.
 pub fn wait(py: Python<'_>, handle: &smddp::Handle, limit: Option<Duration>) -> PyResult<()> {
-    let until = limit.map(|l| Instant::now() + l);
+    // A limit beyond what a clock can show is none.
+    let until = limit.and_then(|l| Instant::now().checked_add(l));
     loop {
         let slice = until.map_or(SLICE, |u| SLICE.min(u.saturating_duration_since(Instant::now())));
         let waited = py.detach(|| handle.wait(Some(slice)));
@@ -79,9 +82,12 @@ impl Handle {
 impl Drop for Handle {
     /// P2: an operation nobody waits for any more still owns its memory.
     fn drop(&mut self) {
-        let keep = std::mem::take(&mut self.keep);
         if !self.inner.is_done() {
-            self.inner.on_done(Box::new(move |_| drop(keep)));
+            let (keep, group) = (std::mem::take(&mut self.keep), self.group.clone());
+            self.inner.on_done(Box::new(move |_| {
+                drop(keep);
+                group.leave_without_python();
+            }));
         }
     }
 }

@@ -14,6 +14,7 @@ mod cuda;
 mod dlpack;
 mod ending;
 mod errors;
+mod group;
 mod handle;
 mod shared;
 mod store;
