@@ -68,10 +68,10 @@ pub struct DeviceCall {
     pub timeout: Option<Duration>,
 }
 
-/// A message to or from another rank.
+/// A message to or from another rank, or to oneself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceMessage {
-    /// The other rank.
+    /// The rank at the other end.
     pub peer: usize,
     pub memory: Memory,
     /// By this rank; else it is received.
@@ -342,17 +342,9 @@ impl<T: Transports> DeviceGroup<T> {
         for message in messages {
             let (op, argument) = if message.is_sent { ("send", "dst") } else { ("recv", "src") };
             self.host.shape().check_rank(op, argument, message.peer)?;
-            if message.peer == self.host.rank() {
-                return Err(Error::Argument {
-                    op: op.to_owned(),
-                    argument,
-                    expected: "another rank".to_owned(),
-                    given: format!("this rank, {}", message.peer),
-                    hint: "Copy instead".to_owned(),
-                });
-            }
             message.memory.check(op, "tensor")?;
         }
+        check_to_oneself(messages, self.host.rank())?;
         let stream = stream as sys::Stream;
         let (_parts, _visit) = self.enter(OP.name(), stream, behind)?;
         let (number, life) = self.announce(OP, timeout)?;
@@ -672,6 +664,23 @@ pub(crate) fn missing() -> Error {
 /// of a failed group they know.
 fn leaves_others_waiting(error: &Error) -> bool {
     !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
+}
+
+/// NCCL moves messages to oneself if both ends are enqueued together, and fails the others with them if not.
+fn check_to_oneself(messages: &[DeviceMessage], rank: usize) -> Result<()> {
+    let own = || messages.iter().filter(|m| m.peer == rank && m.memory.bytes > 0);
+    let lengths = |is_sent| own().filter(move |m| m.is_sent == is_sent).map(|m| m.memory.bytes);
+    if lengths(true).eq(lengths(false)) {
+        return Ok(());
+    }
+    let told = |is_sent| format!("{:?}", lengths(is_sent).collect::<Vec<_>>());
+    Err(Error::Argument {
+        op: "send and recv".to_owned(),
+        argument: "peer",
+        expected: "as many bytes received from this rank as are sent to it, in the same order".to_owned(),
+        given: format!("messages of {} bytes to it and {} from it", told(true), told(false)),
+        hint: "Pass both ends of a message to oneself to one batch_isend_irecv, or copy instead".to_owned(),
+    })
 }
 
 fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {

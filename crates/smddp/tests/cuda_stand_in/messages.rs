@@ -78,6 +78,42 @@ fn every_pair_over_nodes_by_nccl_alone() {
     all_pairs("messages::every_pair_over_nodes_by_nccl_alone", &[2, 1], "nccl");
 }
 
+/// NCCL takes both ends together, and matches those of several messages in their order.
+#[test]
+fn messages_to_oneself_move_with_the_others() {
+    children("messages::messages_to_oneself_move_with_the_others", &[2], SLOW).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        let (me, peer) = (rank.rank, 1 - rank.rank);
+        let fresh = |len: usize| job.memory(&vec![0; len]);
+        let places = [fresh(300), fresh(5_000), fresh(700)];
+        exchange(
+            &job,
+            &group,
+            &[
+                received(me, places[0]),
+                sent(peer, job.memory(&text(me, peer, 0, 700))),
+                sent(me, job.memory(&text(me, me, 0, 300))),
+                sent(me, job.memory(&text(me, me, 1, 5_000))),
+                received(peer, places[2]),
+                received(me, places[1]),
+            ],
+        )
+        .unwrap();
+        job.synchronize();
+        for (memory, (from, round, len)) in
+            places.into_iter().zip([(me, 0, 300), (me, 1, 5_000), (peer, 0, 700)])
+        {
+            assert!(job.read(memory) == text(from, me, round, len), "{len} bytes of rank {from}");
+        }
+        let crossed = [sent(me, fresh(4)), received(me, fresh(8))];
+        let error = exchange(&job, &group, &crossed).unwrap_err();
+        assert!(error.to_string().contains("messages of [4] bytes to it and [8] from it"), "{error}");
+        rank.barrier("over");
+        group.end();
+    });
+}
+
 /// One after the other, in the order of both sides.
 #[test]
 fn messages_of_one_pair_keep_their_order() {
@@ -112,8 +148,11 @@ fn what_is_no_message_is_refused_and_harms_nobody() {
         let refused = |message| exchange(&job, &group, &[message]).unwrap_err();
         let error = refused(sent(2, memory));
         assert!(matches!(error, Error::Argument { argument: "dst", .. }), "{error}");
-        let error = refused(received(rank.rank, memory));
-        assert!(matches!(error, Error::Argument { argument: "src", .. }), "{error}");
+        for alone in [received(rank.rank, memory), sent(rank.rank, memory)] {
+            let error = refused(alone);
+            assert!(matches!(error, Error::Argument { argument: "peer", .. }), "{error}");
+            assert!(error.to_string().contains("batch_isend_irecv"), "{error}");
+        }
         let staged = job.group("staged", &[("SMDDP_CUDA", "staged")]);
         assert!(!staged.device.carries_messages());
         assert!(exchange(&job, &staged, &[sent(1 - rank.rank, memory)]).is_err());
