@@ -98,8 +98,9 @@ def all_gather(world: object) -> None:
     assert world.all_gather(mine, out) is out
     assert (out == every.ravel()).all()
     counts = [r + 1 for r in range(world.size)]
-    uneven = world.all_gather(np.full(counts[world.rank], world.rank), counts=counts)
-    assert uneven.tolist() == [r for r in range(world.size) for _ in range(r + 1)]
+    for given in (counts, np.array(counts), tuple(counts)):
+        uneven = world.all_gather(np.full(counts[world.rank], world.rank), counts=given)
+        assert uneven.tolist() == [r for r in range(world.size) for _ in range(r + 1)]
 
 
 @case
@@ -114,8 +115,9 @@ def reduce_scatter(world: object) -> None:
     world.reduce_scatter(np.arange(4.0 * n), out, "max")
     assert out.tolist() == [4.0 * world.rank + i for i in range(4)]
     counts = [r + 1 for r in range(n)]
-    uneven = world.reduce_scatter(np.ones(sum(counts), dtype=np.int32), counts=counts)
-    assert uneven.tolist() == [n] * (world.rank + 1)
+    for given in (counts, np.array(counts)):
+        uneven = world.reduce_scatter(np.ones(sum(counts), dtype=np.int32), counts=given)
+        assert uneven.tolist() == [n] * (world.rank + 1)
 
 
 @case
@@ -127,8 +129,10 @@ def all_to_all(world: object) -> None:
     assert got.tolist() == [world.rank + 10 * r for r in range(n) for _ in range(2)]
     send = [world.rank + r for r in range(n)]
     receive = [r + world.rank for r in range(n)]
-    got = world.all_to_all(np.full(sum(send), world.rank), send_counts=send, recv_counts=receive)
-    assert got.tolist() == [r for r in range(n) for _ in range(r + world.rank)]
+    for kind in (list, np.array):
+        counts = {"send_counts": kind(send), "recv_counts": kind(receive)}
+        got = world.all_to_all(np.full(sum(send), world.rank), **counts)
+        assert got.tolist() == [r for r in range(n) for _ in range(r + world.rank)]
 
 
 @case
@@ -223,6 +227,10 @@ def torch_tensors(world: object) -> None:
     world.all_reduce(pending)
     world.all_reduce(pending[2:])
     assert pending.tolist() == [world.size] * 2 + [world.size**2] * 2
+    for lazy in (torch._neg_view(torch.ones(4)), torch.ones(4, dtype=torch.complex64).conj()):
+        raises(lambda: world.all_reduce(lazy), "'array'", "computed when it is read", "resolve_")  # noqa: B023
+    assert world.all_gather(torch._neg_view(torch.ones(2)).resolve_neg()).tolist() == [[-1, -1]] * world.size
+    assert world.all_gather(lazy.resolve_conj(), counts=torch.full((world.size,), 4)).numel() == 4 * world.size
     part = torch.zeros(4)[2:]
     part.untyped_storage().resize_(0)
     raises(lambda: world.all_reduce(part), "'array'", "in 8 bytes of memory", "0 bytes")
@@ -287,6 +295,8 @@ def refused(world: object) -> None:
     raises(lambda: world.all_to_all(np.zeros(3 * n), send_counts=[3] * n), "recv_counts")
     raises(lambda: world.broadcast(np.zeros(3), root=n), "'root'", f"0 to {n - 1}")
     raises(lambda: world.broadcast(np.zeros(3), timeout=-1.0), "timeout")
+    for counts in (np.ones(n + 1, dtype=int), np.full(n, -1), np.full(n, 0.5), np.array(3), "texts"):
+        raises(lambda: world.all_gather(np.zeros(3), counts=counts), "'counts'", "numbers, one per rank")  # noqa: B023
     if n > 1:
         raises(lambda: world.all_to_all(np.zeros(n + 1)), f"divisible by {n}")
         raises(lambda: world.send(np.zeros(3), to=world.rank), "another rank")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from operator import index
 from typing import Any, NamedTuple, NoReturn
 
 from . import _core
@@ -150,6 +151,15 @@ def like(op: str, array: Any, shape: tuple[int, ...]) -> Any:
 def same_dtype(op: str, argument: str, one: View, other: View) -> None:
     if one.dtype != other.dtype:
         _refuse(op, argument, f"dtype {other.dtype}, as the other side", one.dtype, "Collectives do not convert")
+
+
+def whole_numbers(op: str, argument: str, given: Any) -> list[int]:
+    """Numbers in any sequence, array or tensor; none of them for None. (Arrays have no truth value.)"""
+    try:
+        numbers = given.tolist() if hasattr(given, "tolist") else given
+        return [] if numbers is None else [index(number) for number in numbers]
+    except TypeError:
+        _refuse(op, argument, "whole numbers, one per rank", repr(given), "A list, a NumPy array or a tensor will do")
 
 
 def counted(op: str, argument: str, one: View, expected: int, meaning: str) -> None:

@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import (
 from torch.distributed import ReduceOp, Work
 
 from . import _codes as codes
+from ._arrays import whole_numbers
 from ._launch import know
 from ._overloads import ALL_GATHER, REDUCE_SCATTER, listed, of_gather, options, paired
 from .cuda import Message
@@ -398,13 +399,16 @@ class Collectives:
     # ---- all_to_all
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None,
+        self, output: Tensor, input: Tensor, output_splits: Any, input_splits: Any, opts: Any = None,
         timeout: timedelta | None = None,
     ) -> Work:  # fmt: skip
         """Rank r gets the r-th part of every rank's `input`. Splits are sizes along dimension 0; none: equal parts."""
         name = "all_to_all_single"
         if type(opts) is not AllToAllOptions:
             opts = options(AllToAllOptions, opts, timeout)
+        if type(output_splits) is not list or type(input_splits) is not list:
+            output_splits = whole_numbers(name, "output_split_sizes", output_splits)
+            input_splits = whole_numbers(name, "input_split_sizes", input_splits)
         if not output_splits and not input_splits and self._whole_rows(input) and self._whole_rows(output):
             work = self._short(codes.ALL_TO_ALL, 0, 0, output, input, opts)
             if work is not None:
@@ -459,6 +463,7 @@ class Collectives:
                 raise ArgumentError.of(name, argument, f"a size in dimension 0 divisible by {self._size}", given, hint)
             return [rows // self._size * row] * self._size
         argument = f"{argument}_split_sizes"
+        splits = whole_numbers(name, argument, splits)
         _count(name, argument, len(splits), self._size, "one per rank", "sizes")
         if sum(splits) != rows or min(splits) < 0:
             hint = "They are sizes along dimension 0"

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import _codes as codes
 from . import _core
-from ._arrays import View, counted, like, same_dtype, view
+from ._arrays import View, counted, like, same_dtype, view, whole_numbers
 from ._core import Handle
 from ._launch import fails, know, leave
 from ._libraries import library_dirs
@@ -113,6 +113,7 @@ class Communicator:
         counts: elements of each rank's input, where they differ. Without `output` a new array of shape
         (size, *input.shape) is returned (with `counts`: flat)."""
         name = "all_gather"
+        counts = self._counts(name, "counts", counts)
         source = view(name, "input", input, written=False)
         total = source.numel * self.size if counts is None else sum(counts)
         output = self._output(name, output, input, (self.size, *source.shape) if counts is None else (total,), async_op)
@@ -120,7 +121,6 @@ class Communicator:
         same_dtype(name, "output", target, source)
         counted(name, "output", target, total, "all ranks' inputs")
         if counts is not None:
-            self._counts(name, "counts", counts)
             counted(name, "input", source, counts[self.rank], f"counts[{self.rank}]")
         dtype, each = source.mover()
         call = (codes.ALL_GATHER, dtype, 0, 0, 0 if counts else source.numel * each)
@@ -141,9 +141,9 @@ class Communicator:
         counts: elements of each rank's part; without it all are equal. Without `output` a new array is returned: of
         shape (input.shape[0] / size, ...) if that divides, else flat."""
         name = "reduce_scatter"
+        counts = self._counts(name, "counts", counts)
         source = view(name, "input", input, written=False)
         if counts is not None:
-            self._counts(name, "counts", counts)
             counted(name, "input", source, sum(counts), "the sum of counts")
         part = counts[self.rank] if counts else source.numel // self.size
         output = self._output(name, output, input, self._part_shape(source, counts, part), async_op)
@@ -177,6 +177,8 @@ class Communicator:
         if not uneven and (send_counts is not None or recv_counts is not None):
             given = "only one of them"
             raise ArgumentError.of(name, "send_counts", "send_counts and recv_counts, or neither", given, "Give both")
+        send_counts = self._counts(name, "send_counts", send_counts)
+        recv_counts = self._counts(name, "recv_counts", recv_counts)
         shape = (sum(recv_counts),) if uneven else source.shape
         output = self._output(name, output, input, shape, async_op)
         target = view(name, "output", output, written=True)
@@ -189,8 +191,6 @@ class Communicator:
                 raise ArgumentError.of(name, "input", expected, source.numel, "Or give send_counts and recv_counts")
             call = (codes.ALL_TO_ALL, dtype, 0, 0, source.numel // self.size * each)
             return self._go(call, source, target, async_op, timeout, output)
-        self._counts(name, "send_counts", send_counts)
-        self._counts(name, "recv_counts", recv_counts)
         counted(name, "input", source, sum(send_counts), "the sum of send_counts")
         counted(name, "output", target, sum(recv_counts), "the sum of recv_counts")
         splits = (_scaled(send_counts, each), _scaled(recv_counts, each))
@@ -295,10 +295,15 @@ class Communicator:
             raise ArgumentError.of(name, argument, expected, rank, "Ranks are counted within the group, from 0")
         return rank
 
-    def _counts(self, name: str, argument: str, counts: Sequence[int]) -> None:
+    def _counts(self, name: str, argument: str, given: Any) -> list[int] | None:
+        """Elements per rank, checked; None where they are not given."""
+        if given is None:
+            return None
+        counts = whole_numbers(name, argument, given)
         if len(counts) != self.size or min(counts) < 0:
             hint = "The same list on every rank, for all_gather and reduce_scatter"
-            raise ArgumentError.of(name, argument, f"{self.size} numbers, one per rank", list(counts), hint)
+            raise ArgumentError.of(name, argument, f"{self.size} numbers, one per rank", counts, hint)
+        return counts
 
     def _output(self, name: str, output: Any, input: Any, shape: tuple[int, ...], async_op: bool) -> Any:
         if output is not None:
