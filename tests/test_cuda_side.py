@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.distributed import Work
 
+import common
+import conftest
 from smdistributed_rs import cuda, tensors, work
 from smdistributed_rs.collectives import Collectives
 from smdistributed_rs.cuda import CudaSide, Message
@@ -157,6 +159,82 @@ def test_errors_of_any_part_are_those_of_the_whole() -> None:
     whole = work.Together([Failed()])
     assert isinstance(whole.exception(), ValueError)
     assert not whole.is_success()
+
+
+def test_a_future_of_all_is_ready_when_the_stream_is_past_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[object] = []
+    ready: list[object] = []
+
+    class Entered:
+        def __init__(self, stream: object) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            entered.append(self.stream)
+
+        def __exit__(self, *_: object) -> None:
+            entered.pop()
+
+    class OfDevices(torch.futures.Future):  # type: ignore[type-arg]
+        def __new__(cls, *, devices: list[object] = ()) -> OfDevices:  # type: ignore[assignment]
+            made = super().__new__(cls)
+            made.devices = devices
+            return made
+
+        def __init__(self, *, devices: list[object] = ()) -> None:  # type: ignore[assignment]
+            super().__init__()
+
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
+
+        def set_result(self, result: object) -> None:
+            ready.append((self.devices, list(entered)))
+            super().set_result(result)
+
+    late: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+
+    class Late(_Done):
+        def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+            return late
+
+    stream: Any = SimpleNamespace(device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "stream", Entered)
+    monkeypatch.setattr(torch.futures, "Future", OfDevices)
+    future = work.Together([Late(), work.DoneWork([torch.ones(2)])], stream).get_future()
+    assert not future.done()
+    late.set_result([torch.zeros(3)])
+    assert [tensor.numel() for tensor in future.wait()] == [3, 2]
+    assert ready[-1] == (["cuda:0"], [stream])
+
+
+def batch(carries: bool) -> dict[str, object]:
+    import torch.distributed as dist
+
+    common.start()
+    world, me, peer = dist.group.WORLD, dist.get_rank(), 1 - dist.get_rank()
+    # The tensors are the CPU's: their messages go the usual way, as those that are part of a batch.
+    world._cuda.carries_messages = carries
+    begun = []
+    begin = world._cuda.begin_batch
+    world._cuda.begin_batch = lambda: begun.append(1) or begin()
+    given, got = torch.full((3,), 1.0 + me), torch.zeros(3)
+    call = torch.ops._c10d_functional.batch_p2p_ops
+    results = call(["isend", "irecv"], [peer, peer], [0, 0], [given, got], world.group_name)
+    for tensor in results:
+        torch.ops._c10d_functional.wait_tensor(tensor)
+    found = {"got": results[1].tolist(), "batches": len(begun)}
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("carries", [True, False])
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+def test_functional_batches(carrier: str, carries: bool) -> None:
+    if not hasattr(torch.ops._c10d_functional, "batch_p2p_ops"):
+        pytest.skip("this torch has no functional batches of messages")
+    reports = conftest.run(batch, 2, env={"SMDDP_TORCH_GROUP": carrier}, carries=carries).check().reports
+    assert reports == [{"got": [2.0 - rank] * 3, "batches": int(carries)} for rank in (0, 1)]
 
 
 class _OnDevice(torch.Tensor):

@@ -548,11 +548,16 @@ class Collectives:
         """Whether `batch_isend_irecv` is to tell where its messages begin and end."""
         return self._cuda.carries_messages
 
-    def _start_coalescing(self, device: torch.device) -> None:
+    def start_coalescing(self, device: torch.device | None = None) -> None:
+        """The messages and calls that follow are one batch."""
         self._cuda.begin_batch()
 
-    def _end_coalescing(self, device: torch.device) -> Work:
+    def end_coalescing(self, device: torch.device | None = None) -> Work:
+        """Starts the batch; the `Work` of all of it."""
         return self._cuda.end_batch()
+
+    # Python has one name for it, and C++ looks for the other: with a device in a group, without in a backend.
+    _start_coalescing, _end_coalescing = start_coalescing, end_coalescing
 
     # ---- the group itself
 

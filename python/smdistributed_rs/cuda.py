@@ -123,7 +123,7 @@ class CudaSide:
         self._batch.messages = None
         if messages:
             works.append(self._exchange(messages))
-        return works[0] if len(works) == 1 else Together(works) if works else DONE
+        return works[0] if len(works) == 1 else Together(works, self._stream) if works else DONE
 
     def _exchange(self, messages: list[Message]) -> Work:
         native, stream = self._connected("send and recv", self._device), self._streams(self._device, True)

@@ -169,13 +169,18 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         if HAS_BACKENDS:
             getattr(self._backend, how)()
 
-    def _start_coalescing(self, device: torch.device) -> None:
-        whose = Collectives if device.type in self._devices else ProcessGroup
-        whose._start_coalescing(self, device)
+    def start_coalescing(self, device: torch.device | None = None) -> None:
+        if device is None or device.type in self._devices:
+            Collectives.start_coalescing(self)
+        else:
+            self._plain._start_coalescing(device)
 
-    def _end_coalescing(self, device: torch.device) -> Work:
-        whose = Collectives if device.type in self._devices else ProcessGroup
-        return whose._end_coalescing(self, device)
+    def end_coalescing(self, device: torch.device | None = None) -> Work:
+        if device is None or device.type in self._devices:
+            return Collectives.end_coalescing(self)
+        return self._plain._end_coalescing(device)
+
+    _start_coalescing, _end_coalescing = start_coalescing, end_coalescing
 
     def split_group(
         self,

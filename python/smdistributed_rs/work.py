@@ -196,9 +196,11 @@ class _Outcome:
 class Together(Work):
     """Several operations, waited for as one."""
 
-    def __init__(self, works: list[Work]) -> None:
+    def __init__(self, works: list[Work], stream: torch.cuda.Stream | None = None) -> None:
+        """stream: the one that those of them run on that are a device's."""
         Work.__init__(self)
         self._works = works
+        self._stream = stream
 
     def wait(self, timeout: timedelta = NO_LIMIT) -> bool:
         """Waits for all of them, for at most `timeout` each, and raises the first error."""
@@ -227,11 +229,41 @@ class Together(Work):
         return [tensor for work in self._works for tensor in work.result()]
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        """A future of the tensors of all."""
+        """A future of the tensors of all. Whoever reads it is ordered behind the device's by streams."""
         futures: Any = torch.futures.collect_all([work.get_future() for work in self._works])
-        return futures.then(lambda all_of: [tensor for each in all_of.value() for tensor in each.value()])  # type: ignore[no-any-return]
+        if self._stream is None:
+            return futures.then(_tensors_of_all)  # type: ignore[no-any-return]
+        return _on_stream(futures, self._stream)
 
     getFuture = get_future
+
+
+def _tensors_of_all(futures: Any) -> list[Tensor]:
+    return [tensor for each in futures.value() for tensor in each.value()]
+
+
+def _on_stream(futures: Any, stream: torch.cuda.Stream) -> torch.futures.Future[list[Tensor]]:
+    """The tensors of all futures, ready when `stream` is past what it has been given. A future for several others knows
+    nothing of devices; and one that fails must do so by a callback of its own: see `_Outcome`."""
+    ready: torch.futures.Future[list[Tensor]] = torch.futures.Future(devices=[stream.device])
+    errors: list[BaseException] = []
+
+    def complete(done: Any) -> None:
+        tensors: list[Tensor] = []
+        try:
+            tensors = _tensors_of_all(done)
+        except BaseException as error:
+            errors.append(error)
+        with torch.cuda.stream(stream):
+            ready.set_result(tensors)
+
+    def value(done: torch.futures.Future[list[Tensor]]) -> list[Tensor]:
+        if errors:
+            raise errors[0]
+        return done.value()
+
+    futures.add_done_callback(complete)
+    return ready.then(value)
 
 
 @survives_halving
