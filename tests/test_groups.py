@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+import torch.distributed
 
 import conftest
+from torch_versions import needs
 
 SHAPES = {"1 node x 4": [0, 0, 0, 0], "2 nodes x 2": [0, 0, 1, 1]}
 
@@ -98,6 +104,43 @@ def test_meshes(shape: str) -> None:
         assert report["enumerated"] == 5.0
 
 
+# ---- groups bound to a device
+
+
+def bound() -> dict[str, object]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    here = torch.device("cpu:0")
+    start(device_id=here)
+    world = dist.group.WORLD
+    # Rank 2 is no member, which torch tells its backend.
+    two = dist.new_group([1, 0])
+    mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("all",))
+    part = dist.split_group(split_ranks=[[0, 2], [1]])
+    groups = [world, mesh.get_group(), part] + ([two] if dist.get_rank() < 2 else [])
+    found = {
+        "groups": [str(group.bound_device_id) for group in groups],
+        "backends": [str(group._get_backend(here).bound_device_id) for group in groups],
+        "plain": [str(group._plain.bound_device_id) for group in groups if hasattr(group, "_plain")],
+        "totals": [total(group) for group in groups],
+    }
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@needs("python backends")
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+def test_a_group_knows_the_device_it_is_bound_to(carrier: str) -> None:
+    reports = conftest.run(bound, 3, env={"SMDDP_TORCH_GROUP": carrier}).check().reports
+    for rank, report in enumerate(reports):
+        assert report["totals"] == [6.0, 6.0, 2.0 if rank == 1 else 4.0] + ([3.0] if rank < 2 else [])
+        for what in ("groups", "backends", "plain"):
+            assert set(report[what]) <= {"cpu:0"}, report
+        assert len(report["plain"]) == (len(report["totals"]) if carrier == "backend" else 0)
+
+
 # ---- several backends in one group
 
 
@@ -146,6 +189,50 @@ def test_others_may_serve_other_devices(backend: str, backends: dict[str, str], 
         several = len(set(backends.values())) > 1
         expected = "HookedProcessGroup" if hooked else "MixedProcessGroup" if several else "SmddpProcessGroup"
         assert report["kind"] == expected
+
+
+def beside_unknown(backend: str, makes_nccl: bool) -> dict[str, str]:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg
+
+    if makes_nccl:
+        # As torch from 2.15 on: what "nccl" names calls itself otherwise.
+        dist.Backend._plugins["NCCL"] = dist.Backend._BackendPlugin(fake_pg._create_fake_pg, True)
+    start(backend)
+    assert total(None) == 3.0
+    world = dist.group.WORLD
+    found = {d.type: world._get_backend(d).name() for d in world._device_types}
+    assert type(world._get_backend(torch.device("cuda"))) is not type(world._get_backend(torch.device("cpu")))
+    dist.destroy_process_group()
+    return found
+
+
+@needs("python backends")
+@pytest.mark.parametrize("carrier", ["group", "backend"])
+@pytest.mark.parametrize(("backend", "makes_nccl"), [("cpu:smddp,cuda:fake", False), ("cpu:smddp,cuda:nccl", True)])
+def test_backends_torch_knows_no_type_of_stay_apart(backend: str, makes_nccl: bool, carrier: str) -> None:
+    env = {"SMDDP_TORCH_GROUP": carrier}
+    for report in conftest.run(beside_unknown, 2, env=env, backend=backend, makes_nccl=makes_nccl).check().reports:
+        assert report == {"cpu": "smddp", "cuda": "fake"}
+
+
+def test_each_backend_has_a_type_of_its_own() -> None:
+    from torch.distributed import ProcessGroup
+
+    from smdistributed_rs._new_group import NewGroup, Other, backends_of_others
+    from smdistributed_rs.process_group import _in_slots_of_their_own
+
+    kinds, one, two = ProcessGroup.BackendType, object(), object()
+    others = {"cuda": Other(kinds.CUSTOM, one), "xpu": Other(kinds.CUSTOM, two), "mps": Other(kinds.CUSTOM, one)}
+    registered = _in_slots_of_their_own(others, [kinds.CUSTOM])
+    assert [(device, backend) for device, _, backend in registered] == [("cuda", one), ("xpu", two), ("mps", one)]
+    first, second, again = (kind for _, kind, _ in registered)
+    assert len({str(kind) for kind in (kinds.CUSTOM, kinds.UNDEFINED, first, second)}) == 4
+    assert first == again
+    assert _in_slots_of_their_own({"cuda": Other(kinds.NCCL, one)}, [kinds.CUSTOM]) == [("cuda", kinds.NCCL, one)]
+    made: Any = SimpleNamespace(_device_types=[torch.device("cuda")], _get_backend=lambda _: one)
+    assert backends_of_others(NewGroup(["cpu"], {"cuda": "nccl"}, made), None) == {"cuda": Other(kinds.NCCL, one)}
 
 
 def split_of_mixed(backend: str) -> dict[str, object]:
@@ -197,10 +284,6 @@ def test_a_split_group_has_its_parents_backends(backend: str, carrier: str) -> N
 
 
 def test_a_backend_that_cannot_be_split_says_so() -> None:
-    from types import SimpleNamespace
-
-    import torch.distributed  # noqa: F401
-
     from smdistributed_rs.errors import BootstrapError
     from smdistributed_rs.process_group import _check_splits
 

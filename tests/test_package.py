@@ -69,6 +69,13 @@ def test_small_calls_go_the_shortest_way() -> None:
     assert _core.reads_options() == (TORCH >= (2, 11))
 
 
+def test_tensors_are_read_without_asking_torch() -> None:
+    """As above, of the place where tensors say that their memory holds the negatives of their elements."""
+    from smdistributed_rs.backend import find_negatives
+
+    assert find_negatives() == (TORCH >= (2, 11))
+
+
 def test_every_public_thing_is_explained() -> None:
     for name in smdistributed_rs.__all__:
         thing = getattr(smdistributed_rs, name)

@@ -92,10 +92,19 @@ def _from_interface(op: str, argument: str, array: Any, interface: dict[str, Any
     return View(address, math.prod(shape), dtype, itemsize, shape, array)
 
 
+_ON_THE_HOST = (1, 3)
+"""DLPack's numbers of the CPU, and of its memory that is pinned for CUDA."""
+
+
 def _from_dlpack(op: str, argument: str, array: Any) -> View:
     device = array.__dlpack_device__()[0]
-    if int(device) != 1:
+    if int(device) not in _ON_THE_HOST:
         _refuse(op, argument, "an array on the CPU", f"one on DLPack device {device}", "Move it to the CPU")
+    # Torch's tensors alone have these. It exports the one as if there was nothing, and refuses the other in its words.
+    for bit, resolve in (("is_neg", "resolve_neg"), ("is_conj", "resolve_conj")):
+        if getattr(array, bit, _no)():
+            given = f"a tensor that is computed when it is read ({bit}())"
+            _refuse(op, argument, "an array whose elements are in memory", given, f"Pass tensor.{resolve}()")
     seen = _core.view_capsule(array.__dlpack__())
     if not seen.dense:
         _refuse_strides(op, argument)
@@ -107,6 +116,10 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
         if own is not array:
             return _from_dlpack(op, argument, own)
     return View(seen.address, math.prod(shape), seen.dtype, seen.itemsize, shape, (seen, array))
+
+
+def _no() -> bool:
+    return False
 
 
 _FORMATS = {"?": "bool", "e": "float16", "f": "float32", "d": "float64", "c": "uint8"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,14 @@ class NewGroup:
     backend_options: Any = None
 
 
+class Other(NamedTuple):
+    """Somebody else's backend in a group of ours."""
+
+    kind: Any
+    """what torch takes it for: a `BackendType`"""
+    backend: Any
+
+
 def group_being_made(name: str) -> NewGroup:
     """What is known of the group for which torch asks `name`, at present, for its part."""
     frame: Any = sys._getframe()
@@ -55,13 +63,16 @@ def group_being_made(name: str) -> NewGroup:
     return NewGroup(["cpu", "cuda"])
 
 
-def backends_of_others(new: NewGroup, options: Any) -> dict[str, Any]:
+def backends_of_others(new: NewGroup, options: Any) -> dict[str, Other]:
     """The backends of the device types that others serve: those torch has made, and the rest made now."""
-    found: dict[str, Any] = {}
+    found: dict[str, Other] = {}
     by_name: dict[str, Any] = {}
     for device, name in new.others.items():
         backend = by_name.get(name) or _made_by_torch(new.made, device) or _make(new, options, device, name)
-        by_name[name] = found[device] = backend
+        by_name[name] = backend
+        # By the name it was asked for: "nccl", say, may be made by a backend of another name.
+        kind = dist.Backend.backend_type_map.get(name, ProcessGroup.BackendType.CUSTOM)
+        found[device] = Other(kind, backend)
     return found
 
 

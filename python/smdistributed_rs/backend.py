@@ -11,6 +11,7 @@ It gets a group of ours, over one native communicator, in one of three kinds (`p
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,7 +27,7 @@ from ._codes import BARRIER, DTYPES
 from ._compat import HAS_BACKENDS, check_memory_layout
 from ._libraries import library_dirs
 from ._meeting import Recorder, delete, forget, meet
-from ._new_group import NewGroup, backends_of_others, group_being_made
+from ._new_group import NewGroup, Other, backends_of_others, group_being_made
 from .cuda import CudaSide, choose_device
 from .process_group import HookedProcessGroup, MixedProcessGroup, Seat, SmddpProcessGroup, records_flights
 from .tensors import REDUCTIONS
@@ -47,11 +48,27 @@ def create(options: distributed_c10d._DistributedBackendOptions, _: object = Non
     new = group_being_made(NAME)
     name = options.group_id or "default"
     members = list(options.global_ranks_in_group)
+    find_negatives()
     others = backends_of_others(new, options)
     seat = _connect(options.store, options.group_rank, options.group_size, options.timeout, name, members)
+    # After the others were made: one of them may have bound a group that was not.
+    seat.bound_to = getattr(getattr(options, "process_group", None), "bound_device_id", None)
     if "cuda" in new.devices and not dist.is_initialized():
         choose_device(_local_rank(seat.communicator))
     return _seated(seat, new, others, name)
+
+
+@functools.cache
+def find_negatives() -> bool:
+    """Has the native half find out how tensors say that their memory holds the negatives of their elements. Whether it
+    did; where not, it asks torch each time."""
+    plain = torch.ones(2, device="cpu")
+    samples = [plain, torch.ones(2, 2, dtype=torch.int8, device="cpu")[1:], torch._neg_view(plain)]
+    # Where a mode makes other tensors of these, nothing is to be learnt from them.
+    if not hasattr(torch._C, "_dispatch_keys") or any(type(sample) is not torch.Tensor for sample in samples):
+        return False
+    sets = [getattr(torch._C._dispatch_keys(sample), "raw_repr", int)() for sample in samples]
+    return _core.use_key_sets(list(zip(samples, sets, strict=True)), sets[0] ^ sets[-1])
 
 
 def _local_rank(world: _core.Communicator) -> int:
@@ -61,13 +78,14 @@ def _local_rank(world: _core.Communicator) -> int:
 
 
 def split(
-    seat: Seat, devices: list[str], others: dict[str, Any], ranks: list[int], limit: timedelta, name: str, text: str
+    seat: Seat, devices: list[str], others: dict[str, Other], ranks: list[int], limit: timedelta, name: str, text: str
 ) -> SmddpProcessGroup:
     """The group of some members of another, this rank among them, for some of its device types."""
     store = PrefixStore(f"{name}/", seat.store)
     parents = seat.members or list(range(seat.communicator.size))
     members = [parents[rank] for rank in ranks]
     new = _connect(store, ranks.index(seat.communicator.rank), len(ranks), limit, name, members)
+    new.bound_to = seat.bound_to
     if seat.cuda.carries_messages and "cuda" in devices:
         new.cuda.connect(seat.cuda.device)
     group = _seated(new, NewGroup(devices), others, name)
@@ -107,7 +125,7 @@ def _rail(store: Store, group: _core.Communicator, name: str) -> _core.Communica
     return _meet(PrefixStore(f"{rail}/", store), nodes[group.rank], len(by_node), limit, rail)
 
 
-def _seated(seat: Seat, new: NewGroup, others: dict[str, Any], name: str) -> SmddpProcessGroup:
+def _seated(seat: Seat, new: NewGroup, others: dict[str, Other], name: str) -> SmddpProcessGroup:
     kind: type[SmddpProcessGroup] = SmddpProcessGroup
     if others:
         kind = MixedProcessGroup

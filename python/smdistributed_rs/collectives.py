@@ -591,6 +591,9 @@ class Collectives:
         if device is not None and device.type == "cuda":
             self._cuda.connect(torch.cuda.current_device() if device.index is None else device.index)
 
+    def perform_nocolor_split(self, device: torch.device) -> None:
+        """Nothing: torch calls it on who is in no part of a group that is split, and only members meet here."""
+
     def _set_sequence_number_for_group(self) -> None:
         """Sequence numbers start at 0 on every rank."""
 

@@ -18,8 +18,9 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from ._compat import HAS_BACKENDS
 from ._core import AllReduce
 from ._dynamo import not_compiled
+from ._new_group import Other
 from .collectives import METHODS, Collectives
-from .errors import BootstrapError, UnsupportedError
+from .errors import ArgumentError, BootstrapError, UnsupportedError
 from .work import DONE, DoneWork, ForGraphs, SmddpWork
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Seat:
     members: list[int]
     """global ranks; none: the group is that of all ranks"""
     cuda: CudaSide
+    bound_to: torch.device | None = None
+    """what torch was given as `device_id`"""
 
 
 class SmddpBackend(Collectives, _TorchBackend):
@@ -84,8 +87,8 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
     """A group of its own, so that `torch.distributed` calls these methods without a detour. Its backend serves those
     who ask for the backend of a device; both are over one communicator."""
 
-    def __init__(self, seat: Seat, devices: list[str], others: dict[str, Any], wrap: Callable[[Any], Any]) -> None:
-        """devices: types served here; others: backends of other device types; wrap: makes of our backend the one to be
+    def __init__(self, seat: Seat, devices: list[str], others: dict[str, Other], wrap: Callable[[Any], Any]) -> None:
+        """devices: types served here; others: by the device types they serve; wrap: makes of our backend the one to be
         registered."""
         size = (seat.communicator.rank, seat.communicator.size)
         if HAS_BACKENDS:
@@ -100,13 +103,13 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         self._registered: list[tuple[str, Any, Any]] = []
         self._group_name = self._group_desc = ""
         if HAS_BACKENDS:
+            # Backends take it over from their group. An older torch would split groups for it that are not NCCL's.
+            self.bound_device_id = seat.bound_to
             self._backend = SmddpBackend(seat)
             self._set_default_backend(ProcessGroup.BackendType.CUSTOM)
             ours = wrap(self._backend)
             self._registered += [(device, ProcessGroup.BackendType.CUSTOM, ours) for device in devices]
-        for device, backend in others.items():
-            kind = getattr(ProcessGroup.BackendType, backend.name().upper(), ProcessGroup.BackendType.CUSTOM)
-            self._registered.append((device, kind, backend))
+        self._registered += _in_slots_of_their_own(others, [kind for _, kind, _ in self._registered])
         for device, kind, backend in self._registered:
             self._register_backend(torch.device(device), kind, backend)
         if type(self) is SmddpProcessGroup:
@@ -149,7 +152,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
                 set_limit(timeout)
 
     def _distinct_others(self) -> list[Any]:
-        return list({id(backend): backend for backend in self._others.values()}.values())
+        return list({id(other.backend): other.backend for other in self._others.values()}.values())
 
     def shutdown(self) -> None:
         self._end("shutdown")
@@ -207,7 +210,8 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         ours = sorted(self._devices.intersection(wanted))
         if not ours or self._rank not in ranks:
             return child
-        others = {device: child._get_backend(torch.device(device)) for device, _, _ in theirs} if child else {}
+        part = lambda device: child._get_backend(torch.device(device))  # noqa: E731
+        others = {device: Other(kind, part(device)) for device, kind, _ in theirs} if child else {}
         return split(self._seat, ours, others, ranks, limit, name, text)
 
 
@@ -241,6 +245,24 @@ def records_flights() -> bool:
     return size != "0"
 
 
+def _in_slots_of_their_own(others: dict[str, Other], taken: list[Any]) -> list[tuple[str, Any, Any]]:
+    """(device type, `BackendType`, backend) to register. A group has one backend of a type: of a second one, such as
+    another that torch does not know the type of, it would make the first again."""
+    found: dict[int, Any] = {}
+    # Rarer ones first: some of torch's functions look for gloo's or NCCL's by their type.
+    free = [kind for kind in reversed(ProcessGroup.BackendType.__members__.values()) if kind not in _NOT_FREE]
+    wanted = [other.kind for other in others.values()]
+    for kind, backend in others.values():
+        if id(backend) not in found:
+            own = kind if kind not in taken else next(one for one in free if one not in [*taken, *wanted])
+            found[id(backend)] = own
+            taken.append(own)
+    return [(device, found[id(other.backend)], other.backend) for device, other in others.items()]
+
+
+_NOT_FREE = (ProcessGroup.BackendType.UNDEFINED, ProcessGroup.BackendType.CUSTOM)
+
+
 def _check_splits(device: str, backend: Any) -> None:
     if not getattr(backend, "supports_splitting", False):
         raise BootstrapError(
@@ -254,6 +276,8 @@ def _plain_group(group: SmddpProcessGroup, registered: list[tuple[str, Any, Any]
     seat = group._seat
     plain = ProcessGroup(seat.store, seat.communicator.rank, seat.communicator.size)
     registered = registered or group._registered
+    if HAS_BACKENDS:
+        plain.bound_device_id = seat.bound_to
     plain._set_default_backend(registered[0][1])
     for device, kind, backend in registered:
         plain._register_backend(torch.device(device), kind, backend)
@@ -293,6 +317,7 @@ def _through_torch(name: str) -> Callable[..., Any]:
         # For tensors of meta, torch does nothing and reports success.
         if not all(tensor.device.type in self._served for tensor in _tensors(args)):
             return ours(self, *args, **options)
+        _check_written(name, args)
         _latest.work = None
         try:
             wrapped = getattr(self._plain, _callable(name))(*args, **options)
@@ -302,6 +327,15 @@ def _through_torch(name: str) -> Callable[..., Any]:
         return wrapped if work is None else work
 
     return _as(name, call)
+
+
+def _check_written(name: str, args: tuple[Any, ...]) -> None:
+    """Of a tensor that is computed when it is read, torch passes a copy on its way to the backends, with which the
+    results are lost. What is only read may be one. (Everything but `send` writes to its first argument.)"""
+    if name != "send" and any(tensor.is_neg() or tensor.is_conj() for tensor in _tensors(args[:1])):
+        given = "one whose memory holds other values (is_neg() or is_conj()), where torch's hooks see the calls"
+        hint = "Pass the tensor that resolve_neg().resolve_conj() gives"
+        raise ArgumentError.of(name, "tensor", "a tensor whose elements are in memory", given, hint)
 
 
 _HOOKS = ("register_pre_hook", "unregister_pre_hook", "register_post_hook", "unregister_post_hook")

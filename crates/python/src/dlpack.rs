@@ -15,6 +15,7 @@ use pyo3::types::{PyCapsule, PyCapsuleMethods, PyType};
 use smddp::{Collective, DType, Request};
 
 use crate::arguments::{Numbers, region};
+use crate::negative::is_negative;
 
 const CPU: i32 = 1;
 const CUDA: i32 = 2;
@@ -198,6 +199,10 @@ pub fn describe(py: Python<'_>, object: &Bound<'_, PyAny>) -> Option<Dense> {
     // SAFETY: just filled, and `object` is alive.
     let (address, count) = unsafe { view.dense() }?;
     (address >= DOUBTED || count == 0 || has_memory(py, object)).then_some(())?;
+    // SAFETY: of exactly the known class, that of all who look for the place.
+    if unsafe { is_negative(object) } {
+        return None;
+    }
     Some(Dense { device, dtype: view.dtype()?, address, count })
 }
 

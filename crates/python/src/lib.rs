@@ -16,6 +16,7 @@ mod ending;
 mod errors;
 mod group;
 mod handle;
+mod negative;
 mod shared;
 mod store;
 mod torch;
@@ -38,6 +39,8 @@ mod _core {
     use super::ending::finalize_mpi_at_exit;
     #[pymodule_export]
     use super::handle::Handle;
+    #[pymodule_export]
+    use super::negative::use_key_sets;
     #[pymodule_export]
     use super::shared::SharedMemory;
     #[pymodule_export]

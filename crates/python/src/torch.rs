@@ -58,7 +58,7 @@ impl Options {
                 options.setattr("reduceOp", given)?;
                 options.setattr("asyncOp", is_async)?;
                 // SAFETY: just compared with the object's length.
-                let Some(bytes) = read(unsafe { value_of(&options) }) else { return Ok(None) };
+                let Some(bytes) = read::<LOOKED_AT>(unsafe { value_of(&options) }) else { return Ok(None) };
                 for (at, &byte) in bytes.iter().enumerate() {
                     reduction[at] &= byte == number;
                     asynchronous[at] &= byte == u8::from(is_async);
@@ -92,8 +92,8 @@ impl Options {
 }
 
 /// The bytes at an address, or None where there are none to read: the kernel reads them, and faults at nothing.
-fn read(address: usize) -> Option<[u8; LOOKED_AT]> {
-    let mut bytes = [0; LOOKED_AT];
+pub fn read<const N: usize>(address: usize) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
     let memory = File::open("/proc/self/mem").ok()?;
     memory.read_exact_at(&mut bytes, u64::try_from(address).ok()?).ok()?;
     Some(bytes)
