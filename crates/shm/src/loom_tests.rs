@@ -498,13 +498,13 @@ fn nobody_writes_behind_a_closed_door() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_writer_that_does_not_fence_is_found() {
     explore(3, Some(Mistake::NoEnterFence), one_gives_up);
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_door_closed_without_a_fence_is_found() {
     explore(3, Some(Mistake::NoCloseFence), one_gives_up);
 }
@@ -614,19 +614,19 @@ fn what_one_fails_to_copy_the_other_does() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_piece_left_too_early_is_found() {
     explore(2, Some(Mistake::RelaxedCount), || two_share_the_copying(true));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_piece_counted_too_early_is_found() {
     explore(2, Some(Mistake::RelaxedCount), || two_share_the_copying(false));
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn a_deal_ended_too_early_is_found() {
     explore(2, Some(Mistake::RelaxedEnd), || two_share_the_copying(false));
 }
