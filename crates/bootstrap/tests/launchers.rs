@@ -1,7 +1,8 @@
 //! The example `who` under every mpirun there is, and by variables alone.
 //!
 //! `SMDDP_TEST_MPIRUNS=path1:path2` says which launchers to use; one that is missing fails the tests, as does an empty
-//! list. Without it those found on PATH and in the active virtual environment are used, and what was not run is printed.
+//! list. Without it those found on PATH and in the active virtual environment are used, and what was not run is printed;
+//! with SMDDP_TEST_REQUIRE_MPI=1 it fails the tests.
 
 // A test file of its own counts as no test for clippy.toml.
 #![allow(clippy::unwrap_used)]
@@ -85,6 +86,13 @@ fn who() -> PathBuf {
     .clone()
 }
 
+/// Says that something could not be tried, or fails where nothing may be passed over.
+fn not_run(why: &str) {
+    let required = std::env::var("SMDDP_TEST_REQUIRE_MPI").is_ok_and(|v| v == "1");
+    assert!(!required, "SMDDP_TEST_REQUIRE_MPI=1, but: {why}");
+    eprintln!("NOT RUN: {why}");
+}
+
 fn launchers() -> Vec<Launcher> {
     if let Some(list) = std::env::var_os("SMDDP_TEST_MPIRUNS") {
         let programs: Vec<PathBuf> =
@@ -112,8 +120,12 @@ fn launchers() -> Vec<Launcher> {
             }
         }
         if !there {
+            // One is as good as another here; what takes two families says so itself.
             eprintln!("NOT RUN: {name} is not installed");
         }
+    }
+    if found.is_empty() {
+        not_run("no mpirun is installed");
     }
     found
 }
@@ -124,7 +136,33 @@ struct Ended {
     err: String,
 }
 
-fn finish(mut child: Child) -> Ended {
+/// A process that does not outlive its test, not even one of whose siblings has failed.
+struct Running(Child);
+
+impl Running {
+    /// Asks it to end: a launcher that is asked politely ends its ranks too. Then makes it.
+    fn stop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        let pid = rustix::process::Pid::from_child(&self.0);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let end = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < end && matches!(self.0.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn finish(mut running: Running) -> Ended {
     fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -132,19 +170,15 @@ fn finish(mut child: Child) -> Ended {
             String::from_utf8_lossy(&bytes).into_owned()
         })
     }
+    let child = &mut running.0;
     let (out, err) = (drain(child.stdout.take().unwrap()), drain(child.stderr.take().unwrap()));
     let end = Instant::now() + LIMIT;
     let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
+        if let Some(status) = running.0.try_wait().unwrap() {
             break status;
         }
         if Instant::now() > end {
-            // A launcher that is asked politely ends its ranks too.
-            let pid = rustix::process::Pid::from_child(&child);
-            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-            std::thread::sleep(Duration::from_secs(5));
-            let _ = child.kill();
-            let _ = child.wait();
+            running.stop();
             panic!("did not end within {LIMIT:?}:\n{}\n{}", out.join().unwrap(), err.join().unwrap());
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -152,8 +186,8 @@ fn finish(mut child: Child) -> Ended {
     Ended { success: status.success(), out: out.join().unwrap(), err: err.join().unwrap() }
 }
 
-fn start(command: &mut Command) -> Child {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+fn start(command: &mut Command) -> Running {
+    Running(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
 }
 
 fn run(command: &mut Command) -> Ended {
@@ -285,7 +319,7 @@ fn each_abi_is_recognised() {
     });
     for abi in ["Open MPI ABI", "MPICH ABI", "MPI standard ABI"] {
         if !abis.contains(abi) {
-            eprintln!("NOT RUN: no library of the {abi} beside a launcher");
+            not_run(&format!("no library of the {abi} beside a launcher"));
         }
     }
 }
@@ -321,7 +355,7 @@ fn another_launchers_mpi_is_noticed() {
         }
     }
     if ran == 0 {
-        eprintln!("NOT RUN: needs launchers of two families, each with its library beside it");
+        not_run("needs launchers of two families, each with its library beside it");
     }
 }
 
@@ -366,7 +400,7 @@ fn variables_alone_make_a_job() {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     for addr in ["127.0.0.1", "localhost", &name] {
         let (_held, port) = port();
-        let children: Vec<Child> = ["2", "0", "1"]
+        let children: Vec<Running> = ["2", "0", "1"]
             .iter()
             .map(|rank| {
                 start(&mut plain(&[

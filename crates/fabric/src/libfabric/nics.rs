@@ -272,12 +272,20 @@ pub(super) fn socket_address(bytes: &[u8]) -> Option<SocketAddr> {
 /// default route leaves by (others may lead nowhere), or as many as SMDDP_RAILS asks for; else all. Loopback only
 /// when named or alone.
 pub fn choose(found: Vec<Nic>, wish: &Wish) -> Result<Vec<Nic>, Error> {
+    let infos: Vec<NicInfo> = found.iter().map(|n| n.info.clone()).collect();
+    let rails = rails(&infos, wish, default_route().as_deref())?;
+    let mut found: Vec<Option<Nic>> = found.into_iter().map(Some).collect();
+    Ok(rails.into_iter().filter_map(|at| found[at].take()).collect())
+}
+
+/// The places in `found` of what [`choose`] chooses, where the default route leaves by the interface `route`.
+fn rails(found: &[NicInfo], wish: &Wish, route: Option<&str>) -> Result<Vec<usize>, Error> {
     let mut best = one_address_each(found);
-    let offered: Vec<String> = best.iter().map(|n| n.info.name.clone()).collect();
+    let offered: Vec<String> = best.iter().map(|&at| found[at].name.clone()).collect();
     if !wish.names.is_empty() {
         let mut chosen = Vec::new();
         for name in &wish.names {
-            match best.iter().position(|n| n.info.name == *name) {
+            match best.iter().position(|&at| found[at].name == *name) {
                 Some(i) => chosen.push(best.remove(i)),
                 None => return Err(no_nic(&wish.provider, &offered, &format!("SMDDP_NICS={name}"))),
             }
@@ -285,18 +293,15 @@ pub fn choose(found: Vec<Nic>, wish: &Wish) -> Result<Vec<Nic>, Error> {
         chosen.truncate(MAX_RAILS);
         return Ok(chosen);
     }
-    if best.iter().any(|n| !n.info.is_loopback()) {
-        best.retain(|n| !n.info.is_loopback());
+    let better: [fn(&NicInfo) -> bool; 3] =
+        [|n| !n.is_loopback(), |n| !n.is_virtual(), |n| n.address_rank() < 2];
+    for is_better in better {
+        if best.iter().any(|&at| is_better(&found[at])) {
+            best.retain(|&at| is_better(&found[at]));
+        }
     }
-    if best.iter().any(|n| !n.info.is_virtual()) {
-        best.retain(|n| !n.info.is_virtual());
-    }
-    if best.iter().any(|n| n.info.address_rank() < 2) {
-        best.retain(|n| n.info.address_rank() < 2);
-    }
-    let route = default_route();
-    let over_ip = best.iter().any(|n| n.info.address.is_some());
-    best.sort_by_key(|n| (route.as_deref() != Some(&n.info.name), n.info.name.clone()));
+    let over_ip = best.iter().any(|&at| found[at].address.is_some());
+    best.sort_by_key(|&at| (route != Some(&found[at].name), &found[at].name));
     best.truncate(match wish.rails {
         0 if over_ip => 1,
         0 => MAX_RAILS,
@@ -308,12 +313,14 @@ pub fn choose(found: Vec<Nic>, wish: &Wish) -> Result<Vec<Nic>, Error> {
     Ok(best)
 }
 
-fn one_address_each(mut found: Vec<Nic>) -> Vec<Nic> {
-    found.sort_by_key(|n| n.info.address_rank());
-    let mut best: Vec<Nic> = Vec::new();
-    for nic in found {
-        if !best.iter().any(|b| b.info.name == nic.info.name) {
-            best.push(nic);
+/// The places in `found` of the best address of every interface.
+fn one_address_each(found: &[NicInfo]) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..found.len()).collect();
+    all.sort_by_key(|&at| found[at].address_rank());
+    let mut best: Vec<usize> = Vec::new();
+    for at in all {
+        if !best.iter().any(|&other| found[other].name == found[at].name) {
+            best.push(at);
         }
     }
     best
@@ -354,5 +361,114 @@ mod tests {
         assert_eq!(provider("", "shm", false), "shm");
         assert_eq!(provider("", "^shm", true), "efa");
         assert_eq!(provider("", "", false), "tcp");
+    }
+
+    fn nic(name: &str, address: &str) -> NicInfo {
+        let address = (!address.is_empty()).then(|| address.parse().unwrap());
+        NicInfo { provider: "tcp".to_owned(), name: name.to_owned(), address, speed: 0, chosen: false }
+    }
+
+    fn wish(names: &str, rails: usize) -> Wish {
+        let names = names.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect();
+        Wish { provider: "tcp".to_owned(), names, rails, devices: false }
+    }
+
+    /// "name address" of what is chosen, in that order.
+    fn chosen(found: &[NicInfo], wish: &Wish, route: Option<&str>) -> Vec<String> {
+        let places = rails(found, wish, route).unwrap();
+        let one = |&at: &usize| match found[at].address {
+            Some(address) => format!("{} {address}", found[at].name),
+            None => found[at].name.clone(),
+        };
+        places.iter().map(one).collect()
+    }
+
+    #[test]
+    fn the_rails_are_chosen_by_name_kind_address_and_route() {
+        let lo = || nic("lo", "127.0.0.1");
+        let eth = |n: u8| nic(&format!("eth{n}"), &format!("10.0.{n}.1"));
+        let bridges = ["docker0", "veth12", "virbr0", "br-9f", "cni0", "flannel.1", "cali3"];
+        let virtuals = || bridges.map(|name| nic(name, "172.17.0.1")).to_vec();
+        // What is found, SMDDP_NICS, SMDDP_RAILS, the default route's interface, what is chosen.
+        type Case<'a> = (Vec<NicInfo>, &'a str, usize, Option<&'a str>, &'a [&'a str]);
+        let cases: &[Case<'_>] = &[
+            // One interface over IP, the default route's before the first by name.
+            (vec![eth(1), eth(0)], "", 0, None, &["eth0 10.0.0.1"]),
+            (vec![eth(0), eth(1)], "", 0, Some("eth1"), &["eth1 10.0.1.1"]),
+            (vec![eth(0), eth(1)], "", 0, Some("wlan0"), &["eth0 10.0.0.1"]),
+            // The loopback, by its name or its address, only when it is alone or named.
+            (vec![lo(), eth(0)], "", 0, Some("lo"), &["eth0 10.0.0.1"]),
+            (vec![nic("any", "127.0.0.2"), eth(0)], "", 0, None, &["eth0 10.0.0.1"]),
+            (vec![nic("any", "::1"), eth(0)], "", 9, None, &["eth0 10.0.0.1"]),
+            (vec![lo()], "", 0, Some("eth0"), &["lo 127.0.0.1"]),
+            (vec![eth(0), lo()], "lo", 0, None, &["lo 127.0.0.1"]),
+            // Bridges of containers only when there is nothing else, the loopback aside.
+            ([virtuals(), vec![eth(0)]].concat(), "", 8, Some("docker0"), &["eth0 10.0.0.1"]),
+            (vec![lo(), nic("docker0", "172.17.0.1")], "", 0, None, &["docker0 172.17.0.1"]),
+            (vec![eth(0), nic("docker0", "172.17.0.1")], "docker0", 0, None, &["docker0 172.17.0.1"]),
+            (vec![nic("bridge", "10.1.0.1"), nic("br0", "10.2.0.1")], "", 0, None, &["br0 10.2.0.1"]),
+            // One address of each: IPv4, then IPv6, then those that lead no further than the link.
+            (
+                vec![nic("a", "fe80::1"), nic("a", "fd00::1"), nic("a", "10.0.0.1")],
+                "",
+                9,
+                None,
+                &["a 10.0.0.1"],
+            ),
+            (
+                vec![nic("a", "fe80::1"), nic("a", "169.254.0.1"), nic("a", "fd00::1")],
+                "a",
+                0,
+                None,
+                &["a fd00::1"],
+            ),
+            (vec![nic("a", "fe80::1"), nic("a", "169.254.0.1")], "", 0, None, &["a 169.254.0.1"]),
+            (vec![nic("a", "10.0.0.2"), nic("a", "10.0.0.1")], "", 0, None, &["a 10.0.0.2"]),
+            // An interface without a better address only when all are so.
+            (vec![nic("a", "169.254.0.1"), eth(0)], "", 9, Some("a"), &["eth0 10.0.0.1"]),
+            (vec![nic("a", "fe80::1"), nic("b", "fd00::1")], "", 0, Some("a"), &["b fd00::1"]),
+            // As many as are asked for: the default route's first, then by name.
+            (vec![eth(2), eth(1), eth(0)], "", 2, Some("eth2"), &["eth2 10.0.2.1", "eth0 10.0.0.1"]),
+            (vec![eth(2), eth(1)], "", 5, None, &["eth1 10.0.1.1", "eth2 10.0.2.1"]),
+            (vec![eth(1), eth(0), lo()], "", 3, None, &["eth0 10.0.0.1", "eth1 10.0.1.1"]),
+            // As named, in that order, however many are asked for.
+            (vec![lo(), eth(0), eth(1)], "eth1,lo", 1, Some("eth0"), &["eth1 10.0.1.1", "lo 127.0.0.1"]),
+            // Where there are no addresses, all.
+            (vec![nic("mlx1", ""), nic("mlx0", "")], "", 0, Some("eth0"), &["mlx0", "mlx1"]),
+            (vec![nic("mlx1", ""), nic("mlx0", "")], "", 1, None, &["mlx0"]),
+        ];
+        for (found, names, rails, route, expected) in cases {
+            let chosen = chosen(found, &wish(names, *rails), *route);
+            assert_eq!(chosen, *expected, "{found:?}, SMDDP_NICS={names} SMDDP_RAILS={rails} {route:?}");
+        }
+        // More than an address has room for.
+        let many: Vec<NicInfo> = (0..12).map(|n| nic(&format!("mlx{n:02}"), "")).collect();
+        let names: Vec<&str> = many.iter().map(|n| n.name.as_str()).collect();
+        assert_eq!(chosen(&many, &wish("", 0), None), names[..MAX_RAILS]);
+        assert_eq!(chosen(&many, &wish(&names.join(","), 0), None), names[..MAX_RAILS]);
+    }
+
+    #[test]
+    fn what_cannot_be_chosen_is_told_with_what_there_is() {
+        let found = [nic("eth0", "10.0.0.1"), nic("eth1", "10.0.1.1")];
+        for names in ["eth2", "eth0,eth2", "eth0,eth0"] {
+            let error = rails(&found, &wish(names, 0), None).unwrap_err();
+            let Error::NoNic { wanted, offered, .. } = error else { panic!("{names}: {error}") };
+            let missing = names.rsplit(',').next().unwrap();
+            assert_eq!((wanted, offered), (format!("SMDDP_NICS={missing}"), "eth0, eth1".to_owned()));
+        }
+        let error = rails(&[], &wish("", 0), None).unwrap_err();
+        assert!(matches!(&error, Error::NoNic { offered, .. } if offered == "none"), "{error}");
+    }
+
+    #[test]
+    fn as_many_rails_as_an_address_has_room_for() {
+        let mut settings = Settings::default();
+        for (asked, rails) in [("0", 0), ("3", 3), ("8", 8), ("9", MAX_RAILS)] {
+            settings.set("SMDDP_RAILS", asked).unwrap();
+            assert_eq!(Wish::of(&settings).rails, rails);
+        }
+        settings.set("SMDDP_NICS", " eth1 ,,lo").unwrap();
+        assert_eq!(Wish::of(&settings).names, ["eth1", "lo"]);
     }
 }
