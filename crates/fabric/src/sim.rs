@@ -15,6 +15,7 @@ use smddp_core::memory::{Owner, Region};
 
 use crate::domain::{Armed, Caps, Completion, Domain, Mr, PeerAddr, Post, Refused, Remote};
 use crate::error::Error;
+use crate::wire::{self, Body, Packet};
 
 /// How the network behaves.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +137,8 @@ struct Net {
     lose: Option<u64>,
     kill_at: Option<(u64, usize)>,
     posted: u64,
+    /// (from, to): bytes of users' messages that have arrived.
+    carried: BTreeMap<(usize, usize), u64>,
 }
 
 /// The network; clones share it.
@@ -158,6 +161,7 @@ impl SimNet {
             lose: None,
             kill_at: None,
             posted: 0,
+            carried: BTreeMap::new(),
         })))
     }
 
@@ -202,6 +206,12 @@ impl SimNet {
     /// Small messages that were sent so far, of all endpoints.
     pub fn small_messages(&self) -> u64 {
         self.lock().small_sent
+    }
+
+    /// Bytes of users' messages that have arrived from one endpoint at another (in order of [`SimNet::domain`]), headers and
+    /// all else that the message layer says to itself left out.
+    pub fn carried(&self, from: usize, to: usize) -> u64 {
+        self.lock().carried.get(&(from, to)).copied().unwrap_or(0)
     }
 
     fn lock(&self) -> MutexGuard<'_, Net> {
@@ -298,6 +308,13 @@ impl Net {
             Source::Copy(bytes) => bytes.clone(),
             Source::Memory(region) => read(*region),
         };
+        let carried = match f.what {
+            What::Small => match wire::decode(&bytes) {
+                Some(Packet { body: Body::Eager { data, .. }, .. }) => data.len(),
+                _ => 0,
+            },
+            What::Write { .. } | What::Tagged { .. } => bytes.len(),
+        };
         let good = match f.what {
             What::Small => {
                 let (slot, ctx) = self.ends[f.to].slots.remove(0);
@@ -322,6 +339,9 @@ impl Net {
                 None => false,
             },
         };
+        if good {
+            *self.carried.entry((f.from, f.to)).or_insert(0) += carried as u64;
+        }
         if good && !self.config.early_completion {
             self.ends[f.from].done.push(Completion::Done { ctx: f.ctx, len: 0 });
         } else if !good {

@@ -134,6 +134,18 @@ proptest! {
         }
         let mut counted: BTreeMap<(usize, usize), u64> = BTreeMap::new();
         for p in &plans { *counted.entry((p.from, p.to)).or_default() += p.len as u64; }
+        // What the network itself has seen, over each rail.
+        let over = |rail: usize, from: usize, to: usize| -> u64 {
+            (0..rails).map(|there| world.net.carried(from * rails + rail, to * rails + there)).sum()
+        };
+        for (&(from, to), &bytes) in &counted {
+            let by_rail: Vec<u64> = (0..rails).map(|rail| over(rail, from, to)).collect();
+            prop_assert_eq!(by_rail.iter().sum::<u64>(), bytes, "{} to {}: {:?}", from, to, by_rail);
+            // Of a message this long every rail has a part.
+            if plans.iter().any(|p| (p.from, p.to) == (from, to) && p.len >= 260_000) {
+                prop_assert!(by_rail.iter().all(|&b| b > 0), "{} to {}: {:?}", from, to, by_rail);
+            }
+        }
         for from in 0..3 {
             for (to, sent, received) in world.ends[from].traffic() {
                 prop_assert_eq!(sent, counted.get(&(from, to as usize)).copied().unwrap_or(0));
