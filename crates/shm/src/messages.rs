@@ -611,3 +611,7 @@ fn compare(message: &Message, theirs: PackedCall, total: usize) -> Result<()> {
         theirs: format!("{theirs}, sending {total} bytes"),
     })
 }
+
+#[cfg(test)]
+#[path = "messages_tests.rs"]
+mod tests;
