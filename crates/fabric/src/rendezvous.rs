@@ -9,7 +9,7 @@ use crate::endpoint::FabricEndpoint;
 use crate::ops::{InGrant, Match, OutGrant, Piece, Posted, Tx};
 use crate::slab::Handle;
 use crate::staging::BOUNCE;
-use crate::wire::{Grant, MAX_PIECES, MAX_RAILS, Packet, Target};
+use crate::wire::{Grant, MAX_RAILS, Packet, Target, piece_of};
 use smddp_core::memory::{Owner, Region};
 
 /// Bounce slots one receive may hold at once: one lands while the other is copied out.
@@ -75,8 +75,7 @@ impl<D: Domain> FabricEndpoint<D> {
         let span = into.len() as u64;
         let rails = into.len().div_ceil(self.config.stripe).clamp(1, self.rails.len().min(peer.rails.len()));
         let limit = peer.max_piece.min(self.config.max_piece as u64).max(1);
-        let piece =
-            span.div_ceil(rails as u64).next_multiple_of(64).min(limit).max(span.div_ceil(MAX_PIECES));
+        let piece = piece_of(span, rails as u8, limit);
         let mut grant = Grant {
             id: 0,
             off: off as u64,

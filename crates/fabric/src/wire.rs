@@ -57,6 +57,11 @@ impl Grant {
     }
 }
 
+/// How long the pieces of a grant of `span` bytes are, over so many rails, none of which takes more than `limit` at once.
+pub fn piece_of(span: u64, rails: u8, limit: u64) -> u64 {
+    span.div_ceil(u64::from(rails)).next_multiple_of(64).min(limit).max(span.div_ceil(MAX_PIECES))
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body<'a> {
     /// A whole message; `permitted` when it answers [`Body::Permit`] and costs no credit.
@@ -337,6 +342,40 @@ mod tests {
                 }
                 (Grant { id, off, span, piece, rails, tagged, targets }, off + span + more)
             })
+    }
+
+    #[test]
+    fn a_grant_of_more_than_four_gigabytes_covers_it() {
+        for span in [(1u64 << 32) - 1, 1 << 32, (1 << 32) + 1, 5 << 30, (1 << 40) + 7] {
+            for (rails, limit) in [(1, u64::MAX), (3, u64::MAX), (2, 1 << 20), (8, 65_536), (1, 1)] {
+                let piece = piece_of(span, rails, limit);
+                // A limit that would take too many pieces is for the sender to refuse, not for the numbers to wrap.
+                assert!(
+                    piece <= limit || piece == span.div_ceil(MAX_PIECES),
+                    "{span} {rails} {limit}: {piece}"
+                );
+                let off = (1 << 33) + 5;
+                let targets = [Target { addr: u64::MAX - span, key: 1 }; MAX_RAILS];
+                let mut grant = Grant { id: 7, off, span, piece, rails, tagged: false, targets };
+                grant.targets[rails as usize..].fill(Target::default());
+                let key = MsgKey { group: 1, seq: 2, tag: 3 };
+                let call = PackedCall { count: span, ..bytemuck::Zeroable::zeroed() };
+                let packet =
+                    Packet { from: 1, given: 0, key, call, total: off + span, body: Body::Grant(grant) };
+                let mut out = [0; HEADER + 16 * MAX_RAILS];
+                let len = encode(&packet, &mut out);
+                assert_eq!(decode(&out[..len]), Some(packet));
+                let mut next = off;
+                for p in 0..grant.pieces() {
+                    let (at, len) = grant.range(p);
+                    assert!(at as u64 == next && len > 0 && len as u64 <= piece);
+                    next += len as u64;
+                }
+                assert_eq!(next, off + span);
+                let last = grant.pieces() - 1;
+                assert!(grant.tag(last) & 0xff_ffff == u64::from(last) && grant.tag(last) >> 24 == 7);
+            }
+        }
     }
 
     proptest! {

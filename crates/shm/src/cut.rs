@@ -319,6 +319,38 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn cuts_cover_more_than_four_gigabytes() {
+        for len in [(1 << 32) - 64, (1 << 32) + 4, 5 << 30] {
+            for (from, to) in [(Who::All, Who::All), (Who::One(0), Who::All), (Who::One(1), Who::One(2))] {
+                let (src, dst) = (Span::input(0, len), Span::output(0, len));
+                let moves = [Move { from, to, src, dst, finish: false }];
+                let group = Cutter::new(0, 3, 384 << 10, false).group(&moves, 0);
+                assert!(group.most >= len && group.cuts >= len.div_ceil(384 << 10));
+                let mut next = 0;
+                for cut in 0..group.cuts {
+                    let (at, piece) = group.piece(len, cut);
+                    assert!(at == next && piece <= 384 << 10);
+                    next += piece;
+                }
+                assert_eq!(next, len);
+            }
+        }
+        // Three ranks' pieces of 2 GiB: together they do not fit 32 bits either.
+        let one = |at: usize| Span::output(at * (2 << 30), 2 << 30);
+        let moves: Vec<Move> = (0..3)
+            .map(|to| Move {
+                from: Who::All,
+                to: Who::One(to),
+                src: one(to as usize),
+                dst: one(0),
+                finish: true,
+            })
+            .collect();
+        let group = Cutter::new(0, 3, 384 << 10, false).group(&moves, 0);
+        assert_eq!((group.end, group.most), (3, 4 << 30));
+    }
+
+    #[test]
     fn what_one_gives_is_cut_further_unless_it_is_handed_back() {
         let cuts = |len: usize, from: Who, hands_back: bool| {
             let span = Span::output(0, len);

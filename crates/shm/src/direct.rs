@@ -172,7 +172,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn shares_are_disjoint_lines_that_cover_everything(len in 0usize..100_000, ranks in 1usize..20) {
+        fn shares_are_disjoint_lines_that_cover_everything(
+            len in prop_oneof![0usize..100_000, (1usize << 32) - 2000..(1usize << 32) + 2000], ranks in 1usize..20,
+        ) {
             let mut next = 0;
             for rank in 0..ranks {
                 let (start, len_of) = share(len, ranks, rank);

@@ -97,4 +97,20 @@ mod tests {
             prop_assert_eq!(end, len);
         }
     }
+
+    #[test]
+    fn shares_cover_more_than_four_gigabytes() {
+        for (size, len) in [(2, 1 << 32), (3, (1 << 32) + 4), (8, (5 << 30) - 2)] {
+            let relay = Relay::of(len, size, 1 << 20).unwrap();
+            let mut end = 0;
+            for exchange in (0..relay.exchanges()).step_by(2) {
+                for rank in 0..size {
+                    let (at, share) = relay.share(exchange, rank);
+                    assert_eq!(at, end);
+                    end += share;
+                }
+            }
+            assert_eq!(end, len);
+        }
+    }
 }

@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn pieces_cover_a_message() {
-        for len in [LEAST, LEAST + 1, LEN - 1, LEN, (9 << 20) + 7, 100 << 20] {
+        for len in [LEAST, LEAST + 1, LEN - 1, LEN, (9 << 20) + 7, 100 << 20, (1 << 32) - 1, (5 << 30) + 7] {
             // SAFETY: nothing is read or written; only lengths are looked at.
             let whole = unsafe { Region::new(std::ptr::dangling_mut(), len) };
             let mut end = 0;

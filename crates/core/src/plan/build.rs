@@ -229,7 +229,10 @@ mod tests {
 
     #[test]
     fn cuts_cover_and_are_balanced() {
-        for (len, parts, elem) in [(0, 3, 4), (40, 3, 4), (1 << 20, 7, 2), (65_536 + 6, 5, 2), (7, 9, 1)] {
+        let beyond_32_bits =
+            [((1 << 32) + 6, 5, 2), ((5 << 30) + 3, 7, 1), (1 << 33, 64, 8), ((1 << 40) + 4, 3, 4)];
+        let small = [(0, 3, 4), (40, 3, 4), (1 << 20, 7, 2), (65_536 + 6, 5, 2), (7, 9, 1)];
+        for (len, parts, elem) in small.into_iter().chain(beyond_32_bits) {
             let pieces: Vec<_> = (0..parts).map(|i| cut(len, parts, i, elem)).collect();
             let mut at = 0;
             for &(off, n) in &pieces {
