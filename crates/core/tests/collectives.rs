@@ -180,11 +180,11 @@ fn messages_match_by_tag_whatever_the_order() {
     });
 }
 
-/// What needs no peer takes no other thread: but for the moments in which the progress thread listens to the fabric.
+/// What needs no peer takes no other thread: but for the moments in which the progress thread listens to the fabric, and here
+/// there is none.
 #[test]
 fn a_message_that_is_awaited_is_sent_when_its_start_returns() {
     let groups = groups(&GroupShape::even(1, 2), 3, &Tuning::default());
-    let mut at_once = 0;
     for round in 0..100u64 {
         let (mut sent, mut got) = ([round], [0u64]);
         // SAFETY: both messages are waited for before their memory goes.
@@ -193,12 +193,11 @@ fn a_message_that_is_awaited_is_sent_when_its_start_returns() {
         let received = unsafe { groups[1].start_recv(0, 0, DType::I64, from).unwrap() };
         // SAFETY: as above.
         let sent = unsafe { groups[0].start_send(1, 0, DType::I64, to).unwrap() };
-        at_once += u32::from(sent.is_done());
+        assert!(sent.is_done(), "round {round}");
         sent.wait(None).unwrap();
         received.wait(None).unwrap();
         assert_eq!(got, [round]);
     }
-    assert!(at_once >= 90, "{at_once} of 100");
 }
 
 /// The progress thread moves it, however brief; here it alone calls back.

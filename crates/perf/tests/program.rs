@@ -1,11 +1,67 @@
-//! The program as people start it. Every job has a limit, after which the program ends its own ranks.
+//! The program as people start it. Every job has a limit, after which the program ends its own ranks; and the program one
+//! of its own, after which it is ended itself.
 
-use std::process::{Command, Output};
+#![allow(clippy::unwrap_used)]
+
+use std::io::Read;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+/// Longer than every `--limit` below and what the program may take to end its ranks.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// A program that does not outlive its test. Its ranks end with it: the kernel sees to that.
+struct Running(Child);
+
+impl Running {
+    /// Until it ends, or the limit does.
+    fn wait(&mut self) -> Option<ExitStatus> {
+        let end = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return Some(status);
+            }
+            if Instant::now() > end {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 fn run(line: &str) -> Output {
-    command(line).output().unwrap_or_else(|e| panic!("{line}: {e}"))
+    finish(&mut command(line), line)
+}
+
+/// As [`Command::output`], within the limit.
+fn finish(command: &mut Command, line: &str) -> Output {
+    fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.read_to_end(&mut bytes).unwrap();
+            bytes
+        })
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Running(command.spawn().unwrap_or_else(|e| panic!("{line}: {e}")));
+    let pipes = (drain(running.0.stdout.take().unwrap()), drain(running.0.stderr.take().unwrap()));
+    let status = running.wait();
+    // Ends what holds the pipes.
+    drop(running);
+    let (stdout, stderr) = (pipes.0.join().unwrap(), pipes.1.join().unwrap());
+    let said = || format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    let status = status.unwrap_or_else(|| panic!("{line}: did not end within {LIMIT:?}: {}", said()));
+    Output { status, stdout, stderr }
 }
 
 fn command(line: &str) -> Command {
@@ -148,7 +204,7 @@ fn info_and_plan_need_no_job() {
     let info = run("info");
     assert!(text(&info).contains("SMDDP_TIMEOUT") && text(&info).contains("Processor"), "{}", text(&info));
     let named = &smddp_standin::paths().nccl;
-    let info = command("info").env("SMDDP_NCCL", named).output().unwrap();
+    let info = finish(command("info").env("SMDDP_NCCL", named), "info");
     let told = text(&info);
     let line = told.lines().find(|line| line.starts_with("  NCCL ")).unwrap_or_default();
     assert!(line.contains(&format!("({})", named.display())) && line.contains("NVIDIA GPUs"), "{told}");
@@ -162,7 +218,7 @@ fn on_device(line: &str, nccl: &str) -> Value {
     let line = format!("{line} --device cuda --driver {}", driver.cuda.display());
     let mut command = command(&format!("{line} --json - --limit 120 --budget 0.001"));
     command.env("SMDDP_NCCL", &driver.nccl).env("SMDDP_CUDA", nccl).env("SMDDP_CUDA_SLOT", "64K");
-    let output = command.output().unwrap_or_else(|e| panic!("{line}: {e}"));
+    let output = finish(&mut command, &line);
     assert!(output.status.success(), "{line}: {}", text(&output));
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", text(&output)))
 }

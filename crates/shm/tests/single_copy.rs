@@ -5,10 +5,11 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{
-    Memory, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
+    Memory, PATIENCE, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
 };
 use proptest::prelude::*;
 use smddp_core::call::{Call, Collective};
@@ -312,32 +313,59 @@ fn what_one_gives_or_takes_of_other_lengths_goes_through_slots() {
 #[test]
 fn nobody_writes_into_the_memory_of_a_rank_that_gave_up() {
     const LEN: usize = 8 << 20;
+    /// Of these the root writes half; it writes one at each poll.
+    const PIECE: usize = 1 << 20;
     let plan = one_phase(alone(Collective::Broadcast, 2, LEN));
-    let (mut halfway, mut turns) = (0, 0);
-    while halfway < 30 {
-        turns += 1;
-        assert!(turns < 2000, "the root was never interrupted: nothing was shown");
+    for turn in 0..45 {
+        // Who has come so far, so that it is one piece, and only one, that the two are at odds about: it is being written
+        // when rank 1 gives up, or about to be, or has just been.
+        let met = AtomicUsize::new(0);
+        let meet = |number: usize| {
+            met.fetch_add(1, Ordering::SeqCst);
+            let started = Instant::now();
+            while met.load(Ordering::SeqCst) < 2 * number {
+                assert!(started.elapsed() < PATIENCE, "turn {turn}: the other rank does not come");
+                std::thread::yield_now();
+            }
+        };
+        let before = turn % 3;
         let wrote = on_ranks(2, SMALL, |rank, mut node| {
             let mut memory = Memory { input: vec![], output: vec![1 + rank as u8; LEN], scratch: vec![] };
             node.submit(phase(Collective::Broadcast, &plan, memory.buffers(), 2, LEN)).unwrap();
             let mut done = Vec::new();
             if rank == 0 {
-                while done.is_empty() && node.poll(&mut done).is_ok() {}
+                let started = Instant::now();
+                while (node.copied_once() as usize) < before * PIECE {
+                    node.poll(&mut done).unwrap();
+                    assert!(started.elapsed() < PATIENCE);
+                }
+                meet(1);
+                meet(2);
+                let is_told = node.poll(&mut done).is_err();
+                meet(3);
+                // Nothing more comes of it, however often it tries.
+                assert!(is_told || (0..100).any(|_| node.poll(&mut done).is_err()));
+                meet(4);
+                assert_eq!(done, []);
                 return node.copied_once() as usize;
             }
             // It says where its data lies and copies nothing itself: the root alone is at it.
             node.poll(&mut done).unwrap();
-            let begun = Instant::now();
-            while begun.elapsed() < Duration::from_micros(turns % 100 * 10) {
+            meet(1);
+            meet(2);
+            let now = Instant::now();
+            while now.elapsed() < Duration::from_micros(turn as u64 / 3 * 20) {
                 std::hint::spin_loop();
             }
             node.abort(&smddp_core::Error::Internal("enough".to_owned()));
             memory.output.fill(3);
-            std::thread::sleep(Duration::from_millis(2));
-            assert!(memory.output == vec![3; LEN], "written behind its back, turn {turns}");
+            meet(3);
+            meet(4);
+            assert!(memory.output == vec![3; LEN], "written behind its back, turn {turn}");
             0
         })[0];
-        halfway += usize::from(wrote > 0 && wrote < LEN / 2);
+        let pieces = before * PIECE..=(before + 1) * PIECE;
+        assert!(pieces.contains(&wrote), "turn {turn}: the root wrote {wrote} bytes, of {pieces:?}");
     }
 }
 

@@ -10,7 +10,7 @@ use smddp::{Communicator, DeviceGroup, GroupOptions, Result, Settings, Store, co
 use smddp_cuda_sys::{Context, Driver, SUCCESS, Stream};
 use smddp_standin::{Children, Control, Rank};
 
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Starts the calling test once for each rank.
 pub fn children(test: &str, nodes: &[usize], more: &[(&str, &str)]) -> Children {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use smddp::{Collective, DType, Error, ReduceOp};
 
-use crate::job::{Job, children};
+use crate::job::{Job, LIMIT, children};
 use crate::reference::Case;
 use crate::watch::{FOR_EVER, threads, until};
 
@@ -96,6 +96,9 @@ fn an_abort_releases_a_call_over_all_ranks() {
     });
 }
 
+/// Two that the calls were given, and two of the group's own.
+const STREAMS: u64 = 4;
+
 /// The group has two communicators, whose kernels must come in one order on all devices, whatever their streams.
 fn calls_of_two_communicators_follow_one_another(test: &str, counts: [usize; 2]) {
     children(test, NODES, &[]).run(|rank| {
@@ -113,7 +116,13 @@ fn calls_of_two_communicators_follow_one_another(test: &str, counts: [usize; 2])
             case.launch(&group, placed, stream, None).unwrap();
         }
         rank.barrier("started");
-        std::thread::sleep(Duration::from_millis(200));
+        // All that can begin has begun: a stream stands at the hold, and so do the others that take part in the calls, or at
+        // one another; the second call is where it would have overtaken the first.
+        let started = Instant::now();
+        while job.control.parked() < STREAMS {
+            assert!(started.elapsed() < LIMIT, "{} streams stand", job.control.parked());
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert_eq!(job.control.calls("nccl"), 0, "the second has overtaken the first");
         rank.barrier("seen");
         hold.release();
