@@ -128,6 +128,13 @@ fn check(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuning, pla
             assert!(len == schedule.round_bytes || shift + len == output, "{place}: {len} bytes at {shift}");
             end = shift + len;
         }
+        // What a rank gives apart from its result is all of it, each block as far as the round goes.
+        if !matches!(call.collective, Collective::AllReduce | Collective::Reduce | Collective::Broadcast) {
+            let block = call.count * call.elem;
+            let far = ranges.first().map_or(block, |range| range.1.min(block));
+            let all: Vec<Span> = (0..input / block).map(|at| Span::input(at * block, far)).collect();
+            assert_eq!(joined(&read, Buf::Input), joined(&all, Buf::Input), "{place}: reads, at {shift}");
+        }
     }
     if writes {
         assert_eq!(end, output, "{place}");
