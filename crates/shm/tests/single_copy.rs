@@ -5,8 +5,8 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use common::{
     Memory, PATIENCE, SMALL, arith, call, drive, membership, on_members, on_ranks, one_phase, run, span_move,
@@ -316,19 +316,27 @@ fn nobody_writes_into_the_memory_of_a_rank_that_gave_up() {
     /// Of these the root writes half; it writes one at each poll.
     const PIECE: usize = 1 << 20;
     let plan = one_phase(alone(Collective::Broadcast, 2, LEN));
-    for turn in 0..45 {
-        // Who has come so far, so that it is one piece, and only one, that the two are at odds about: it is being written
-        // when rank 1 gives up, or about to be, or has just been.
+    for turn in 0..192 {
+        // One piece, and only one, is what the two are at odds about: it is being written when rank 1 gives up, or about to
+        // be, or has just been.
+        let before = 1 + turn % 2;
+        let (time_of_piece, begins) = (AtomicUsize::new(0), AtomicBool::new(false));
         let met = AtomicUsize::new(0);
-        let meet = |number: usize| {
-            met.fetch_add(1, Ordering::SeqCst);
+        let until = |what: &dyn Fn() -> bool| {
             let started = Instant::now();
-            while met.load(Ordering::SeqCst) < 2 * number {
+            for look in 1.. {
+                if what() {
+                    return;
+                }
                 assert!(started.elapsed() < PATIENCE, "turn {turn}: the other rank does not come");
-                std::thread::yield_now();
+                // Whoever sleeps comes too late to be in the way.
+                if look % 4096 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
             }
         };
-        let before = turn % 3;
+        let meet = |number: usize| {
+            met.fetch_add(1, Ordering::SeqCst);
+            until(&|| met.load(Ordering::SeqCst) >= 2 * number);
+        };
         let wrote = on_ranks(2, SMALL, |rank, mut node| {
             let mut memory = Memory { input: vec![], output: vec![1 + rank as u8; LEN], scratch: vec![] };
             node.submit(phase(Collective::Broadcast, &plan, memory.buffers(), 2, LEN)).unwrap();
@@ -336,32 +344,42 @@ fn nobody_writes_into_the_memory_of_a_rank_that_gave_up() {
             if rank == 0 {
                 let started = Instant::now();
                 while (node.copied_once() as usize) < before * PIECE {
+                    let now = Instant::now();
                     node.poll(&mut done).unwrap();
+                    time_of_piece.store(now.elapsed().as_nanos() as usize, Ordering::SeqCst);
                     assert!(started.elapsed() < PATIENCE);
                 }
                 meet(1);
-                meet(2);
+                begins.store(true, Ordering::SeqCst);
                 let is_told = node.poll(&mut done).is_err();
-                meet(3);
+                meet(2);
                 // Nothing more comes of it, however often it tries.
                 assert!(is_told || (0..100).any(|_| node.poll(&mut done).is_err()));
-                meet(4);
+                meet(3);
                 assert_eq!(done, []);
                 return node.copied_once() as usize;
             }
             // It says where its data lies and copies nothing itself: the root alone is at it.
             node.poll(&mut done).unwrap();
             meet(1);
-            meet(2);
+            // From its beginning until a while after its end.
+            let delay = time_of_piece.load(Ordering::SeqCst) * (turn / 2 % 32) / 24;
+            until(&|| begins.load(Ordering::SeqCst));
             let now = Instant::now();
-            while now.elapsed() < Duration::from_micros(turn as u64 / 3 * 20) {
+            while (now.elapsed().as_nanos() as usize) < delay {
                 std::hint::spin_loop();
             }
             node.abort(&smddp_core::Error::Internal("enough".to_owned()));
-            memory.output.fill(3);
+            // A byte of every page: to look at all of them, or to write them, would take longer than a piece that comes late.
+            let look = || -> Vec<u8> {
+                let pages = memory.output.iter().step_by(4096);
+                // SAFETY: a reference; the other rank writes to it if this test is to fail.
+                pages.map(|byte| unsafe { std::ptr::from_ref(byte).read_volatile() }).collect()
+            };
+            let seen = look();
+            meet(2);
             meet(3);
-            meet(4);
-            assert!(memory.output == vec![3; LEN], "written behind its back, turn {turn}");
+            assert!(look() == seen, "written behind its back, turn {turn}");
             0
         })[0];
         let pieces = before * PIECE..=(before + 1) * PIECE;
