@@ -198,8 +198,21 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_without_panic(bytes: Vec<u8>) {
+        fn any_bytes_are_read_without_panic(mut bytes: Vec<u8>, op in 0u8..7, key in 0u8..20, value in 0u8..100) {
             let _ = (Request::decode(&bytes), Hello::decode(&bytes));
+            // Near enough to a request to be looked at further.
+            if bytes.len() >= HEADER {
+                bytes[..8].copy_from_slice(&[op, 0, key, 0, value, 0, 0, 0]);
+                if let Ok(Some((request, end))) = Request::decode(&bytes) {
+                    prop_assert!(end <= bytes.len() && request.op as u8 == op);
+                    prop_assert_eq!((request.key.len(), request.value.len()), (key.into(), value.into()));
+                    let again = Request::encode(request.op, request.number, &request.key, &request.value);
+                    prop_assert_eq!(again, &bytes[..end]);
+                }
+            }
+            if let Some(Ok(reply)) = bytes.get(..REPLY).map(<[u8; REPLY]>::try_from) {
+                prop_assert!(parse_reply(&reply).is_none_or(|(_, length)| length <= MAX_VALUE));
+            }
         }
 
         #[test]

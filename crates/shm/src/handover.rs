@@ -543,3 +543,76 @@ fn receive(
     }
     Ok(Some((received.bytes, file)))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_failure_reads_back_and_any_packet_is_one(reason in ".{0,300}", wanted: u32, noise: Vec<u8>) {
+            let memory = ShmError::Memory { wanted: wanted as usize, reason: reason.clone() };
+            let other = ShmError::Refused(reason);
+            for error in [memory, other] {
+                let packet = failure(&error);
+                prop_assert!(packet.len() <= PACKET);
+                let (said, read) = (error.to_string(), failure_in(&packet).to_string());
+                prop_assert!(read.contains(&said) || said.len() > 200, "{read}: {said}");
+            }
+            let _ = failure_in(&noise).to_string();
+        }
+    }
+
+    /// Packets that no rank of ours would send, from processes of this user, which nothing keeps from the socket.
+    #[test]
+    fn whoever_says_anything_else_changes_nothing() {
+        let who = |local_rank| Membership {
+            group: 7,
+            secret: [3; 32],
+            local_rank,
+            ranks: vec![10, 11],
+            node: "here".to_owned(),
+            single_copy: SingleCopies::NONE,
+            hands_back: false,
+            streams_from: None,
+            deadline: Instant::now() + Duration::from_secs(60),
+        };
+        let listener = Listener::bind().unwrap();
+        let name = listener.name().to_owned();
+        let hello = |change: fn(&mut Hello)| {
+            let mut hello = Hello { version: VERSION, local_rank: 1, group: 7, secret: [3; 32] };
+            change(&mut hello);
+            bytemuck::bytes_of(&hello).to_vec()
+        };
+        let mut packets = vec![
+            vec![READY],
+            vec![0; PACKET],
+            hello(|_| ())[..20].to_vec(),
+            // Longer than ours, as that of a later version may be.
+            [hello(|hello| hello.version += 1), vec![0]].concat(),
+            hello(|hello| hello.version += 1),
+            hello(|hello| hello.local_rank = 0),
+            hello(|hello| hello.local_rank = 2),
+            hello(|hello| hello.local_rank = u32::MAX),
+            hello(|hello| hello.group = 8),
+            hello(|hello| hello.secret[31] = 4),
+        ];
+        packets.extend(
+            (0..64u8).map(|n| (0..64).map(|at: u8| at.wrapping_mul(n) ^ n).take(1 + n as usize).collect()),
+        );
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(|| listener.serve(&who(0), Geometry { slot: 4096, slots: 2 }));
+            for packet in &packets {
+                let stranger = dial(&name, &who(1), Instant::now()).unwrap();
+                send(&stranger, packet, None).unwrap();
+                let mut answer = [0; PACKET];
+                let (len, file) = receive(&stranger, &mut answer, who(1).deadline).unwrap().unwrap();
+                assert!(file.is_none() && answer[..len].first() != Some(&WELCOME), "{packet:?} was let in");
+            }
+            ShmNode::connect(&name, &who(1)).unwrap();
+            serving.join().unwrap().unwrap();
+        });
+    }
+}

@@ -229,6 +229,8 @@ fn check(header: &Header, read: usize, size: u64, group: u64, local_size: usize)
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::geometry::SingleCopies;
 
@@ -274,6 +276,32 @@ mod tests {
         assert!(check(&Header { slots: 1 << 40, ..header }, all, size, 7, 3).is_err());
         assert!(check(&header, all - 1, size, 7, 3).is_err());
         assert!(check(&header, all, size - 1, 7, 3).is_err());
+    }
+
+    proptest! {
+        /// Whatever local rank 0 sends: a layout that fits the file, or a refusal.
+        #[test]
+        fn any_header_is_refused_or_describes_its_file(
+            slot in prop_oneof![Just(4096usize), Just(64 << 10), Just(1 << 20)], slots in 1usize..20,
+            at in 0usize..size_of::<Header>() / 4, word in prop_oneof![any::<u32>(), 0u32..200], more: bool,
+            bytes in prop::collection::vec(any::<u8>(), size_of::<Header>()),
+        ) {
+            let layout = Layout::new(Geometry { slot, slots }.fitted(3), 3);
+            let mut header = layout.header(7, AGREED, 1);
+            let (honest, all) = (header.total, size_of::<Header>());
+            prop_assert!(check(&header, all, honest, 7, 3).is_ok());
+            bytemuck::cast_slice_mut::<u8, u32>(bytemuck::bytes_of_mut(&mut header))[at] = word;
+            for size in [honest, header.total, honest + u64::from(more)] {
+                if let Ok(found) = check(&header, all, size, 7, 3) {
+                    prop_assert_eq!((found.total() as u64, found.local_size), (size, 3));
+                    prop_assert_eq!(header.group, 7);
+                    let last = found.geometry.slots - 1;
+                    prop_assert!(found.slot(2, last) + found.geometry.slot <= found.total());
+                }
+            }
+            let noise: Header = bytemuck::pod_read_unaligned(&bytes);
+            prop_assert!(check(&noise, all, noise.total, 7, 3).is_err());
+        }
     }
 
     #[test]
