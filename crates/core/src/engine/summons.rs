@@ -8,9 +8,14 @@
 //! - **W1** What was left is done without a caller: whoever leaves work raises the word, in one step that also says whether the
 //!   thread had parked before; who finds that it had wakes it. The thread parks only in a step that finds the word not raised.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::Thread;
 use std::time::Duration;
+
+#[cfg(loom)]
+use loom::sync::atomic::AtomicU8;
+#[cfg(not(loom))]
+use std::sync::atomic::AtomicU8;
 
 /// How late the thread looks at brief work at first, and where callers always wait for theirs: then nobody but its timer wakes it.
 const SHORTEST: Duration = Duration::from_micros(100);
@@ -56,14 +61,20 @@ impl Default for Summons {
 impl Summons {
     /// Calls the thread (W1).
     pub(crate) fn call(&self, when: When, thread: impl FnOnce() -> Option<Thread>) {
-        let word = if when == When::Now { NOW } else { LATER };
-        let before = self.0.fetch_max(word, Ordering::AcqRel);
-        // At once: it may be napping.
-        if (before == PARKED || when == When::Now)
+        if self.raise(when)
             && let Some(thread) = thread()
         {
             thread.unpark();
         }
+    }
+
+    /// Whether the thread is to be woken.
+    #[inline]
+    fn raise(&self, when: When) -> bool {
+        let word = if when == When::Now { NOW } else { LATER };
+        let before = self.0.fetch_max(word, Ordering::AcqRel);
+        // At once: it may be napping.
+        before == PARKED || when == When::Now
     }
 
     /// What the thread has been called to since it asked last.
@@ -77,14 +88,24 @@ impl Summons {
 
     /// Sleeps until it is called, or `limit` has passed, or without a reason. The thread's alone.
     pub(crate) fn park(&self, limit: Option<Duration>) {
-        if self.0.compare_exchange(AWAKE, PARKED, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        if self.lie_down() {
             match limit {
                 Some(limit) => std::thread::park_timeout(limit),
                 None => std::thread::park(),
             }
         }
     }
+
+    /// Whether the thread is to park: it has not been called.
+    #[inline]
+    fn lie_down(&self) -> bool {
+        self.0.compare_exchange(AWAKE, PARKED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
 }
+
+#[cfg(all(test, loom))]
+#[path = "summons_models.rs"]
+mod models;
 
 #[cfg(test)]
 mod tests {
