@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,13 @@ class Ranks:
     statuses: list[int]
     outputs: list[str]
     seconds: float
-    reports: list[dict] = field(default_factory=list)
-    """what each rank's function returned, by rank"""
+    killed: list[int] = field(default_factory=list)
+    """the processes that did not end by themselves"""
+    collected: list[dict] = field(default_factory=list)
+    """what the ranks' functions returned, by rank, whatever became of the ranks afterwards"""
+    expected: int | None = None
+    """how many ranks there were, if it is known"""
+    _checked: bool = False
 
     @property
     def text(self) -> str:
@@ -44,9 +49,24 @@ class Ranks:
             for i, (s, o) in enumerate(zip(self.statuses, self.outputs, strict=True))
         )
 
-    def check(self) -> Ranks:
-        assert all(s == 0 for s in self.statuses), self.text
+    def check(self, dead: Mapping[int, int] | None = None) -> Ranks:
+        """All processes have ended by themselves, and well: a rank reports before its interpreter ends. `dead` has the
+        status of each of those that were to end otherwise, and not to report."""
+        dead = dead or {}
+        assert not self.killed, f"processes {self.killed} had to be killed\n{self.text}"
+        wrong = {i: s for i, s in enumerate(self.statuses) if s != dead.get(i, 0)}
+        assert not wrong, f"statuses {wrong} by process, expected {dead} and otherwise 0\n{self.text}"
+        if self.expected is not None:
+            reported = len(self.collected)
+            assert reported == self.expected - len(dead), f"{reported} of {self.expected} reported\n{self.text}"
+        self._checked = True
         return self
+
+    @property
+    def reports(self) -> list[dict]:
+        """What each rank's function returned, by rank."""
+        assert self._checked, "check() says first whether the ranks have ended as they should"
+        return self.collected
 
 
 def free_port() -> int:
@@ -67,6 +87,7 @@ def wait_for(processes: Sequence[Process], logs: Sequence[Path], limit: float, g
     """Waits for all; `grace` seconds after one has failed, or at the limit, the rest are killed by pid."""
     start = time.monotonic()
     failed_at = None
+    late: list[int] = []
     try:
         while any(p.poll() is None for p in processes):
             now = time.monotonic()
@@ -75,14 +96,15 @@ def wait_for(processes: Sequence[Process], logs: Sequence[Path], limit: float, g
             if now - start > limit or (failed_at is not None and now - failed_at > grace):
                 break
             time.sleep(0.02)
+        late = [i for i, p in enumerate(processes) if p.poll() is None]
     finally:
         # Also when the test was interrupted.
         stop(processes)
     outputs = [log.read_text(errors="replace") for log in logs]
     seconds = time.monotonic() - start
-    if seconds > limit:
-        outputs = [f"{o}\n[killed after {limit} s]" for o in outputs]
-    return Ranks([p.returncode for p in processes], outputs, seconds)
+    for i in late:
+        outputs[i] += f"\n[killed after {seconds:.1f} s]"
+    return Ranks([p.returncode for p in processes], outputs, seconds, late)
 
 
 def stop(processes: Sequence[Process]) -> None:
@@ -158,7 +180,9 @@ def run(
                 processes.append(
                     subprocess.Popen(command(function, folder, arguments), env=variables, stdout=log, stderr=log)
                 )
-        return collect(wait_for(processes, logs, limit), folder)
+        ranks = collect(wait_for(processes, logs, limit), folder)
+        ranks.expected = size
+        return ranks
 
 
 @functools.cache
@@ -198,7 +222,7 @@ def command(
 
 def collect(ranks: Ranks, folder: str) -> Ranks:
     files = sorted(Path(folder).glob("report-*.json"), key=lambda p: int(p.stem.split("-")[1]))
-    ranks.reports = [json.loads(f.read_text()) for f in files]
+    ranks.collected = [json.loads(f.read_text()) for f in files]
     return ranks
 
 

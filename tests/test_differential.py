@@ -125,23 +125,41 @@ class Pool:
     def __init__(self, shape: str) -> None:
         self.nodes, self._env = SHAPES[shape]
         self._process: subprocess.Popen | None = None
+        self._failed = False
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        said = self._end()
+        # What failed before says more.
+        assert kind or self._failed or not said, said
+
+    def _end(self) -> str:
+        """What was wrong with how the ranks ended, or nothing."""
         if self._process is None:
-            return
+            return ""
         # Without requests they end by themselves.
         for line in self._requests:
             with contextlib.suppress(OSError):
                 line.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
+        said = ""
+        try:
+            if status := self._process.wait(30):
+                self._pids = []
+                said = f"the pool ended with status {status}\n{self._logs()}"
+        except subprocess.TimeoutExpired:
+            said = f"the pool did not end\n{self._logs()}"
         self.kill()
+        return said
 
     def failure(self, wanted: dict) -> str:
         """Runs a program; what is wrong with what the ranks found, or nothing."""
+        said = self._failure(wanted)
+        self._failed = self._failed or bool(said)
+        return said
+
+    def _failure(self, wanted: dict) -> str:
         try:
             if self._process is None:
                 self._start()

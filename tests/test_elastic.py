@@ -63,7 +63,7 @@ def test_a_restarted_job_ends_as_an_undisturbed_one(rendezvous: str, deaths: int
     more = ["--standalone"] if rendezvous == "standalone" else ["--master-port", str(conftest.free_port())]
     command = conftest.torchrun(2, "--max-restarts", "2", *more)
     ranks = conftest.launch(command, job, python=(), folder=str(tmp_path), deaths=deaths, limit=150)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert len(ranks.reports) == 2
     for report in ranks.reports:
         assert report["life"] == deaths

@@ -36,7 +36,7 @@ def run(
     python = () if launcher in ("torchrun", "smddprun") else (str(PYTHON),)
     name = f"framework_jobs:{function}"
     ranks = conftest.launch(lines[launcher], name, env=env(**(more or {})), limit=240, python=python, **arguments)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     assert len(ranks.reports) == size, ranks.text
     return ranks.reports
 

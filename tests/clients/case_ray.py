@@ -13,7 +13,7 @@ def run(function: str, **arguments: object) -> dict:
     paths = os.pathsep.join([str(conftest.HERE / "clients"), str(conftest.HERE)])
     env = {"PYTHONPATH": paths, "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     ranks = conftest.launch([], function, env=env, limit=240, python=(str(PYTHON),), **arguments)
-    assert ranks.statuses == [0], ranks.text
+    ranks.check()
     (report,) = ranks.reports
     return report
 

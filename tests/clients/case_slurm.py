@@ -23,7 +23,7 @@ def launch(
     if missing or os.getuid() != 0:
         pytest.skip(f"needs root and Debian's Slurm; missing: {', '.join(missing) or 'root'}")
     ranks = conftest.launch([SLURM, str(folder / "slurm"), *line], job, python=python, limit=120)
-    assert ranks.statuses == [status], ranks.text
+    ranks.check({0: status})
     return ranks
 
 

@@ -41,8 +41,8 @@ class Step:
     limit: float
     env: dict[str, str] = field(default_factory=dict)
     each: Callable[[int], dict[str, str]] | None = None
-    silent: tuple[int, ...] = ()
-    """ranks that report nothing"""
+    dead: dict[int, int] = field(default_factory=dict)
+    """ranks that end without a report, and their statuses"""
     optional: bool = False
     """its failure is a finding about the machine, not about this package"""
 
@@ -65,7 +65,7 @@ STEPS = [
     Step("streams, NCCL, 1 rank", "streams", [0], 30, NCCL),
     Step("bad input, 2 nodes", "misuse", [0, 1], 25),
     Step("bad input, NCCL, 1 rank", "misuse_by_nccl", [0], 25, NCCL),
-    Step("a rank that dies", "a_rank_that_dies", [0, 1], 50, silent=(1,)),
+    Step("a rank that dies", "a_rank_that_dies", [0, 1], 50, dead={1: 0}),
     Step("calls that differ", "calls_that_differ", [0, 1], 50),
     Step("an abort", "an_abort", [0, 1], 40),
     Step("speed, staged, 2 nodes", "staging", [0, 1], 40),
@@ -107,14 +107,15 @@ def run(step: Step, limit: float, device: str) -> Result:
         f"gpu.ranks:{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
     )
     result = Result(step.name, "passed", round(time.monotonic() - started, 1))
-    for number, report in enumerate(ranks.reports):
+    for number, report in enumerate(ranks.collected):
         cases = report["cases"]
         result.passed += sum(1 for wrong in cases.values() if not wrong)
         result.failures |= {f"report {number}: {name}": wrong for name, wrong in cases.items() if wrong}
         result.figures.append(report.get("figures"))
-    expected = len(step.nodes) - len(step.silent)
-    if len(ranks.reports) != expected:
-        result.failures[f"{len(ranks.reports)} of {expected} ranks reported"] = ranks.text[-6000:]
+    try:
+        ranks.check(step.dead)
+    except AssertionError as wrong:
+        result.failures["how the ranks ended"] = str(wrong)[-6000:]
     if result.failures:
         result.verdict = "did not work" if step.optional else "FAILED"
     return result

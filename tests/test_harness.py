@@ -1,0 +1,64 @@
+"""The tests' own tools tell what went wrong with ranks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import time
+
+import pytest
+
+import conftest
+from test_differential import Pool
+
+
+def ends(how: dict[str, str]) -> str:
+    """After the report: as a rank whose interpreter crashes on its way out."""
+    way = how.get(os.environ["RANK"], "well")
+    if way == "badly":
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    if way == "never":
+        atexit.register(lambda: time.sleep(600))
+    if way == "without a word":
+        os._exit(5)
+    return way
+
+
+@pytest.mark.parametrize(
+    ("way", "limit", "words"),
+    [
+        ("badly", 30, r"statuses \{1: -11\}"),
+        ("never", 2, r"processes \[1\] had to be killed"),
+        ("without a word", 30, r"statuses \{1: 5\}"),
+    ],
+)
+def test_a_rank_that_does_not_end_well_is_told(way: str, limit: float, words: str) -> None:
+    ranks = conftest.run(ends, 2, how={"1": way}, limit=limit)
+    assert ranks.collected[0] == "well"
+    with pytest.raises(AssertionError, match=r"check\(\)"):
+        ranks.reports  # noqa: B018
+    with pytest.raises(AssertionError, match=words):
+        ranks.check()
+
+
+def test_a_rank_that_is_to_die_must_die_so() -> None:
+    ranks = conftest.run(ends, 2, how={"1": "without a word"}, limit=30)
+    assert ranks.check({1: 5}).reports == ["well"]
+    for wrong in ({1: 0}, {1: -9}, {0: 5}):
+        with pytest.raises(AssertionError, match="statuses"):
+            ranks.check(wrong)
+
+
+def test_a_rank_that_is_to_die_must_not_report() -> None:
+    ranks = conftest.run(ends, 2, how={"1": "badly"}, limit=30)
+    with pytest.raises(AssertionError, match="2 of 2 reported"):
+        ranks.check({1: -signal.SIGSEGV})
+
+
+def test_a_pool_that_does_not_end_well_is_told() -> None:
+    pool = Pool("1node")
+    assert pool.failure({"groups": [], "fresh": False, "delay": 0, "steps": []}) == ""
+    os.kill(pool._pids[1], signal.SIGKILL)
+    with pytest.raises(AssertionError, match="the pool ended with status 1"):
+        pool.__exit__(None)
