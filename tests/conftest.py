@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,10 +77,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@functools.cache
+def cache_home() -> str:
+    """A cache folder for this run, in which the library can keep nothing: so it measures nothing, and takes the same
+    ways through shared memory on every machine, whatever was measured there before."""
+    folder = tempfile.mkdtemp(prefix="smddp-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "smdistributed_rs").touch()
+    return folder
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment without what an outer launcher or a user's settings would add."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_NAMES) and k not in LAUNCH_VARIABLES}
     kept["OMP_NUM_THREADS"] = "1"
+    kept["XDG_CACHE_HOME"] = cache_home()
     kept["PYTHONPATH"] = os.pathsep.join([str(HERE), kept.get("PYTHONPATH", "")])
     return kept
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 LOADED = ("numpy", "pytest", "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint")
 # What may differ from the server's own environment: read when a group is made, or by the test itself.
-LATE = ("SMDDP_", "FI_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "NODE_RANK", "GROUP_", "PYTEST_")
+LATE = ("SMDDP_", "FI_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "NODE_RANK", "GROUP_", "PYTEST_", "XDG_CACHE_HOME")
 MESSAGE = 1 << 17
 PATIENCE = 60.0
 """seconds for the server to start a rank, the loading of torch included"""

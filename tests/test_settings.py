@@ -1,0 +1,148 @@
+"""Settings that choose between ways of doing the same: whatever they say, results are right and equal on all ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import conftest
+import fixed_programs
+from test_differential import unlike
+
+
+def played(which: str, nodes: list[int], env: dict[str, str], **more: object) -> list[dict]:
+    """What ranks report that have played these programs, with nothing wrong."""
+    ranks = conftest.run(fixed_programs.job, len(nodes), nodes=nodes, env=env, limit=120, which=which, **more).check()
+    for number, wanted in enumerate(fixed_programs.PROGRAMS[which](len(nodes))):
+        reports = [report["reports"][number] for report in ranks.reports]
+        wrong = [f"rank {r}: {w}" for r, report in enumerate(reports) for w in [*report["wrong"], report["error"]] if w]
+        wrong += unlike(wanted, reports)
+        assert not wrong, f"program {number} of {which}, {len(wrong)} faults:\n" + "\n".join(wrong[:10])
+    return ranks.reports
+
+
+MORE = {"on": {"SMDDP_SHM_STREAM": "1"}, "off": {"SMDDP_SPIN": "0"}}
+
+
+@pytest.mark.parametrize("single_copy", ["on", "off"])
+@pytest.mark.parametrize("hand_back", ["on", "off"])
+def test_ways_inside_a_node(single_copy: str, hand_back: str) -> None:
+    env = {"SMDDP_SHM_SINGLE_COPY": single_copy, "SMDDP_SHM_HAND_BACK": hand_back}
+    played("small_and_large", [0, 0], env | MORE[hand_back])
+
+
+def test_ways_between_nodes() -> None:
+    played("small_and_large", [0, 0, 1], {"SMDDP_RAILS": "2", "SMDDP_SHM_HAND_BACK": "on", "SMDDP_SHM_STREAM": "1"})
+
+
+def test_portable_reductions_give_the_same_bits() -> None:
+    """One rank alone uses them: pieces it has reduced, and those others have, make one result."""
+    portable = {"each": lambda rank: {"SMDDP_SIMD": "portable"} if rank == 1 else {}}
+    mixed, usual = (played("reductions", [0, 0, 0], {}, **more) for more in (portable, {}))
+    assert mixed == usual
+
+
+# ---- algorithms
+
+BETWEEN_NODES = {
+    "all_reduce": ["sharded", "ring", "recursive_doubling", "halving_doubling", "tree"],
+    "reduce_scatter": ["direct"],
+    "all_gather": ["direct", "bruck", "ring"],
+    "all_to_all": ["pairwise"],
+    "gather": ["pairwise"],
+    "scatter": ["pairwise"],
+    "broadcast": ["tree", "chain"],
+    "reduce": ["tree", "chain"],
+    "barrier": ["recursive_doubling"],
+}
+NODES = [0, 0, 1, 1, 2]
+
+
+def named(turn: int) -> dict[str, str]:
+    return {collective: names[turn % len(names)] for collective, names in BETWEEN_NODES.items()}
+
+
+def every_collective() -> dict[str, list[str]]:
+    """The algorithm of each call of each collective."""
+    import smdistributed_rs
+
+    used: dict[str, list[str]] = {}
+    with smdistributed_rs.init() as world:
+        for count in (1, 1000, 50_003):
+            for name, algorithm in each_once(world, count).items():
+                used.setdefault(name, []).append(algorithm)
+    return used
+
+
+def each_once(world: object, count: int) -> dict[str, str]:
+    """Calls every collective, looks at what comes out; the algorithms."""
+    import numpy as np
+
+    n, me, last = world.size, world.rank, world.size - 1
+    own = np.arange(count) % 1000 + 1000 * me
+    every = np.arange(count) % 1000 + 1000 * np.arange(n)[:, None]
+    blocks = np.arange(n)[:, None] * 10_000 + own
+    reduced, told, summed = own.copy(), own.copy(), own.copy()
+    calls = {
+        "all_reduce": lambda: world.all_reduce(reduced),
+        "reduce_scatter": lambda: world.reduce_scatter(blocks),
+        "all_gather": lambda: world.all_gather(own),
+        "all_to_all": lambda: world.all_to_all(blocks),
+        "gather": lambda: world.gather(own, root=last),
+        "scatter": lambda: world.scatter(blocks if me == last else None, np.empty_like(own), last),
+        "broadcast": lambda: world.broadcast(told, last),
+        "reduce": lambda: world.reduce(summed, last),
+        "barrier": world.barrier,
+    }
+    got, used = {}, {}
+    for name, call in calls.items():
+        got[name] = call()
+        used[name] = world._inner.last_algorithm()
+    assert (reduced == every.sum(0)).all()
+    assert (got["reduce_scatter"] == every.sum(0) + n * me * 10_000).all()
+    assert (got["all_gather"] == every).all()
+    assert (got["all_to_all"] == every + 10_000 * me).all()
+    assert me != last or (got["gather"] == every).all()
+    assert (got["scatter"] == every[last] + 10_000 * me).all()
+    assert (told == every[last]).all()
+    assert (summed == (every.sum(0) if me == last else own)).all()
+    return used
+
+
+@pytest.mark.parametrize("turn", range(len(BETWEEN_NODES["all_reduce"])), ids=BETWEEN_NODES["all_reduce"].__getitem__)
+def test_algorithms_between_nodes(turn: int) -> None:
+    chosen = named(turn)
+    env = {"SMDDP_ALGORITHM": ",".join(f"{collective}={name}" for collective, name in chosen.items())}
+    expected = {collective: [f"hierarchical({name})"] * 3 for collective, name in chosen.items()}
+    for report in conftest.run(every_collective, len(NODES), nodes=NODES, env=env, limit=60).check().reports:
+        assert report == expected
+
+
+# ---- what is found out at the first start on a machine
+
+
+def starts() -> str:
+    import numpy as np
+
+    import smdistributed_rs
+
+    with smdistributed_rs.init() as world:
+        array = np.full(300_000, world.rank + 1.0)
+        world.all_reduce(array)
+        assert (array == 3).all()
+        assert (world.all_to_all(np.repeat(np.arange(2.0), 150_000)) == world.rank).all()
+    return os.environ["XDG_CACHE_HOME"]
+
+
+def test_what_a_probe_found_is_kept_and_used(tmp_path: Path) -> None:
+    kept = tmp_path / "smdistributed_rs/slots"
+    found = []
+    for _ in range(2):
+        ranks = conftest.run(starts, 2, env={"XDG_CACHE_HOME": str(tmp_path)}, limit=60).check()
+        assert ranks.reports == [str(tmp_path)] * 2
+        found.append(kept.read_text())
+    first, second = found
+    assert first.count("\n") <= 1, "one process measures, once"
+    assert not first or second == first
