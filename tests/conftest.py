@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 WORKER = HERE / "worker.py"
 LAUNCHER_NAMES = ("OMPI_", "PMI", "PRTE_", "MPI_LOCAL", "SLURM_", "HYDRA_", "TORCHELASTIC_", "SMDDP_")
 Process = subprocess.Popen | Forked
+PR_SET_CHILD_SUBREAPER = 36
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -282,10 +284,56 @@ def torchrun(n: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *more]
 
 
+# ---- what is left over
+
+
+def adopt_orphans() -> None:
+    """What processes leave behind when they end becomes this one's, from now on, and can be found."""
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def below() -> set[int]:
+    """The processes that this one has to answer for: all but the server of ranks."""
+    kept = server().pid if server.cache_info().currsize else None
+    return {pid for pid in descendants(os.getpid()) if pid != kept and not is_over(pid)}
+
+
+def is_over(pid: int) -> bool:
+    """Whether it has ended; an orphan that has is told to be gone."""
+    try:
+        _, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")
+    except OSError:
+        return True
+    state, parent, *_ = rest.split()
+    if state == "Z" and int(parent) == os.getpid():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return state == "Z"
+
+
+def end_leftovers(before: set[int], patience: float = 5) -> list[str]:
+    """Kills what is there that was not there `before`, and does not end by itself; what it was."""
+    end = time.monotonic() + patience
+    while (left := below() - before) and time.monotonic() < end:
+        time.sleep(0.02)
+    said = []
+    for pid in left:
+        with contextlib.suppress(OSError):
+            said.append(f"{pid}: {Path(f'/proc/{pid}/cmdline').read_bytes().replace(bytes(1), b' ').decode()}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    while left and below() & left:
+        time.sleep(0.005)
+    return said
+
+
+def pytest_configure() -> None:
+    adopt_orphans()
+
+
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """No test leaves names in /dev/shm behind."""
-    before = set(os.listdir("/dev/shm"))
+    """No test leaves processes behind."""
+    before = below()
     yield
-    left = {name for name in set(os.listdir("/dev/shm")) - before if "smddp" in name}
-    assert not left
+    assert not end_leftovers(before), "these processes were left behind"

@@ -74,6 +74,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=self._environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
+        self.pid = self._process.pid
         atexit.register(self.close)
 
     def can_serve(self, environment: Mapping[str, str]) -> bool:

@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_rank_that_is_to_die_must_not_report() -> None:
     ranks = conftest.run(ends, 2, how={"1": "badly"}, limit=30)
     with pytest.raises(AssertionError, match="2 of 2 reported"):
         ranks.check({1: -signal.SIGSEGV})
+
+
+def leaves_a_child() -> int:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    return child
+
+
+def test_what_ranks_leave_behind_is_found_and_killed() -> None:
+    before = conftest.below()
+    # A grandchild too, and of a process that is not the server's.
+    served, executed = (conftest.run(leaves_a_child, 1, executed=e).check().reports for e in (False, True))
+    left = conftest.end_leftovers(before, patience=0.1)
+    assert sorted(int(line.split(":")[0]) for line in left) == sorted(served + executed), left
+    assert not any(Path(f"/proc/{pid}").exists() for pid in served + executed)
+    assert conftest.below() == before
 
 
 def test_a_pool_that_does_not_end_well_is_told() -> None:

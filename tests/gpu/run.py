@@ -105,7 +105,7 @@ class Result:
 def run(step: Step, limit: float, device: str) -> Result:
     kept = {name: os.environ[name] for name in CARRIED if name in os.environ}
     env = {"SMDDP_TEST_DEVICE": device, "TORCH_CPP_LOG_LEVEL": "ERROR", "XDG_CACHE_HOME": CACHE, **kept, **step.env}
-    started = time.monotonic()
+    started, before = time.monotonic(), conftest.below()
     ranks = conftest.run(
         f"gpu.ranks:{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
     )
@@ -119,6 +119,8 @@ def run(step: Step, limit: float, device: str) -> Result:
         ranks.check(step.dead)
     except AssertionError as wrong:
         result.failures["how the ranks ended"] = str(wrong)[-6000:]
+    if left := conftest.end_leftovers(before):
+        result.failures["processes left behind"] = "\n".join(left)
     if result.failures:
         result.verdict = "did not work" if step.optional else "FAILED"
     return result
@@ -163,6 +165,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=1, help="multiplies time limits: under tools that slow down")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    conftest.adopt_orphans()
     end = time.monotonic() + TOTAL * given.patience
     about, results = machine(given.device), []
     print(json.dumps(about), flush=True)
