@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import conftest
+import gpu.run
 from test_differential import Pool
 
 
@@ -81,3 +82,28 @@ def test_a_pool_that_does_not_end_well_is_told() -> None:
     os.kill(pool._pids[1], signal.SIGKILL)
     with pytest.raises(AssertionError, match="the pool ended with status 1"):
         pool.__exit__(None)
+
+
+# ---- the steps on a GPU, played without one
+
+
+@pytest.mark.parametrize(
+    ("sharing_works", "wrong", "verdicts"),
+    [
+        (True, "", ["passed", "passed", "passed"]),
+        (True, "3 of 4 elements are not 2.0", ["passed", "passed", "FAILED"]),
+        (False, "", ["passed", gpu.run.IMPOSSIBLE, gpu.run.IMPOSSIBLE]),
+    ],
+)
+def test_only_a_machine_where_nccl_cannot_share_excuses_a_step(
+    monkeypatch: pytest.MonkeyPatch, sharing_works: bool, wrong: str, verdicts: list[str]
+) -> None:
+    def play(function: str, size: int, **_: object) -> conftest.Ranks:
+        works = sharing_works or "shares" not in function
+        cases = {"cases": {"a sum": wrong if function == "gpu.ranks:messages" else ""}}
+        return conftest.Ranks([0 if works else 1] * size, [""] * size, 1, collected=[cases] * size, expected=size)
+
+    monkeypatch.setattr(conftest, "run", play)
+    steps = [gpu.run.Step("alone", "streams", [0], 30), gpu.run.Step("two", "messages", [0, 0], 30, shares=True)]
+    (*_, results) = gpu.run.run_all(steps, "cuda", 1)
+    assert [result.verdict for result in results] == verdicts

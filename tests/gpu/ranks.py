@@ -143,6 +143,17 @@ def backends_by_device() -> dict[str, Any]:
     return {"cases": found}
 
 
+def shares_by_nccl() -> dict[str, Any]:
+    """Whether torch's own NCCL lets these ranks share a GPU, which is a matter of the machine. On a GPU only."""
+    choose_device()
+    dist.init_process_group("nccl", timeout=timedelta(seconds=30))
+    tensor = full(1000, dist.get_rank() + 1)
+    dist.all_reduce(tensor)
+    is_all(tensor, total())
+    dist.destroy_process_group()
+    return {"cases": {"NCCL is set up": ""}}
+
+
 def messages() -> dict[str, Any]:
     """Messages from device to device, by NCCL: of a group that was made for a device. On a GPU only, and from torch
     2.14 on: an older one does not tell where a batch begins."""
@@ -717,6 +728,14 @@ def no_such_root() -> None:
 # ---- failures
 
 
+def _told(error: Exception | None, kind: type[Exception], words: str) -> str:
+    """Nothing, if this is `kind`, or the abort that quotes it; else what is wrong."""
+    if error is None:
+        return "no error within 30 s"
+    fits = isinstance(error, (kind, smdistributed_rs.AbortedError)) and words in str(error)
+    return "" if fits else f"no {kind.__name__} that says '{words}': {type(error).__name__}: {error}"
+
+
 def a_rank_that_dies() -> dict[str, Any]:
     """Rank 1 leaves without a word; the others get an error and their device is free again."""
     start()
@@ -724,38 +743,39 @@ def a_rank_that_dies() -> dict[str, Any]:
         _still_works()
     if dist.get_rank() == 1:
         os._exit(0)
-    began, error = time.monotonic(), ""
+    began, error = time.monotonic(), None
     try:
         while time.monotonic() - began < 30:
             tensor = full(100_000, 1)
             dist.all_reduce(tensor, async_op=True).wait()
             synchronize()
     except RuntimeError as raised:
-        error = str(raised)
+        error = raised
     synchronize()
     full(10, 1).sum().item()
-    wrong = "" if error else "no error within 30 s"
+    wrong = _told(error, smdistributed_rs.PeerLostError, "lost rank 1")
     print(error, flush=True)
-    return {"cases": {"it is told": wrong}, "figures": {"error": error, "seconds": time.monotonic() - began}}
+    return {"cases": {"it is told": wrong}, "figures": {"error": str(error), "seconds": time.monotonic() - began}}
 
 
 def calls_that_differ() -> dict[str, Any]:
     """Every rank is told, and no device is left waiting."""
     start()
     _still_works()
-    error = ""
+    error = None
     began = time.monotonic()
     try:
         work = dist.all_reduce(full(1000 + dist.get_rank(), 1), async_op=True)
-        while time.monotonic() - began < 30 and not error:
+        while time.monotonic() - began < 30:
             work.wait()
             synchronize()
             dist.all_reduce(full(10, 1))
     except RuntimeError as raised:
-        error = str(raised)
+        error = raised
     synchronize()
     print(error, flush=True)
-    return {"cases": {"it is told": "" if error else "no error within 30 s"}, "figures": {"error": error}}
+    wrong = _told(error, smdistributed_rs.MismatchError, "ranks disagree")
+    return {"cases": {"it is told": wrong}, "figures": {"error": str(error)}}
 
 
 def an_abort() -> dict[str, Any]:
@@ -776,8 +796,11 @@ def an_abort() -> dict[str, Any]:
             synchronize()
             dist.all_reduce(full(10, 1))
             wrong = "no error after another rank's abort"
-        except RuntimeError:
+        except RuntimeError as error:
             synchronize()
+            # It may be gone already.
+            words = "lost rank 0" if isinstance(error, smdistributed_rs.PeerLostError) else "abort() was called"
+            wrong = _told(error, smdistributed_rs.PeerLostError, words)
     return {"cases": {"abort": wrong}}
 
 

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import conftest  # noqa: E402
 
-TOTAL = 270.0
+TOTAL = 285.0
 """seconds for all steps"""
 
 CARRIED = ("SMDDP_LIBFABRIC", "SMDDP_NCCL", "SMDDP_LOG")
@@ -46,8 +46,8 @@ class Step:
     each: Callable[[int], dict[str, str]] | None = None
     dead: dict[int, int] = field(default_factory=dict)
     """ranks that end without a report, and their statuses"""
-    optional: bool = False
-    """its failure is a finding about the machine, not about this package"""
+    shares: bool = False
+    """NCCL's ranks share a GPU, which it does not do on every machine"""
 
 
 STAGED = {"SMDDP_CUDA": "staged"}
@@ -59,6 +59,9 @@ SHARED = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_IB_DISABLE": "
 def as_hosts(rank: int) -> dict[str, str]:
     return {"NCCL_HOSTID": f"host{rank}"}
 
+
+SHARING = Step("torch's NCCL, 2 ranks on one GPU", "shares_by_nccl", [0, 0], 40, SHARED, as_hosts)
+"""tried once, before the first step that shares"""
 
 STEPS = [
     Step("collectives, 2 nodes", "collectives", [0, 1], 50),
@@ -80,15 +83,26 @@ STEPS = [
     Step("streams, 1 connection", "streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     Step("collectives, 1 rank", "collectives", [0], 40),
     Step("backends by device, 1 rank", "backends_by_device", [0], 40),
-    Step("backends by device, 2 ranks", "backends_by_device", [0, 0], 45, SHARED, as_hosts, optional=True),
-    Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
-    Step("messages, native, two ranks of NCCL on one GPU", "messages_natively", [0, 0], 45, NCCL | SHARED, as_hosts),
+    Step("backends by device, 2 ranks", "backends_by_device", [0, 0], 45, SHARED, as_hosts, shares=True),
+    Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
+    Step(
+        "messages, native, two ranks of NCCL on one GPU",
+        "messages_natively",
+        [0, 0],
+        45,
+        NCCL | SHARED,
+        as_hosts,
+        shares=True,
+    ),
     Step("the device chosen at start, 2 nodes", "chosen_device", [0, 1], 30),
-    Step("messages, two ranks of NCCL on one GPU", "messages", [0, 0], 45, NCCL | SHARED, as_hosts, optional=True),
-    Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
-    Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
-    Step("training, NCCL, 2 nodes x 2", "training", [0, 0, 1, 1], 60, SHARED, as_hosts, optional=True),
+    Step("messages, two ranks of NCCL on one GPU", "messages", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
+    Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    Step("training, NCCL, 2 nodes x 2", "training", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
 ]
+
+
+IMPOSSIBLE = "not possible here"
 
 
 @dataclass
@@ -122,8 +136,29 @@ def run(step: Step, limit: float, device: str) -> Result:
     if left := conftest.end_leftovers(before):
         result.failures["processes left behind"] = "\n".join(left)
     if result.failures:
-        result.verdict = "did not work" if step.optional else "FAILED"
+        result.verdict = "FAILED"
     return result
+
+
+def run_all(steps: list[Step], device: str, patience: float) -> Iterator[list[Result]]:
+    """The results so far, whenever there is another. What shares a GPU is left out where torch's NCCL cannot."""
+    end = time.monotonic() + TOTAL * patience
+    results: list[Result] = []
+    sharing: Result | None = None
+    for step in steps:
+        if step.shares and sharing is None:
+            sharing = run(SHARING, SHARING.limit * patience, device)
+            sharing.verdict = "passed" if sharing.verdict == "passed" else IMPOSSIBLE
+            results.append(sharing)
+            yield results
+        left = min(step.limit * patience, end - time.monotonic() - 3)
+        if step.shares and sharing.verdict == IMPOSSIBLE:
+            results.append(Result(step.name, IMPOSSIBLE, 0))
+        elif left < 10:
+            results.append(Result(step.name, "not run: no time left", 0))
+        else:
+            results.append(run(step, left, device))
+        yield results
 
 
 def machine(device: str) -> dict[str, str]:
@@ -166,17 +201,10 @@ def main() -> int:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     conftest.adopt_orphans()
-    end = time.monotonic() + TOTAL * given.patience
     about, results = machine(given.device), []
     print(json.dumps(about), flush=True)
-    for step in STEPS:
-        if given.only not in step.name or (given.device == "cpu" and step.env):
-            continue
-        left = min(step.limit * given.patience, end - time.monotonic() - 3)
-        if left < 10:
-            results.append(Result(step.name, "not run: no time left", 0))
-        else:
-            results.append(run(step, left, given.device))
+    steps = [step for step in STEPS if given.only in step.name and not (given.device == "cpu" and step.env)]
+    for results in run_all(steps, given.device, given.patience):
         last = results[-1]
         print(f"{last.verdict:12} {last.seconds:6} s {last.passed:5} checks  {last.step}", flush=True)
         for name, wrong in last.failures.items():
