@@ -327,6 +327,36 @@ def end_leftovers(before: set[int], patience: float = 5) -> list[str]:
     return said
 
 
+# ---- what is left out
+
+
+STRICT = os.environ.get("SMDDP_TEST_STRICT") == "1"
+"""Whether a test that could have run here and is skipped has failed."""
+
+
+def may_be_skipped(reason: str) -> bool:
+    """Whether it is for want of what this project's scripts cannot bring to this machine."""
+    wants = ["a Backend can be written in Python", "torch looks for backends nobody", "this machine's loader knows"]
+    if os.getuid() != 0:
+        wants.append("need root")
+    if not shutil.which("apt-get"):
+        wants.append("is not installed")
+    return any(want in reason for want in wants)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    if STRICT and report.skipped and not hasattr(report, "wasxfail") and not may_be_skipped(report.longrepr[2]):
+        report.outcome = "failed"
+        report.longrepr = f"it may not be skipped where SMDDP_TEST_STRICT is 1: {report.longrepr[2]}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"{len(terminalreporter.stats.get('skipped', []))} tests skipped")
+
+
 def pytest_configure() -> None:
     adopt_orphans()
 

@@ -23,7 +23,8 @@ def test_no_test_that_passes_on_gloo_is_lost(tmp_path: Path) -> None:
     from importlib.metadata import version
 
     made_with = json.loads(BASELINE.read_text())["torch"]
-    if version("torch") != made_with:
+    # "+cpu", say, is the same torch.
+    if version("torch").partition("+")[0] != made_with:
         pytest.skip(f"what passes on gloo is known of torch {made_with} only")
     done = subprocess.run(
         [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +84,32 @@ def test_a_pool_that_does_not_end_well_is_told() -> None:
     os.kill(pool._pids[1], signal.SIGKILL)
     with pytest.raises(AssertionError, match="the pool ended with status 1"):
         pool.__exit__(None)
+
+
+SKIPPING = """
+import pytest
+
+def test_skipped():
+    pytest.skip("{reason}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("strict", "reason", "outcome"),
+    [
+        ("1", "valgrind is missing", "1 failed"),
+        ("0", "valgrind is missing", "1 skipped"),
+        ("1", "this machine's loader knows no libfabric", "1 skipped"),
+    ],
+)
+def test_what_is_skipped_for_no_good_reason_has_failed(strict: str, reason: str, outcome: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SKIPPING.format(reason=reason))
+    env = conftest.clean_environment() | {"SMDDP_TEST_STRICT": strict}
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-ra", "-p", "no:cacheprovider", str(tmp_path)]
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60).stdout
+    assert outcome in said.splitlines()[-1], said
+    assert f"{int('skipped' in outcome)} tests skipped" in said
+    assert reason in said
 
 
 # ---- the steps on a GPU, played without one
