@@ -212,20 +212,25 @@ def launch(
     env: dict[str, str] | None = None,
     limit: float = 90,
     python: Sequence[str] = (sys.executable,),
+    agents: Sequence[Mapping[str, str]] = ({},),
     **arguments: object,
 ) -> Ranks:
-    """Runs `function(**arguments)` under a launcher: [*launcher, python, worker, ...]."""
+    """Runs `function(**arguments)` under a launcher: [*launcher, python, worker, ...]; or under several, each with
+    the variables of one of `agents`."""
     with tempfile.TemporaryDirectory(prefix="smddp-test-") as folder:
-        log = Path(folder) / "launcher.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [*launcher, *command(function, folder, arguments, python)],
-                env=clean_environment() | (env or {}),
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-            )
-        return collect(wait_for([process], [log], limit), folder)
+        processes, logs = [], []
+        for number, own in enumerate(agents):
+            logs.append(Path(folder) / f"launcher-{number}.log")
+            with logs[-1].open("w") as out:
+                process = subprocess.Popen(
+                    [*launcher, *command(function, folder, arguments, python)],
+                    env=clean_environment() | (env or {}) | own,
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                )
+            processes.append(process)
+        return collect(wait_for(processes, logs, limit), folder)
 
 
 def command(

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import conftest
 import training
+from common import start
 
 STEPS = 6
 DEATHS = {0: (2, 1), 1: (4, 0)}
@@ -74,3 +75,29 @@ def test_a_restarted_job_ends_as_an_undisturbed_one(rendezvous: str, deaths: int
             assert report[what] == report["undisturbed"][what]
     ends = [{what: report[what] for what in ("losses", "state")} for report in ranks.reports]
     training.check(ends, training.alone(steps=STEPS))
+
+
+def killed_once(folder: str) -> dict[str, object]:
+    start()
+    tensor = torch.full((100_000,), 1.0 + dist.get_rank())
+    dist.all_reduce(tensor)
+    if dist.get_rank() == 1:
+        try:
+            Path(folder, "killed").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(tensor)
+    found = {"sum": tensor.aminmax()[0].item(), "nodes": dist.group.WORLD._comm.nodes}
+    dist.destroy_process_group()
+    return found
+
+
+def test_agents_on_two_nodes_restart_their_ranks(tmp_path: Path) -> None:
+    where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{conftest.free_port()}")
+    command = conftest.torchrun(1, "--nnodes", "2", "--max-restarts", "3", "--local-addr", "127.0.0.1", *where)
+    agents = [{"SMDDP_NODE_ID": f"node{number}"} for number in range(2)]
+    ranks = conftest.launch(command, killed_once, python=(), agents=agents, folder=str(tmp_path), limit=120)
+    assert ranks.check().reports == [{"sum": 6.0, "nodes": [0, 1]}] * 2
+    assert (tmp_path / "killed").exists()
