@@ -106,6 +106,8 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
             given = f"a tensor that is computed when it is read ({bit}())"
             _refuse(op, argument, "an array whose elements are in memory", given, f"Pass tensor.{resolve}()")
     seen = _core.view_capsule(array.__dlpack__())
+    if not seen.on_cpu:
+        _refuse(op, argument, "an array on the CPU", "a DLPack capsule of another device", "Move it to the CPU")
     if not seen.dense:
         _refuse_strides(op, argument)
     shape = tuple(seen.shape)
