@@ -125,8 +125,25 @@ def test_snippets(block: Block, folder: Path) -> None:
 def test_words_over_blocks(block: Block) -> None:
     word = re.fullmatch(r"tried by (\S+)(?:, .+)?|not tried: .+", block.word)
     assert word, f"{block.place}: '{block.word}' is neither 'tried by FILE' nor 'not tried: why'"
-    if word[1]:
-        assert (ROOT / word[1]).exists(), f"{block.place}: there is no {word[1]}"
+    if not word[1]:
+        return
+    file = ROOT / word[1]
+    assert file.exists(), f"{block.place}: there is no {word[1]}"
+    tests = file.read_text()
+    # With the jobs it runs.
+    tests += "".join(other.read_text() for other in file.parent.glob("*.py") if other.stem in tests)
+    named = programs(block) if block.language == "sh" else ["".join(names) for names in CALLED.findall(block.text)]
+    assert named, f"{block.place}: nothing in it could be looked for"
+    missing = [name for name in named if not re.search(rf"\b{re.escape(name)}\b", tests)]
+    assert not missing, f"{block.place}: {missing} not in {word[1]}"
+
+
+CALLED = re.compile(r"(?m)^(\w+)\(|^import ([\w.]+)")
+
+
+def programs(block: Block) -> list[str]:
+    """What its lines start with."""
+    return [line.split()[0] for line in block.text.splitlines() if line and not line.startswith("#")]
 
 
 def test_there_are_commands() -> None:
