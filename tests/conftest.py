@@ -316,7 +316,7 @@ def is_over(pid: int) -> bool:
     return state == "Z"
 
 
-def end_leftovers(before: set[int], patience: float = 5) -> list[str]:
+def end_leftovers(before: set[int], patience: float = 10) -> list[str]:
     """Kills what is there that was not there `before`, and does not end by itself; what it was."""
     end = time.monotonic() + patience
     while (left := below() - before) and time.monotonic() < end:

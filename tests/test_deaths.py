@@ -96,7 +96,7 @@ def test_who_is_killed_in_the_midst_is_named(shape: str, seed: int) -> None:
     nodes = SHAPES[shape]
     victim = len(nodes) - 1
     env = {"SMDDP_SHM_SINGLE_COPY": "on", "SMDDP_TIMEOUT": "100"}
-    ranks = conftest.run(until_a_rank_dies, len(nodes), nodes=nodes, env=env, limit=60, seed=seed)
+    ranks = conftest.run(until_a_rank_dies, len(nodes), nodes=nodes, env=env, limit=90, seed=seed)
     for report in ranks.check({victim: -signal.SIGKILL}).reports:
         assert report.keys() == set(CASES)
         # A limit that had passed would be a TimeoutError, a wrong result an AssertionError.
