@@ -107,7 +107,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) slot_owner: Vec<(u32, bool)>,
     pub(crate) pass: u64,
 
-    pub(crate) done: Vec<Ctx>,
+    /// Marks of what is over, with their groups.
+    pub(crate) done: Vec<(u64, Ctx)>,
     pub(crate) failures: VecDeque<FabricFailure>,
     pub(crate) completions: Vec<Completion>,
     /// How many completions of a rail, in this round, were about a probe, sent or come.
@@ -528,7 +529,7 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure> {
         let moved = self.broken.is_none() && self.progress();
         let any = !self.done.is_empty();
-        done.append(&mut self.done);
+        done.extend(self.done.drain(..).map(|(_, ctx)| ctx));
         if let Some(failure) = self.failures.pop_front() {
             return Err(failure);
         }

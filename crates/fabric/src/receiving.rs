@@ -59,7 +59,7 @@ impl<D: Domain> FabricEndpoint<D> {
     fn take_early(&mut self, id: Match, m: &Message, bytes: Vec<u8>, call: PackedCall, permitted: bool) {
         if self.agree(id, (m.call, m.region.len()), (call, bytes.len() as u64)) {
             copy_in(&bytes, m.region);
-            self.done.push(m.ctx);
+            self.done.push((m.key.group, m.ctx));
         }
         self.peers[id.peer as usize].received += bytes.len() as u64;
         self.recycle(bytes);
@@ -280,7 +280,7 @@ impl<D: Domain> FabricEndpoint<D> {
             self.recvs.remove(handle);
             let p = &mut self.peers[id.peer as usize];
             p.received += data.len() as u64;
-            self.done.push(ctx);
+            self.done.push((id.key.group, ctx));
             return;
         }
         let mut bytes = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(self.config.eager));

@@ -23,11 +23,10 @@ impl<D: Domain> FabricEndpoint<D> {
         let Some(op) = self.recvs.get(recv) else { return };
         let (region, granted, announced) = (op.region, op.granted, op.announced);
         let direct = !self.config.caps.needs_local_mr || self.staging.find(region, 0).is_some();
-        if direct {
-            if granted == 0 {
-                self.grant(recv, region, None);
-            }
+        if direct && granted == 0 {
+            self.grant(recv, region, None);
         } else if announced {
+            // Also what was registered since it began to go through slots.
             self.grant_bounced(recv);
         }
     }
@@ -241,7 +240,7 @@ impl<D: Domain> FabricEndpoint<D> {
                 if self.config.caps.needs_local_mr && !announced {
                     self.peers[id.peer as usize].over_unannounced(id.key);
                 }
-                self.done.push(ctx);
+                self.done.push((id.key.group, ctx));
             }
             Some(_) => self.grant_more(g.recv),
             None => {}
@@ -384,7 +383,7 @@ impl<D: Domain> FabricEndpoint<D> {
             let (id, ctx) = (op.id, op.ctx);
             self.sends.remove(piece.send);
             self.sending.remove(&id);
-            self.done.push(ctx);
+            self.done.push((id.key.group, ctx));
         }
     }
 }

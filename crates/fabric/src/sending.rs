@@ -173,7 +173,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             peer.sent += region.len() as u64;
             self.sends.remove(handle);
-            self.done.push(ctx);
+            self.done.push((id.key.group, ctx));
         }
         sent
     }

@@ -26,6 +26,8 @@ impl<D: Domain> FabricEndpoint<D> {
     pub(crate) fn withdraw_group(&mut self, group: u64, peers: &[u32], why: Option<&CoreError>) {
         self.groups.withdraw(group);
         self.failures.retain(|f| f.group != Some(group));
+        // What its marks mean may be something else as soon as this returns.
+        self.done.retain(|(of, _)| *of != group);
         if self.broken.is_some() {
             return self.forget_all(group);
         }

@@ -530,6 +530,50 @@ fn memory_that_was_taken_back_is_used_as_any() {
     }
 }
 
+/// What of a message goes through slots already goes on so.
+#[test]
+fn memory_may_be_registered_while_a_message_comes_into_it() {
+    for rma in [true, false] {
+        let config = SimConfig { rma, needs_local_mr: true, virt_addr: true, ..calm() };
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        let (mut a, mut b) = (vec![3u8; 2 << 20], vec![0u8; 2 << 20]);
+        world.ends[0].send(message(key(0), 1, region(&mut a), 0)).unwrap();
+        world.ends[1].recv(message(key(0), 0, region(&mut b), 0)).unwrap();
+        // It is announced and granted in part.
+        world.until(|w| w.net.small_messages() >= 2);
+        world.ends[1].register(region(&mut b), Owner::Host).unwrap();
+        world.until(|w| w.done.iter().all(|done| done.len() == 1));
+        drop(world);
+        assert_eq!(a, b);
+    }
+}
+
+/// The mark of a withdrawn group's operation may be another's by the next poll.
+#[test]
+fn a_withdrawn_group_leaves_no_marks() {
+    let mut world = World::new(2, 1, calm(), &settings(&[]));
+    let (mut a, mut b) = ([3u8; 100], [0u8; 100]);
+    let other = MsgKey { group: GROUP + 1, ..key(0) };
+    // The first ones make the two acquainted; the next go unasked and are here before their receives.
+    for (key, ctx) in [(key(0), 0), (other, 1)] {
+        world.ends[0].send(message(key, 1, region(&mut a), ctx)).unwrap();
+        world.ends[1].recv(message(key, 0, region(&mut b), ctx)).unwrap();
+        world.until(|w| w.done.iter().all(|done| done.contains(&Ctx(ctx as u64))));
+    }
+    let next = [(2, key(1)), (3, MsgKey { tag: 1, ..other })];
+    for (ctx, key) in next {
+        world.ends[0].send(message(key, 1, region(&mut a), ctx)).unwrap();
+    }
+    (0..100).for_each(|_| world.poll_all());
+    for (ctx, key) in next {
+        world.ends[1].recv(message(key, 0, region(&mut b), ctx)).unwrap();
+    }
+    world.ends[1].withdraw(GROUP, &[0], None);
+    let mut done = Vec::new();
+    world.ends[1].poll(&mut done).unwrap();
+    assert_eq!(done, [Ctx(3)]);
+}
+
 #[test]
 fn addresses_of_another_provider_or_mode_are_refused() {
     let mut ours = World::new(1, 1, calm(), &settings(&[]));
