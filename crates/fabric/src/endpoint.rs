@@ -308,7 +308,7 @@ impl<D: Domain> FabricEndpoint<D> {
         self.fail_group(group, error);
     }
 
-    /// The peer broke the rules: nothing it says counts any more.
+    /// The peer broke the rules: nothing it says counts any more, but that groups end and settle.
     pub(crate) fn disown(&mut self, peer: u32, reason: String) {
         self.peers[peer as usize].wild = true;
         self.lose(peer, reason);

@@ -93,6 +93,8 @@ pub struct Peer {
     pub bounces: bool,
     pub credits: Credits,
     pub credit_queued: bool,
+    /// Messages and grants of its that are kept until their operation is posted.
+    pub kept: usize,
     /// Small sends in flight, and whether one of them is a probe.
     pub small: u32,
     pub probing: bool,
@@ -125,6 +127,7 @@ impl Peer {
             bounces: address.bounces,
             credits: Credits::default(),
             credit_queued: false,
+            kept: 0,
             small: 0,
             probing: false,
             asked: None,

@@ -15,7 +15,8 @@ use crate::wire::{Body, Packet, decode};
 
 /// Messages of processes not connected yet that are kept; more are dropped with a warning.
 const STRANGERS: usize = 16_384;
-/// Messages that wait for their operation to be posted here, in all: more means that a peer runs wild.
+/// Messages and grants of one peer that wait for their operation to be posted here. No more than so many operations can be
+/// under way there; one that has more waiting runs wild.
 const EARLY: usize = 65_536;
 
 impl<D: Domain> FabricEndpoint<D> {
@@ -25,6 +26,7 @@ impl<D: Domain> FabricEndpoint<D> {
             return Err(Self::twice(m));
         }
         let early = self.early.remove(&id);
+        self.peers[m.peer as usize].kept -= usize::from(early.is_some());
         if let Some(Early::Data { bytes, call, permitted }) = early {
             self.take_early(id, m, bytes, call, permitted);
             return Ok(());
@@ -177,7 +179,23 @@ impl<D: Domain> FabricEndpoint<D> {
         self.strangers = kept;
     }
 
+    /// Whether one more thing of the peer's may be kept, which then counts; it is disowned otherwise.
+    pub(crate) fn may_keep(&mut self, peer: u32) -> bool {
+        let p = &mut self.peers[peer as usize];
+        if p.kept < EARLY {
+            p.kept += 1;
+            return true;
+        }
+        self.disown(peer, format!("more than {EARLY} of its messages wait for an operation here"));
+        false
+    }
+
     fn take(&mut self, peer: u32, packet: &Packet<'_>) {
+        // Its groups must still be able to settle with it.
+        let settles = matches!(packet.body, Body::Abort { .. } | Body::Settled);
+        if self.peers[peer as usize].wild && !settles {
+            return;
+        }
         match packet.body {
             Body::Credit => return,
             Body::Bye => return self.heard_bye(peer),
@@ -198,10 +216,6 @@ impl<D: Domain> FabricEndpoint<D> {
         let costs = matches!(packet.body, Body::Eager { permitted: false, .. });
         if costs && !self.peers[peer as usize].credits.take() {
             return self.disown(peer, "it sent more than it was allowed to".to_owned());
-        }
-        if self.early.len() + self.early_grants.len() >= EARLY {
-            return self
-                .disown(peer, format!("more than {EARLY} of its messages wait for an operation here"));
         }
         if matches!(packet.body, Body::Announce) {
             self.open_window(peer);
@@ -242,8 +256,9 @@ impl<D: Domain> FabricEndpoint<D> {
                 Some(recv) => self.announced(recv, packet.total, packet.call),
                 None if self.is_old_news(&id, packet.total) => {}
                 None => {
-                    let early = Early::Announced { total: packet.total, call: packet.call };
-                    self.early.entry(id).or_insert(early);
+                    if !self.early.contains_key(&id) && self.may_keep(peer) {
+                        self.early.insert(id, Early::Announced { total: packet.total, call: packet.call });
+                    }
                 }
             },
             Body::Permit => {
@@ -283,9 +298,14 @@ impl<D: Domain> FabricEndpoint<D> {
             self.done.push((id.key.group, ctx));
             return;
         }
+        if !self.may_keep(id.peer) {
+            return;
+        }
         let mut bytes = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(self.config.eager));
         bytes.extend_from_slice(data);
-        self.early.insert(id, Early::Data { bytes, call, permitted });
+        if self.early.insert(id, Early::Data { bytes, call, permitted }).is_some() {
+            self.peers[id.peer as usize].kept -= 1;
+        }
     }
 
     /// The peer's endpoint goes, and waits for our word that nothing more will be sent to it (E6).
@@ -366,7 +386,11 @@ impl<D: Domain> FabricEndpoint<D> {
     fn aborted(&mut self, peer: u32, group: u64, quiet: bool, text: &str) {
         self.drop_outs(group, Some(peer));
         self.tx.push_back(Tx::Settled { peer, group });
-        self.early_grants.retain(|id, _| id.peer != peer || id.key.group != group);
+        self.early_grants.retain(|id, _| {
+            let goes = id.peer == peer && id.key.group == group;
+            self.peers[id.peer as usize].kept -= usize::from(goes);
+            !goes
+        });
         if self.groups.is_gone(group) {
             return;
         }
@@ -405,6 +429,7 @@ mod tests {
     use smddp_core::{Call, Collective, DType};
 
     use super::*;
+    use crate::sending::NO_KEY;
     use crate::sim::{SimConfig, SimNet};
     use crate::wire::{Grant, MAX_RAILS, Target, encode};
 
@@ -440,6 +465,78 @@ mod tests {
                 bytes
             },
         )
+    }
+
+    /// An endpoint, and peers that exist by name alone, from 40 on.
+    fn among(peers: u64) -> (FabricEndpoint<crate::sim::SimDomain>, SimNet) {
+        let net = SimNet::new(SimConfig::default());
+        let mut me = FabricEndpoint::over(vec![net.domain()], &Settings::default()).unwrap();
+        for uid in 40..40 + peers {
+            let address = crate::wire::Address {
+                uid,
+                eager: 8192,
+                max_piece: 1 << 20,
+                rma: true,
+                bounces: false,
+                provider: "sim".to_owned(),
+                rails: vec![net.domain().address().to_vec()],
+            };
+            assert_eq!(u64::from(me.connect(&address.encode(), "named").unwrap()), uid - 40);
+        }
+        (me, net)
+    }
+
+    fn say(
+        me: &mut FabricEndpoint<crate::sim::SimDomain>,
+        from: u64,
+        key: MsgKey,
+        total: u64,
+        body: Body<'_>,
+    ) {
+        let call = Call::new(Collective::AllReduce, DType::U8, 1).pack();
+        let mut bytes = vec![0; crate::wire::HEADER + 400];
+        let len = encode(&Packet { from, given: 0, key, call, total, body }, &mut bytes);
+        me.read(&bytes[..len]);
+    }
+
+    fn letter(n: u64) -> MsgKey {
+        MsgKey { group: 5, seq: MsgKey::P2P | n, tag: 0 }
+    }
+
+    #[test]
+    fn who_sends_more_than_is_kept_is_disowned_and_nobody_else() {
+        let (mut me, _net) = among(3);
+        for n in 0..EARLY as u64 {
+            say(&mut me, 40, letter(n), 100, Body::Announce);
+        }
+        say(&mut me, 41, letter(0), 100, Body::Announce);
+        assert!(me.has_come(1, &letter(0)));
+        // What leaves nothing behind is no matter.
+        say(&mut me, 40, letter(7), 100, Body::Announce);
+        say(&mut me, 40, letter(8), 100, Body::Probe { receiving: true });
+        // What was taken makes room.
+        let mut memory = [0u8; 100];
+        // SAFETY: the buffer outlives the endpoint's use of it.
+        let region = unsafe { Region::of(&mut memory) };
+        let call = Call::new(Collective::AllReduce, DType::U8, 1).pack();
+        let key = letter(3);
+        me.recv(Message { key, peer: 0, peer_rank: 0, region, call, ctx: Ctx(0) }).unwrap();
+        say(&mut me, 40, letter(EARLY as u64), 100, Body::Announce);
+        assert!(me.peers.iter().all(|p| p.lost.is_none()));
+        say(&mut me, 40, letter(EARLY as u64 + 1), 100, Body::Announce);
+        assert!(me.peers[0].wild && me.peers[1].lost.is_none() && me.peers[2].lost.is_none());
+    }
+
+    #[test]
+    fn a_disowned_peer_is_not_listened_to() {
+        let (mut me, _net) = among(1);
+        // It was given no credit.
+        say(&mut me, 40, letter(0), 4, Body::Eager { data: &[1; 4], permitted: false });
+        assert!(me.peers[0].wild);
+        say(&mut me, 40, letter(1), 4, Body::Eager { data: &[1; 4], permitted: true });
+        say(&mut me, 40, letter(2), 4, Body::Announce);
+        say(&mut me, 40, NO_KEY, 0, Body::Bye);
+        assert!(me.early.is_empty() && me.peers[0].left.is_none());
     }
 
     proptest! {

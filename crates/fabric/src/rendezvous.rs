@@ -251,7 +251,9 @@ impl<D: Domain> FabricEndpoint<D> {
 
     pub(crate) fn granted(&mut self, id: Match, packet: &Packet<'_>, grant: Grant) {
         let Some(&send) = self.sending.get(&id) else {
-            self.early_grants.entry(id).or_insert((grant, packet.total, packet.call));
+            if !self.early_grants.contains_key(&id) && self.may_keep(id.peer) {
+                self.early_grants.insert(id, (grant, packet.total, packet.call));
+            }
             return;
         };
         let Some(op) = self.sends.get(send) else { return };

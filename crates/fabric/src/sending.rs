@@ -29,7 +29,7 @@ enum Sent {
     Later,
 }
 
-const NO_KEY: MsgKey = MsgKey { group: 0, seq: 0, tag: 0 };
+pub(crate) const NO_KEY: MsgKey = MsgKey { group: 0, seq: 0, tag: 0 };
 const NO_CALL: PackedCall = PackedCall { collective: 0, dtype: 0, op: 0, form: 0, root: 0, count: 0 };
 
 impl<D: Domain> FabricEndpoint<D> {
@@ -42,6 +42,7 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         let Some(send) = self.sends.insert(SendOp::new(m)) else { return Err(Self::full("a send")) };
         let early = self.early_grants.remove(&id);
+        self.peers[m.peer as usize].kept -= usize::from(early.is_some());
         if let Some((_, total, call)) = &early
             && !self.agree(id, (m.call, m.region.len()), (*call, *total))
         {
@@ -215,7 +216,8 @@ impl<D: Domain> FabricEndpoint<D> {
     /// Puts one packet into a slot and posts it.
     fn say(&mut self, to: u32, key: MsgKey, call: PackedCall, total: u64, body: Body<'_>) -> Sent {
         let peer = &mut self.peers[to as usize];
-        if peer.lost.is_some() || (peer.left.is_some() && body != Body::Bye) {
+        let hears = peer.lost.is_none() || (peer.wild && matches!(body, Body::Abort { .. } | Body::Settled));
+        if !hears || (peer.left.is_some() && body != Body::Bye) {
             return Sent::Void;
         }
         if peer.full_in == self.pass || peer.small >= PEER_SLOTS {

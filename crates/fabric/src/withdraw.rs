@@ -44,7 +44,9 @@ impl<D: Domain> FabricEndpoint<D> {
         told.extend(transfers);
         told.sort_unstable();
         told.dedup();
-        told.retain(|p| self.peers.get(*p as usize).is_some_and(|p| p.lost.is_none() && p.left.is_none()));
+        told.retain(|p| {
+            self.peers.get(*p as usize).is_some_and(|p| (p.lost.is_none() || p.wild) && p.left.is_none())
+        });
         let text: Arc<str> = why.map(|e| Arc::from(cut(&e.to_string(), TEXT))).unwrap_or_default();
         for &peer in &told {
             self.tx.push_back(Tx::Abort { peer, group, quiet: why.is_none(), text: text.clone() });
@@ -124,7 +126,11 @@ impl<D: Domain> FabricEndpoint<D> {
     }
 
     fn forget_early(&mut self, group: u64) {
-        self.early_grants.retain(|id, _| id.key.group != group);
+        self.early_grants.retain(|id, _| {
+            let goes = id.key.group == group;
+            self.peers[id.peer as usize].kept -= usize::from(goes);
+            !goes
+        });
         self.large.retain(|(_, of, _), _| *of != group);
         self.peers.iter_mut().for_each(|peer| peer.forget(group));
         let mut freed = Vec::new();
@@ -133,6 +139,7 @@ impl<D: Domain> FabricEndpoint<D> {
             if id.key.group != group {
                 return true;
             }
+            self.peers[id.peer as usize].kept -= 1;
             if let Early::Data { bytes, permitted, .. } = early {
                 buffers.push(std::mem::take(bytes));
                 if !*permitted {
