@@ -4,6 +4,7 @@
 //! (group, operation) finds such a disagreement from whatever message arrives first.
 
 use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
 use std::time::Duration;
 
 use smddp_core::call::PackedCall;
@@ -15,8 +16,12 @@ use crate::map::{Map, map};
 const RECENT: usize = 16;
 /// Groups that peers may name before this process posts anything for them.
 const UNKNOWN_GROUPS: usize = 4096;
-/// Withdrawn groups remembered, so that late messages for them are dropped rather than kept.
-const GONE: usize = 256;
+/// Withdrawn groups remembered by name, so that late messages for them are dropped rather than kept.
+const GONE: usize = 65_536;
+/// Withdrawn groups whose counts are remembered, for peers that withdraw later.
+const COUNTS: usize = 1024;
+/// What is too old of either is looked for after so many withdrawals.
+const SWEEP: usize = 256;
 
 #[derive(Clone, Copy, Debug)]
 struct Noted {
@@ -95,14 +100,25 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct Groups {
     groups: Map<u64, Group>,
+    /// How many of them are not known here.
+    unknown: usize,
     members: Map<(u64, u32), Member>,
+    /// Withdrawn groups, in order, and by name with their numbers in it.
     gone: VecDeque<u64>,
-    gone_set: Map<u64, ()>,
+    gone_set: Map<u64, usize>,
+    withdrawn: usize,
 }
 
 impl Groups {
     pub fn new() -> Groups {
-        Groups { groups: map(64), members: map(256), gone: VecDeque::with_capacity(64), gone_set: map(64) }
+        Groups {
+            groups: map(64),
+            unknown: 0,
+            members: map(256),
+            gone: VecDeque::with_capacity(64),
+            gone_set: map(64),
+            withdrawn: 0,
+        }
     }
 
     pub fn get_mut(&mut self, group: u64) -> Option<&mut Group> {
@@ -116,8 +132,13 @@ impl Groups {
     /// Notes a message posted here. `Some` when a peer already called something else in the same operation.
     pub fn post(&mut self, key: MsgKey, call: PackedCall, peer: u32, rank: u32) -> Option<Disagreement> {
         self.members.entry((key.group, peer)).or_default().rank = Some(rank);
-        let group = self.groups.entry(key.group).or_default();
-        group.known = true;
+        let group = match self.groups.entry(key.group) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(place) => place.insert(Group { known: true, ..Group::default() }),
+        };
+        if !std::mem::replace(&mut group.known, true) {
+            self.unknown -= 1;
+        }
         if key.seq & MsgKey::P2P != 0 || group.ours.find(key.seq).is_some() {
             return None;
         }
@@ -156,10 +177,27 @@ impl Groups {
 
     /// The group a peer named; `None` when it is not known here and too many such are.
     pub fn entry(&mut self, group: u64) -> Option<&mut Group> {
-        if self.groups.len() >= UNKNOWN_GROUPS && !self.groups.contains_key(&group) {
-            return None;
+        match self.groups.entry(group) {
+            Entry::Occupied(entry) => Some(entry.into_mut()),
+            Entry::Vacant(_) if self.unknown >= UNKNOWN_GROUPS => None,
+            Entry::Vacant(place) => {
+                self.unknown += 1;
+                Some(place.insert(Group::default()))
+            }
         }
-        Some(self.groups.entry(group).or_default())
+    }
+
+    /// The peer has withdrawn from the group, which is not gone here. That is noted of however many groups: what it said
+    /// before may come later, and must not count.
+    pub fn note_left(&mut self, group: u64, peer: u32) -> &mut Group {
+        let entry = self.groups.entry(group).or_insert_with(|| {
+            self.unknown += 1;
+            Group::default()
+        });
+        if !entry.left.contains(&peer) {
+            entry.left.push(peer);
+        }
+        entry
     }
 
     /// The peer has said that the group is destroyed there.
@@ -183,6 +221,10 @@ impl Groups {
         self.members.entry((group, peer)).or_default()
     }
 
+    pub fn posted(&self, group: u64, peer: u32) -> u64 {
+        self.members.get(&(group, peer)).map_or(0, |m| m.posted)
+    }
+
     pub fn arrived(&self, group: u64, peer: u32) -> u64 {
         self.members.get(&(group, peer)).map_or(0, |m| m.arrived)
     }
@@ -195,20 +237,31 @@ impl Groups {
         self.groups.get(&group).is_some_and(|g| g.known)
     }
 
-    /// Forgets the group's calls; messages for it are dropped from now on. Its counts stay as long as that is known,
-    /// because peers that withdraw later ask for them.
+    /// Forgets the group's calls; messages for it are dropped from now on. Its counts stay for a while, because peers
+    /// that withdraw later ask for them.
     pub fn withdraw(&mut self, group: u64) {
-        self.groups.remove(&group);
-        if self.gone_set.insert(group, ()).is_some() {
+        if self.groups.remove(&group).is_some_and(|g| !g.known) {
+            self.unknown -= 1;
+        }
+        if self.is_gone(group) {
             return;
         }
-        if self.gone.len() == GONE
-            && let Some(oldest) = self.gone.pop_front()
-        {
-            self.gone_set.remove(&oldest);
-            self.members.retain(|(g, _), _| *g != oldest);
-        }
+        self.withdrawn += 1;
+        self.gone_set.insert(group, self.withdrawn);
         self.gone.push_back(group);
+        if self.withdrawn.is_multiple_of(SWEEP) {
+            self.sweep();
+        }
+    }
+
+    fn sweep(&mut self) {
+        let past = self.gone.len().saturating_sub(GONE);
+        for group in self.gone.drain(..past) {
+            self.gone_set.remove(&group);
+        }
+        // Those past had no counts any more.
+        let old = self.withdrawn.saturating_sub(COUNTS);
+        self.members.retain(|(group, _), _| self.gone_set.get(group).is_none_or(|&number| number > old));
     }
 }
 
@@ -263,9 +316,57 @@ mod tests {
         groups.post(key(0), call(1), 0, 0);
         groups.withdraw(1);
         assert_eq!(groups.arrive(key(0), call(1), 0), Verdict::Drop);
-        for other in 2..GONE as u64 + 2 {
+        for other in 2..(GONE + SWEEP) as u64 + 2 {
             groups.withdraw(other);
         }
         assert!(!groups.is_gone(1), "the memory of it is bounded");
+        assert!(groups.gone.len() <= GONE + SWEEP && groups.gone_set.len() == groups.gone.len());
+    }
+
+    #[test]
+    fn the_counts_of_a_withdrawn_group_stay_for_those_that_withdraw_later() {
+        let mut groups = Groups::new();
+        groups.member(1, 7).posted = 9;
+        groups.post(key(0), call(1), 8, 0);
+        groups.withdraw(1);
+        for other in 2..COUNTS as u64 {
+            groups.withdraw(other);
+        }
+        assert_eq!(groups.member(1, 7).posted, 9);
+        for other in 0..2 * SWEEP as u64 {
+            groups.withdraw(10_000 + other);
+        }
+        assert!(groups.is_gone(1) && groups.members.is_empty());
+    }
+
+    /// However many groups are in use, what peers say of others counts.
+    #[test]
+    fn groups_in_use_are_not_unknown() {
+        let mut groups = Groups::new();
+        for group in 100..100 + UNKNOWN_GROUPS as u64 {
+            groups.post(MsgKey { group, ..key(0) }, call(1), 0, 0);
+        }
+        assert_eq!(groups.arrive(key(0), call(1), 7), Verdict::Take);
+        let found = Disagreement { peer: 7, seq: 0, ours: call(2), theirs: call(1) };
+        assert_eq!(groups.post(key(0), call(2), 7, 3), Some(found));
+    }
+
+    #[test]
+    fn groups_not_in_use_are_bounded_and_room_comes_back() {
+        let mut groups = Groups::new();
+        let end = 100 + UNKNOWN_GROUPS as u64;
+        for group in 100..end {
+            assert!(groups.entry(group).is_some());
+        }
+        assert!(groups.entry(end).is_none());
+        // One is used from now on, another is over.
+        groups.post(MsgKey { group: 100, ..key(0) }, call(1), 0, 0);
+        groups.withdraw(101);
+        groups.withdraw(101);
+        assert!(groups.entry(end).is_some() && groups.entry(end + 1).is_some());
+        assert!(groups.entry(end + 2).is_none());
+        // Who has left is noted in any case.
+        groups.note_left(end + 2, 7);
+        assert_eq!(groups.arrive(MsgKey { group: end + 2, ..key(0) }, call(1), 7), Verdict::Drop);
     }
 }

@@ -395,10 +395,7 @@ impl<D: Domain> FabricEndpoint<D> {
             return;
         }
         let (known, rank) = (self.groups.known(group), self.groups.rank_of(group, peer));
-        let Some(entry) = self.groups.entry(group) else { return };
-        if !entry.left.contains(&peer) {
-            entry.left.push(peer);
-        }
+        let entry = self.groups.note_left(group, peer);
         if quiet {
             return;
         }
@@ -537,6 +534,30 @@ mod tests {
         say(&mut me, 40, letter(2), 4, Body::Announce);
         say(&mut me, 40, NO_KEY, 0, Body::Bye);
         assert!(me.early.is_empty() && me.peers[0].left.is_none());
+    }
+
+    /// The peer's memory is its own again as soon as it has our word; a grant that was overtaken by the abort is void.
+    #[test]
+    fn a_grant_that_its_abort_overtook_is_void_however_many_groups_there_are() {
+        let (mut me, _net) = among(2);
+        let mut memory = vec![0u8; 100_000];
+        // SAFETY: the buffer outlives the endpoint's use of it.
+        let region = unsafe { Region::of(&mut memory) };
+        let call = Call::new(Collective::AllReduce, DType::U8, 1).pack();
+        let post = |group| {
+            let key = MsgKey { group, seq: 0, tag: 0 };
+            Message { key, peer: 0, peer_rank: 0, region, call, ctx: Ctx(0) }
+        };
+        for group in 100..100 + 5000 {
+            me.send(post(group)).unwrap();
+        }
+        let key = MsgKey { group: 5, seq: 0, tag: 0 };
+        say(&mut me, 40, key, 0, Body::Abort { quiet: true, text: "" });
+        let targets = [Target::default(); MAX_RAILS];
+        let grant = Grant { id: 1, off: 0, span: 100_000, piece: 100_000, rails: 1, tagged: false, targets };
+        say(&mut me, 40, key, 100_000, Body::Grant(grant));
+        me.send(post(5)).unwrap();
+        assert_eq!(me.pieces.iter().count(), 0);
     }
 
     proptest! {

@@ -131,7 +131,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Tx::Settled { peer, group } => {
                 let key = MsgKey { group, ..NO_KEY };
-                let posted = self.groups.member(group, peer).posted;
+                let posted = self.groups.posted(group, peer);
                 self.say(peer, key, NO_CALL, posted, Body::Settled)
             }
             Tx::Gone { peer, group } => {
