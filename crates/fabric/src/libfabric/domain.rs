@@ -312,7 +312,8 @@ impl Domain for LibfabricDomain {
         if self.nic.provider == TELLS_NO_END {
             let at = peer as usize;
             self.reach.resize(self.reach.len().max(at + 1), Default::default());
-            self.reach[at].1 = address.to_vec();
+            // What had this address before was another process.
+            self.reach[at] = (Reach::default(), address.to_vec());
         }
         Ok(peer)
     }
@@ -513,6 +514,32 @@ mod tests {
         let address = [&2u16.to_ne_bytes()[..], &80u16.to_be_bytes(), &[10, 0, 0, 7], &[0; 8]].concat();
         let reason = fresh.reason(&address);
         assert!(reason.contains("10.0.0.7:80") && reason.contains("firewall"), "{reason}");
+    }
+
+    /// A process may get the address of one that has ended.
+    #[test]
+    fn who_has_the_address_of_another_was_never_reached() {
+        let mut settings = smddp_core::settings::Settings::from_env().unwrap();
+        settings.set("SMDDP_NICS", "lo").unwrap();
+        settings.set("SMDDP_PROVIDER", "tcp").unwrap();
+        let dirs: Vec<_> = std::env::var("VIRTUAL_ENV").map(std::path::PathBuf::from).into_iter().collect();
+        let library = match super::super::load(&settings, &dirs) {
+            Ok(library) => library,
+            Err(error) => {
+                let required = std::env::var("SMDDP_TEST_REQUIRE_LIBFABRIC").is_ok_and(|v| v == "1");
+                assert!(!required, "SMDDP_TEST_REQUIRE_LIBFABRIC=1, but: {error}");
+                return eprintln!("NOT RUN: {error}");
+            }
+        };
+        let wish = super::super::nics::Wish::of(&settings);
+        let nic = super::super::nics::find(&library, &wish).unwrap().remove(0);
+        let mut domain = LibfabricDomain::open(&library, nic).unwrap();
+        let address = domain.address().to_vec();
+        let first = domain.insert(&address).unwrap();
+        domain.reach[first as usize].0.posted();
+        let second = domain.insert(&address).unwrap();
+        assert_eq!(first, second, "the provider names addresses");
+        assert!(!domain.reach[second as usize].0.reached);
     }
 
     #[test]
