@@ -12,10 +12,11 @@ use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
 
-/// Slots kept free for control messages, and the most slots one peer may hold: a peer that stopped reading cannot
-/// silence the others.
-const KEPT: usize = 8;
-const PEER_SLOTS: u32 = 24;
+/// Slots kept free for control messages.
+const KEPT: usize = 2;
+/// The most slots one peer may hold, and the most when half of all are taken.
+const PEER_SLOTS: usize = 24;
+const FEW_SLOTS: usize = 4;
 /// How long a message that waits for a peer which has left, or destroyed the group, may still be completed by what was under way.
 const AFTERGLOW: Duration = Duration::from_secs(1);
 /// Stuck messages whose peers are probed at a time.
@@ -161,9 +162,6 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             return sent;
         }
-        if self.staging.send.arena.free() <= KEPT {
-            return Sent::Later;
-        }
         // SAFETY: the region is the operation's until its mark is reported (R1, T1), which happens below.
         let data = unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len()) };
         let sent = self.say(id.peer, id.key, call, region.len() as u64, Body::Eager { data, permitted });
@@ -220,10 +218,12 @@ impl<D: Domain> FabricEndpoint<D> {
         if !hears || (peer.left.is_some() && body != Body::Bye) {
             return Sent::Void;
         }
-        if peer.full_in == self.pass || peer.small >= PEER_SLOTS {
+        let slots = &mut self.staging.send;
+        let (all, free) = (slots.arena.count(), slots.arena.free());
+        let full = free <= KEPT && matches!(body, Body::Eager { .. });
+        if full || peer.full_in == self.pass || peer.small as usize >= share(all, free) {
             return Sent::Later;
         }
-        let slots = &mut self.staging.send;
         let Some(slot) = slots.arena.take() else { return Sent::Later };
         let given = peer.credits.given();
         let packet = Packet { from: self.config.uid, given, key, call, total, body };
@@ -367,6 +367,16 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             _ => {}
         }
+    }
+}
+
+/// How many slots a peer may hold when so many of all are free: one that has stopped reading does not give its back, and the
+/// fewer there are the more peers may need one.
+fn share(all: usize, free: usize) -> usize {
+    match free {
+        _ if free > all / 2 => PEER_SLOTS.min(all / 4),
+        _ if free > all / 4 => FEW_SLOTS,
+        _ => 1,
     }
 }
 

@@ -181,3 +181,35 @@ fn an_abort_names_the_rank_and_is_cut_to_fit() {
     let Error::Aborted { reason, .. } = &world.failed[1][0].error else { panic!("{:?}", world.failed) };
     assert!(reason.contains("rank 100 (node0)") && reason.contains("ää") && reason.len() < 1200, "{reason}");
 }
+
+/// Peers that take nothing in hold slots for a time without end.
+#[test]
+fn peers_that_are_stuck_leave_slots_to_the_others() {
+    for eager in ["1K", "64K"] {
+        for stuck in [1, 4, 8] {
+            let config = SimConfig { depth: 1000, ..calm() };
+            let mut world = World::new(2 + stuck, 1, config, &settings(&[("SMDDP_EAGER", eager)]));
+            let (mut a, mut b) = (vec![1u8; 100_000], vec![0u8; 100_000]);
+            // The first one makes the two acquainted.
+            for len in [100, 100, 100_000] {
+                world.done.iter_mut().for_each(Vec::clear);
+                let tag = world.net.small_messages() as usize;
+                for (me, memory) in [(0, &mut a), (1, &mut b)] {
+                    let m = message(key(tag), 1 - me, region(&mut memory[..len]), 0);
+                    if me == 0 { world.ends[0].send(m).unwrap() } else { world.ends[1].recv(m).unwrap() }
+                }
+                for _ in 0..200 {
+                    for end in 0..2 {
+                        world.ends[end].poll(&mut world.done[end]).unwrap();
+                    }
+                }
+                let arrived = (world.done[0].len(), world.done[1].len());
+                assert_eq!(arrived, (1, 1), "{len} bytes past {stuck} stuck peers, eager {eager}");
+                for i in 0..30 * stuck {
+                    let m = message(key(tag + i), 2 + i % stuck, region(&mut a[..100]), 0);
+                    world.ends[0].send(m).unwrap();
+                }
+            }
+        }
+    }
+}
