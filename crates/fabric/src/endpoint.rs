@@ -17,6 +17,8 @@
 //!   it too: who has heard it sends nothing after its own. A packet that reaches a closed connection resets it, and what the
 //!   process that sent it had not read yet would be thrown away: the last messages of one that was done (ADR 0031).
 //! - **E7** an announcement may come after its receive is over, by a grant given before it; such news leaves nothing behind.
+//! - **E8** a peer has few bytes of pieces in flight, whatever is granted: what is said to it waits for no more than those, and
+//!   neither does who takes a group back.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -54,6 +56,10 @@ const PARTING: Duration = Duration::from_millis(500);
 /// Why nothing can be sent to or awaited from a peer that said goodbye.
 pub(crate) const LEFT: &str = "it has left: its process groups are destroyed";
 pub(crate) const DESTROYED: &str = "it has destroyed the group";
+/// Largest piece of a message: large enough for full bandwidth, small enough to be few bytes (E8).
+const PIECE: usize = 4 << 20;
+/// Bytes of pieces in flight to one peer, on each rail.
+const FLYING: usize = 8 << 20;
 const BYE_NAP: Duration = Duration::from_millis(1);
 const BLIND_NAP: Duration = Duration::from_micros(50);
 
@@ -68,6 +74,8 @@ pub(crate) struct Config {
     pub rma: bool,
     pub caps: Caps,
     pub max_piece: usize,
+    /// Bytes of pieces in flight to one peer, at most.
+    pub flying: usize,
 }
 
 /// Messages between processes over one or more NICs.
@@ -100,6 +108,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     /// for bounce slots; receive slots to post again.
     pub(crate) tx: VecDeque<Tx>,
     pub(crate) work: VecDeque<Handle>,
+    /// Some of those wait for what no completion tells of.
+    pub(crate) is_refused: bool,
     pub(crate) posting: VecDeque<Handle>,
     pub(crate) starved: VecDeque<Handle>,
     pub(crate) unposted: Vec<u32>,
@@ -141,7 +151,7 @@ impl<D: Domain> FabricEndpoint<D> {
         let caps = first.caps();
         let eager = settings.number("SMDDP_EAGER").min(caps.max_msg.saturating_sub(crate::wire::HEADER));
         let rma = caps.rma && settings.text("SMDDP_FABRIC_MODE") != "tagged";
-        let bounce_limit = if caps.needs_local_mr { BOUNCE } else { usize::MAX };
+        let piece = if caps.needs_local_mr { BOUNCE } else { PIECE };
         let config = Config {
             uid: random_identity()?,
             provider: provider.to_owned(),
@@ -149,7 +159,8 @@ impl<D: Domain> FabricEndpoint<D> {
             stripe: settings.number("SMDDP_STRIPE"),
             rma,
             caps,
-            max_piece: bounce_limit.min(caps.max_msg),
+            max_piece: piece.min(caps.max_msg),
+            flying: FLYING * domains.len(),
         };
         let staging = Staging::new(&mut domains, eager, settings.number("SMDDP_STAGING"))?;
         let slots = staging.recv.arena.count();
@@ -175,6 +186,7 @@ impl<D: Domain> FabricEndpoint<D> {
             spare: Vec::with_capacity(USUAL),
             tx: VecDeque::with_capacity(USUAL),
             work: VecDeque::with_capacity(USUAL),
+            is_refused: false,
             posting: VecDeque::with_capacity(USUAL),
             starved: VecDeque::with_capacity(USUAL),
             unposted: Vec::with_capacity(slots),
@@ -557,7 +569,7 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         if self.broken.is_some() || !self.done.is_empty() || !self.failures.is_empty() {
             return;
         }
-        let waiting = !self.tx.is_empty() || !self.work.is_empty() || !self.unposted.is_empty();
+        let waiting = !self.tx.is_empty() || self.is_refused || !self.unposted.is_empty();
         self.sleep(limit.min(if waiting { NAP / 25 } else { NAP }));
         self.polls |= CLOCK - 1;
     }

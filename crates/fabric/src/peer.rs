@@ -111,6 +111,9 @@ pub struct Peer {
     pub wild: bool,
     pub sent: u64,
     pub received: u64,
+    /// Bytes of pieces in flight to it; pieces that came from it or left for it.
+    pub flying: usize,
+    pub pieces: u64,
     /// The last large receives from it that were over without an announcement (E7).
     unannounced: VecDeque<MsgKey>,
     /// The pass over the queue in which it could take no more.
@@ -139,6 +142,8 @@ impl Peer {
             wild: false,
             sent: 0,
             received: 0,
+            flying: 0,
+            pieces: 0,
             unannounced: VecDeque::new(),
             full_in: 0,
         }

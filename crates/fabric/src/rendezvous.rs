@@ -187,6 +187,7 @@ impl<D: Domain> FabricEndpoint<D> {
             return;
         };
         self.groups.member(g.group, g.peer).arrived += 1;
+        self.peers[g.peer as usize].pieces += 1;
         g.left = g.left.saturating_sub(1);
         g.bytes += len.unwrap_or(0);
         if g.left > 0 {
@@ -286,6 +287,7 @@ impl<D: Domain> FabricEndpoint<D> {
     /// Posts pieces of granted sends, each grant as far as it goes.
     pub(crate) fn post_pieces(&mut self) -> bool {
         let mut moved = false;
+        self.is_refused = false;
         for _ in 0..self.work.len() {
             let Some(handle) = self.work.pop_front() else { break };
             match self.post_grant(handle) {
@@ -307,12 +309,17 @@ impl<D: Domain> FabricEndpoint<D> {
         loop {
             let out = self.outs.get(handle)?;
             let (send, peer, group, grant, p) = (out.send, out.peer, out.group, out.grant, out.next);
-            if p == grant.pieces() || self.peers[peer as usize].lost.is_some() {
+            let to = &self.peers[peer as usize];
+            // Nothing follows our goodbye (E6).
+            if p == grant.pieces() || to.lost.is_some() || to.told_bye {
                 self.outs.remove(handle);
                 return Some((moved, false));
             }
             let region = self.sends.get(send)?.region;
             let (start, len) = grant.range(p);
+            if to.flying > 0 && to.flying + len > self.config.flying {
+                return Some((moved, true));
+            }
             let (rail, from) = (grant.rail(p), region.slice(start, len));
             let Some((from, mr, bounce)) = self.source(from, rail) else { return Some((moved, true)) };
             let Some(piece) = self.pieces.insert(Piece { send, peer, len, bounce }) else {
@@ -332,7 +339,10 @@ impl<D: Domain> FabricEndpoint<D> {
                 self.pieces.remove(piece);
                 self.give_source(bounce);
                 match refused {
-                    Refused::Again => return Some((moved, true)),
+                    Refused::Again => {
+                        self.is_refused = true;
+                        return Some((moved, true));
+                    }
                     Refused::Peer(reason) => self.lose(peer, reason),
                     Refused::Broken(reason) => self.break_down(reason),
                 }
@@ -340,6 +350,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             moved = true;
             self.groups.member(group, peer).posted += 1;
+            self.peers[peer as usize].flying += len;
             self.sends.get_mut(send)?.flying += 1;
             self.outs.get_mut(handle)?.next += 1;
         }
@@ -371,6 +382,9 @@ impl<D: Domain> FabricEndpoint<D> {
             return;
         };
         self.give_source(piece.bounce);
+        let to = &mut self.peers[piece.peer as usize];
+        to.flying -= piece.len;
+        to.pieces += u64::from(good);
         let Some(op) = self.sends.get_mut(piece.send) else { return };
         op.flying -= 1;
         if good {

@@ -18,7 +18,7 @@ const KEPT: usize = 2;
 const PEER_SLOTS: usize = 24;
 const FEW_SLOTS: usize = 4;
 /// How long a message that waits for a peer which has left, or destroyed the group, may still be completed by what was under way.
-const AFTERGLOW: Duration = Duration::from_secs(1);
+pub(crate) const AFTERGLOW: Duration = Duration::from_secs(1);
 /// Stuck messages whose peers are probed at a time.
 const PROBES: usize = 16;
 
@@ -310,6 +310,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
         }
         self.probe_from = (send, recv, self.probe_asked(asked));
+        self.probe_settling();
         self.send_small();
     }
 
@@ -331,6 +332,14 @@ impl<D: Domain> FabricEndpoint<D> {
             }
         }
         0
+    }
+
+    /// Probes those whose pieces a withdrawn group waits for: no message of its asks for them any more.
+    fn probe_settling(&mut self) {
+        let Some(group) = self.settling else { return };
+        for peer in self.unsettled(group) {
+            self.probe_one(peer, Tx::ProbeAny { peer, group });
+        }
     }
 
     /// Whether the peer has destroyed the group, and what was under way then has had its time.

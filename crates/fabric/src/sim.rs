@@ -30,6 +30,8 @@ pub struct SimConfig {
     pub max_delay: u64,
     /// Whether messages between two endpoints may overtake each other.
     pub reorder: bool,
+    /// Bytes that pass from one endpoint to another in a step, in the order posted; none: any number, in any.
+    pub rate: Option<usize>,
     /// Operations an endpoint may have in flight; more are refused with "again".
     pub depth: usize,
     /// Of 1000 posts, how many are refused with "again" for no reason.
@@ -53,6 +55,7 @@ impl Default for SimConfig {
             max_msg: usize::MAX,
             max_delay: 8,
             reorder: true,
+            rate: None,
             depth: 64,
             moody: 0,
             early_completion: false,
@@ -112,6 +115,8 @@ impl Known {
 struct End {
     dead: bool,
     closed: bool,
+    /// Polled in this round.
+    polled: bool,
     slots: Vec<(Region, u64)>,
     tagged: Vec<(u64, Region, u64)>,
     memory: BTreeMap<u32, Known>,
@@ -128,6 +133,8 @@ struct Net {
     /// The clock, and what a step adds to it.
     time: Duration,
     pace: Duration,
+    /// A step is a round: over when every end that lives was polled.
+    rounds: bool,
     ends: Vec<End>,
     flying: Vec<Flying>,
     /// (from, to): when the last message arrives, to keep order where asked.
@@ -153,6 +160,7 @@ impl SimNet {
             step: 0,
             time: Duration::ZERO,
             pace: Duration::from_micros(10),
+            rounds: false,
             ends: Vec::new(),
             flying: Vec::new(),
             last: BTreeMap::new(),
@@ -199,6 +207,12 @@ impl SimNet {
         self.lock().pace = step;
     }
 
+    /// Whether from now on a step takes a poll of every end: one that is polled by a thread of its own then runs out of time
+    /// only when the others had theirs.
+    pub fn in_rounds(&self, rounds: bool) {
+        self.lock().rounds = rounds;
+    }
+
     pub fn step(&self) -> u64 {
         self.lock().step
     }
@@ -239,13 +253,16 @@ impl Net {
         let small = matches!(what, What::Small);
         let lost = small && self.lose == Some(self.small_sent);
         self.small_sent += u64::from(small);
+        let len = source.len();
         let mut due = self.step + 1 + self.dice(self.config.max_delay);
-        if !self.config.reorder {
-            let last = self.last.entry((from, to)).or_insert(0);
+        let last = self.last.entry((from, to)).or_insert(0);
+        if let Some(rate) = self.config.rate {
+            due = due.max(self.step.max(*last) + len.div_ceil(rate) as u64);
+        }
+        if self.config.rate.is_some() || !self.config.reorder {
             due = due.max(*last);
             *last = due;
         }
-        let len = source.len();
         let early = self.config.early_completion;
         if early || lost {
             self.ends[from].done.push(Completion::Done { ctx, len: 0 });
@@ -271,8 +288,12 @@ impl Net {
     }
 
     fn advance(&mut self, end: usize) {
-        self.step += 1;
-        self.time += self.pace;
+        self.ends[end].polled = true;
+        if !self.rounds || self.ends.iter().all(|e| e.polled || e.dead || e.closed) {
+            self.ends.iter_mut().for_each(|e| e.polled = false);
+            self.step += 1;
+            self.time += self.pace;
+        }
         if let Some((step, victim)) = self.kill_at
             && self.step >= step
         {

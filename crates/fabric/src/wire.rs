@@ -59,7 +59,9 @@ impl Grant {
 
 /// How long the pieces of a grant of `span` bytes are, over so many rails, none of which takes more than `limit` at once.
 pub fn piece_of(span: u64, rails: u8, limit: u64) -> u64 {
-    span.div_ceil(u64::from(rails)).next_multiple_of(64).min(limit).max(span.div_ceil(MAX_PIECES))
+    // As many over each rail.
+    let pieces = span.div_ceil(u64::from(rails)).div_ceil(limit).max(1).saturating_mul(u64::from(rails));
+    span.div_ceil(pieces).next_multiple_of(64).min(limit).max(span.div_ceil(MAX_PIECES))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Taking a group back: afterwards nothing touches its regions (T1).
 //!
 //! Bytes in flight are not ours to stop, so both sides settle: we say that the group is over; each peer posts no
-//! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way. A peer that does not answer in [`SETTLE`] costs the endpoint: closing it
-//! is what certainly ends all access.
+//! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way. A peer that does not answer
+//! in [`SETTLE`], and moves no pieces either, costs the endpoint: closing it is what certainly ends all access. One that has died, or left,
+//! is found by probes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,11 +13,13 @@ use smddp_core::error::Error as CoreError;
 use crate::domain::Domain;
 use crate::endpoint::{FabricEndpoint, LEFT};
 use crate::ops::{Early, Posted, Tx};
-use crate::sending::cut;
+use crate::sending::{AFTERGLOW, cut};
 use crate::slab::Handle;
 
-/// How long peers may take to settle; they only need to poll.
+/// How long peers may take to settle, since a piece last moved; they only need to poll.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How long that may last in all.
+const SETTLE_MOVING: Duration = Duration::from_secs(20);
 /// How long the news of a failure may take to be posted when nothing else is waited for.
 const NEWS: Duration = Duration::from_millis(50);
 /// Bytes of an abort's text.
@@ -33,15 +36,7 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         self.forget_unsent(group);
         let mut told: Vec<u32> = if why.is_some() { peers.to_vec() } else { Vec::new() };
-        let transfers: Vec<u32> =
-            self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer).collect();
-        for &peer in &transfers {
-            if self.peers[peer as usize].left.is_some() {
-                // It will not settle any more.
-                self.lose(peer, LEFT.to_owned());
-            }
-        }
-        told.extend(transfers);
+        told.extend(self.unsettled(group));
         told.sort_unstable();
         told.dedup();
         told.retain(|p| {
@@ -55,11 +50,11 @@ impl<D: Domain> FabricEndpoint<D> {
         let settled = self.settle(group);
         self.settling = None;
         self.settled.clear();
-        if !settled {
+        if let Err(waited) = settled {
             let late = self.late(group);
             self.break_down(format!(
                 "{late} did not settle the withdrawn group's transfers in {} s",
-                SETTLE.as_secs()
+                waited.as_secs()
             ));
             self.forget_all(group);
         }
@@ -156,40 +151,88 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    /// Polls until nothing of the group is on its way; false when that took too long.
-    fn settle(&mut self, group: u64) -> bool {
+    /// Polls until nothing of the group is on its way; how long that took where it took too long.
+    fn settle(&mut self, group: u64) -> Result<(), Duration> {
         let start = self.rails[0].now();
+        let (mut since, mut before) = (start, None);
         loop {
             self.close_settled(group);
-            let busy = self.sends.iter().any(|(_, s)| s.id.key.group == group)
-                || self.grants.iter().any(|(_, g)| g.group == group);
-            let untold = self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, .. } if *g == group));
-            let waited = self.rails[0].now().saturating_sub(start);
-            if !busy && (!untold || waited >= NEWS) {
-                return true;
+            let now = self.rails[0].now();
+            let waited = now.saturating_sub(start);
+            let left = self.left_of(group);
+            if left.is_none() {
+                let untold = self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, .. } if *g == group));
+                if !untold || waited >= NEWS {
+                    return Ok(());
+                }
+            } else if left != before {
+                (since, before) = (now, left);
+            } else if now.saturating_sub(since) >= SETTLE {
+                return Err(waited);
             }
-            if busy && waited >= SETTLE {
-                return false;
+            if waited >= SETTLE_MOVING {
+                return Err(waited);
             }
             if !self.progress() {
                 std::thread::yield_now();
             }
             if self.broken.is_some() {
                 self.forget_all(group);
-                return true;
+                return Ok(());
+            }
+        }
+    }
+
+    /// How many operations of the group are left, and how many pieces have ever moved between us and their peers: other groups'
+    /// are ahead of ours. `None`: no operation is left.
+    fn left_of(&self, group: u64) -> Option<(usize, u64)> {
+        let sends = self.sends.iter().filter(|(_, s)| s.id.key.group == group).map(|(_, s)| s.id.peer);
+        let grants = self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer);
+        let (mut left, mut moved) = (0, 0u64);
+        for peer in sends.chain(grants) {
+            left += 1;
+            moved += self.peers[peer as usize].pieces;
+        }
+        (left > 0).then_some((left, moved))
+    }
+
+    /// The peers that may still write to the group's memory.
+    pub(crate) fn unsettled(&self, group: u64) -> Vec<u32> {
+        let mut peers: Vec<u32> =
+            self.grants.iter().filter(|(_, g)| g.group == group).map(|(_, g)| g.peer).collect();
+        peers.sort_unstable();
+        peers.dedup();
+        peers
+    }
+
+    /// Whether all pieces of the group that the peer ever posted, as it has said, have arrived.
+    fn has_settled(&self, group: u64, peer: u32) -> bool {
+        let arrived = self.groups.arrived(group, peer);
+        self.settled.iter().any(|(p, posted)| *p == peer && arrived >= *posted)
+    }
+
+    /// Who has left without a word on the group settles no more. Its goodbye was the last thing on its connection; over other
+    /// rails something may follow for a while.
+    fn lose_those_that_left(&mut self, group: u64) {
+        let all_is_here = self.config.caps.sockets && self.rails.len() == 1;
+        let now = self.rails[0].now();
+        for peer in self.unsettled(group) {
+            let Some(since) = self.peers[peer as usize].left else { continue };
+            if !self.has_settled(group, peer) && (all_is_here || now.saturating_sub(since) >= AFTERGLOW) {
+                self.lose(peer, LEFT.to_owned());
             }
         }
     }
 
     /// Ends what is known to be over: transfers of lost peers, and of those that settled and whose pieces arrived.
     fn close_settled(&mut self, group: u64) {
+        self.lose_those_that_left(group);
         let mut over: Vec<Handle> = Vec::new();
         let mut cancel: Vec<Handle> = Vec::new();
         let mut quarantine: Vec<Handle> = Vec::new();
         for (handle, g) in self.grants.iter().filter(|(_, g)| g.group == group) {
             let peer = &self.peers[g.peer as usize];
-            let arrived = self.groups.arrived(group, g.peer);
-            let settled = self.settled.iter().any(|(p, posted)| *p == g.peer && arrived >= *posted);
+            let settled = self.has_settled(group, g.peer);
             // The one connection to a lost peer is closed. What might still be written by a NIC of its own accord, or
             // over another rail, is protected by nothing but closing, except bounce slots: they are not used again (E3).
             let lost = peer.lost.is_some();

@@ -35,6 +35,7 @@ fn configs() -> impl Strategy<Value = (SimConfig, usize, Settings)> {
                 max_msg: 1 << 20,
                 max_delay,
                 reorder,
+                rate: None,
                 depth,
                 moody,
                 early_completion: early,
