@@ -13,7 +13,7 @@ use smddp_core::transport::{Ctx, Fabric, Message, MsgKey};
 use smddp_core::{Call, Collective, DType};
 use smddp_fabric::FabricEndpoint;
 
-const SIZES: [usize; 8] = [8, 1 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
+const SIZES: [usize; 9] = [8, 1 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 64 << 20];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let dir = std::env::args().nth(1).unwrap_or_default();
@@ -52,7 +52,13 @@ fn unhex(text: &str) -> Result<Vec<u8>, std::num::ParseIntError> {
 fn ping_pong(end: &mut FabricEndpoint, me: usize) -> Result<(), Box<dyn Error>> {
     for (n, len) in SIZES.into_iter().enumerate() {
         let (mut out, mut into) = (vec![1u8; len], vec![0u8; len]);
-        let rounds = if len > 100_000 { 200 } else { 2000 };
+        let rounds = if len > 10_000_000 {
+            20
+        } else if len > 100_000 {
+            200
+        } else {
+            2000
+        };
         let mut times = Vec::with_capacity(rounds);
         for round in 0..rounds {
             let key = MsgKey { group: 1, seq: (n * 10_000 + round) as u64, tag: 0 };
