@@ -32,6 +32,8 @@ pub struct Caps {
     pub devices: bool,
     /// Messages go over connections of sockets, which lose what was not read when a packet reaches a closed end (E6).
     pub sockets: bool,
+    /// Messages and writes of one peer come in the order posted, up to one that is lost with a broken connection.
+    pub ordered: bool,
     /// Largest single transfer in bytes.
     pub max_msg: usize,
     /// Largest message copied at once by the provider, in bytes.

@@ -19,6 +19,8 @@
 //! - **E7** an announcement may come after its receive is over, by a grant given before it; such news leaves nothing behind.
 //! - **E8** a peer has few bytes of pieces in flight, whatever is granted: what is said to it waits for no more than those, and
 //!   neither does who takes a group back.
+//! - **E9** where messages keep their order, each tells how many went before it over its rail: one that was lost with a connection,
+//!   which the provider makes again without a word, shows by the next. Probes are answered, so that there is a next.
 
 use std::collections::VecDeque;
 use std::time::Duration;

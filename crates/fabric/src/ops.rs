@@ -181,6 +181,10 @@ pub enum Tx {
     Credit {
         peer: u32,
     },
+    /// To a probe: what was sent before has come, or is missed.
+    Answer {
+        peer: u32,
+    },
     Abort {
         peer: u32,
         group: u64,
@@ -202,7 +206,7 @@ pub enum Tx {
 
 impl Tx {
     pub fn is_probe(&self) -> bool {
-        matches!(self, Tx::ProbeSend { .. } | Tx::ProbeRecv { .. } | Tx::ProbeAny { .. })
+        matches!(self, Tx::ProbeSend { .. } | Tx::ProbeRecv { .. } | Tx::ProbeAny { .. } | Tx::Answer { .. })
     }
 }
 

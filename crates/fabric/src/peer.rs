@@ -98,6 +98,8 @@ pub struct Peer {
     /// Small sends in flight, and whether one of them is a probe.
     pub small: u32,
     pub probing: bool,
+    /// An answer to its probes is queued.
+    pub answering: bool,
     /// Receives from any rank wait for it, in this group, since the last look; and the group of the look before.
     asked: Option<u64>,
     asked_before: Option<u64>,
@@ -114,6 +116,9 @@ pub struct Peer {
     /// Bytes of pieces in flight to it; pieces that came from it or left for it.
     pub flying: usize,
     pub pieces: u64,
+    /// Small messages and remote writes ever posted to it and come from it on rail 0 (E9).
+    pub said: u32,
+    pub heard: u32,
     /// The last large receives from it that were over without an announcement (E7).
     unannounced: VecDeque<MsgKey>,
     /// The pass over the queue in which it could take no more.
@@ -133,6 +138,7 @@ impl Peer {
             kept: 0,
             small: 0,
             probing: false,
+            answering: false,
             asked: None,
             asked_before: None,
             lost: None,
@@ -144,6 +150,8 @@ impl Peer {
             received: 0,
             flying: 0,
             pieces: 0,
+            said: 0,
+            heard: 0,
             unannounced: VecDeque::new(),
             full_in: 0,
         }

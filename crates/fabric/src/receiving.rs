@@ -95,7 +95,13 @@ impl<D: Domain> FabricEndpoint<D> {
                 Some(Posted::Tagged(grant)) => self.piece_arrived(grant, Some(len)),
                 None => tracing::warn!(ctx, "completion of an unknown operation"),
             },
-            Completion::Arrived { data } => self.piece_arrived(data, None),
+            Completion::Arrived { data } => {
+                if let (0, Some(g)) = (rail, self.grants.get(data)) {
+                    let from = &mut self.peers[g.peer as usize];
+                    from.heard = from.heard.wrapping_add(1);
+                }
+                self.piece_arrived(data, None);
+            }
             Completion::Failed { ctx, data, peer, canceled, reason } => {
                 let by_address = peer.and_then(|address| {
                     self.peers.iter().position(|p| p.rails.get(rail) == Some(&address)).map(|p| p as u32)
@@ -161,7 +167,18 @@ impl<D: Domain> FabricEndpoint<D> {
         };
         self.peers[peer as usize].talked = true;
         self.peers[peer as usize].credits.hear(packet.given);
+        self.count(peer, packet.number);
         self.take(peer, &packet);
+    }
+
+    /// Where messages come in order, notices that some did not (E9).
+    fn count(&mut self, peer: u32, number: u32) {
+        let p = &mut self.peers[peer as usize];
+        let lost = number.wrapping_sub(p.heard) as i32;
+        p.heard = p.heard.wrapping_add(1);
+        if self.config.caps.ordered && lost > 0 && p.lost.is_none() {
+            self.disown(peer, format!("a connection broke, and {lost} message(s) were lost with it"));
+        }
     }
 
     /// A process got known: what it said before counts now.
@@ -197,7 +214,10 @@ impl<D: Domain> FabricEndpoint<D> {
             return;
         }
         match packet.body {
-            Body::Credit => return,
+            Body::Credit { answer } => {
+                self.probes += usize::from(answer);
+                return;
+            }
             Body::Bye => return self.heard_bye(peer),
             Body::Abort { quiet, text } => return self.aborted(peer, packet.key.group, quiet, text),
             Body::Settled => {
@@ -212,6 +232,12 @@ impl<D: Domain> FabricEndpoint<D> {
                 return self.groups.is_over_at(packet.key.group, peer, now);
             }
             Body::Eager { .. } | Body::Announce | Body::Permit | Body::Grant(_) | Body::Probe { .. } => {}
+        }
+        if self.config.caps.ordered
+            && matches!(packet.body, Body::Probe { .. })
+            && !std::mem::replace(&mut self.peers[peer as usize].answering, true)
+        {
+            self.tx.push_back(Tx::Answer { peer });
         }
         let costs = matches!(packet.body, Body::Eager { permitted: false, .. });
         if costs && !self.peers[peer as usize].credits.take() {
@@ -275,7 +301,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Grant(grant) => self.granted(id, packet, grant),
             Body::Probe { receiving } => self.probed_by(id, packet, receiving),
-            Body::Credit | Body::Abort { .. } | Body::Settled | Body::Gone | Body::Bye => {}
+            Body::Credit { .. } | Body::Abort { .. } | Body::Settled | Body::Gone | Body::Bye => {}
         }
     }
 
@@ -457,7 +483,8 @@ mod tests {
                 let total = if kind == 0 { data.len() as u64 } else { total };
                 let call = Call::new(Collective::AllReduce, DType::U8, count).pack();
                 let mut bytes = vec![0; crate::wire::HEADER + 400];
-                let len = encode(&Packet { from: 42, given, key, call, total, body }, &mut bytes);
+                let len =
+                    encode(&Packet { from: 42, given, number: given, key, call, total, body }, &mut bytes);
                 bytes.truncate(len);
                 bytes
             },
@@ -492,7 +519,7 @@ mod tests {
     ) {
         let call = Call::new(Collective::AllReduce, DType::U8, 1).pack();
         let mut bytes = vec![0; crate::wire::HEADER + 400];
-        let len = encode(&Packet { from, given: 0, key, call, total, body }, &mut bytes);
+        let len = encode(&Packet { from, given: 0, number: 0, key, call, total, body }, &mut bytes);
         me.read(&bytes[..len]);
     }
 

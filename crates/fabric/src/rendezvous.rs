@@ -350,7 +350,9 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             moved = true;
             self.groups.member(group, peer).posted += 1;
-            self.peers[peer as usize].flying += len;
+            let to = &mut self.peers[peer as usize];
+            to.flying += len;
+            to.said = to.said.wrapping_add(u32::from(rail == 0 && !grant.tagged));
             self.sends.get_mut(send)?.flying += 1;
             self.outs.get_mut(handle)?.next += 1;
         }

@@ -120,10 +120,15 @@ impl<D: Domain> FabricEndpoint<D> {
                     p.credit_queued = false;
                     return Sent::Void;
                 }
-                let sent = self.say(peer, NO_KEY, NO_CALL, 0, Body::Credit);
+                let sent = self.say(peer, NO_KEY, NO_CALL, 0, Body::Credit { answer: false });
                 if !matches!(sent, Sent::Later) {
                     self.peers[peer as usize].credit_queued = false;
                 }
+                sent
+            }
+            Tx::Answer { peer } => {
+                let sent = self.say(peer, NO_KEY, NO_CALL, 0, Body::Credit { answer: true });
+                self.peers[peer as usize].answering = matches!(sent, Sent::Later);
                 sent
             }
             Tx::Abort { peer, group, quiet, ref text } => {
@@ -226,10 +231,10 @@ impl<D: Domain> FabricEndpoint<D> {
         }
         let Some(slot) = slots.arena.take() else { return Sent::Later };
         let given = peer.credits.given();
-        let packet = Packet { from: self.config.uid, given, key, call, total, body };
+        let packet = Packet { from: self.config.uid, given, number: peer.said, key, call, total, body };
         let room = HEADER + self.config.eager.max(1024);
         let len = encode(&packet, slots.arena.bytes_mut(slot, room));
-        let probe = matches!(body, Body::Probe { .. });
+        let probe = matches!(body, Body::Probe { .. } | Body::Credit { answer: true });
         match self.rails[0].send(
             peer.rails[0],
             slots.arena.region(slot, len),
@@ -238,6 +243,7 @@ impl<D: Domain> FabricEndpoint<D> {
         ) {
             Ok(()) => {
                 peer.small += 1;
+                peer.said = peer.said.wrapping_add(1);
                 peer.talked = true;
                 peer.credits.told(given);
                 self.slot_owner[slot as usize] = (to, probe);

@@ -463,6 +463,7 @@ impl Domain for SimDomain {
             max_msg: c.max_msg,
             inject: 0,
             sockets: c.sockets,
+            ordered: !c.reorder || c.rate.is_some(),
             devices: c.devices.is_some(),
         }
     }

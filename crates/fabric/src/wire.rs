@@ -80,8 +80,10 @@ pub enum Body<'a> {
     Probe {
         receiving: bool,
     },
-    /// Only the header's credits.
-    Credit,
+    /// Only the header's credits and number; an `answer` to a probe, that the number is known.
+    Credit {
+        answer: bool,
+    },
     /// The group failed (`quiet`: was only withdrawn) at the sender; it wants [`Body::Settled`].
     Abort {
         quiet: bool,
@@ -101,6 +103,8 @@ pub struct Packet<'a> {
     pub from: u64,
     /// Credits the sender of this packet ever gave to its receiver, modulo 2³².
     pub given: u32,
+    /// Small messages and remote writes that the sender posted on rail 0 to its receiver before this one, modulo 2³².
+    pub number: u32,
     pub key: MsgKey,
     pub call: PackedCall,
     /// Bytes of the whole message that `key` names.
@@ -132,7 +136,7 @@ pub fn encode(packet: &Packet<'_>, out: &mut [u8]) -> usize {
         Body::Permit => (PERMIT, false, 0, None),
         Body::Grant(g) => (GRANT, g.tagged, g.rails, Some(g)),
         Body::Probe { receiving } => (PROBE, *receiving, 0, None),
-        Body::Credit => (CREDIT, false, 0, None),
+        Body::Credit { answer } => (CREDIT, *answer, 0, None),
         Body::Abort { quiet, .. } => (ABORT, *quiet, 0, None),
         Body::Settled => (SETTLED, false, 0, None),
         Body::Bye => (BYE, false, 0, None),
@@ -151,7 +155,7 @@ pub fn encode(packet: &Packet<'_>, out: &mut [u8]) -> usize {
     put(out, 88, grant.map_or(0, |g| g.piece).to_le_bytes());
     let payload = payload(&packet.body, &mut out[HEADER..]);
     put(out, 96, (payload as u32).to_le_bytes());
-    put(out, 100, [0; 4]);
+    put(out, 100, packet.number.to_le_bytes());
     HEADER + payload
 }
 
@@ -175,7 +179,7 @@ fn payload(body: &Body<'_>, out: &mut [u8]) -> usize {
         Body::Announce
         | Body::Permit
         | Body::Probe { .. }
-        | Body::Credit
+        | Body::Credit { .. }
         | Body::Settled
         | Body::Bye
         | Body::Gone => 0,
@@ -211,7 +215,7 @@ pub fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
         PERMIT => Body::Permit,
         GRANT => Body::Grant(grant(bytes, data, total, flag)?),
         PROBE => Body::Probe { receiving: flag },
-        CREDIT => Body::Credit,
+        CREDIT => Body::Credit { answer: flag },
         ABORT => Body::Abort { quiet: flag, text: std::str::from_utf8(data).ok()? },
         SETTLED => Body::Settled,
         BYE => Body::Bye,
@@ -221,6 +225,7 @@ pub fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
     Some(Packet {
         from: u64_at(bytes, 8)?,
         given: u32_at(bytes, 16)?,
+        number: u32_at(bytes, 100)?,
         key: bytemuck::pod_read_unaligned(&bytes[24..48]),
         call: bytemuck::pod_read_unaligned(&bytes[48..64]),
         total,
@@ -362,8 +367,15 @@ mod tests {
                 grant.targets[rails as usize..].fill(Target::default());
                 let key = MsgKey { group: 1, seq: 2, tag: 3 };
                 let call = PackedCall { count: span, ..bytemuck::Zeroable::zeroed() };
-                let packet =
-                    Packet { from: 1, given: 0, key, call, total: off + span, body: Body::Grant(grant) };
+                let packet = Packet {
+                    from: 1,
+                    given: 0,
+                    number: 9,
+                    key,
+                    call,
+                    total: off + span,
+                    body: Body::Grant(grant),
+                };
                 let mut out = [0; HEADER + 16 * MAX_RAILS];
                 let len = encode(&packet, &mut out);
                 assert_eq!(decode(&out[..len]), Some(packet));
@@ -383,7 +395,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded(
-            from: u64, given: u32, key in key(), call in call(), which in 0..10, flag: bool,
+            from: u64, given: u32, number: u32, key in key(), call in call(), which in 0..10, flag: bool,
             data in prop::collection::vec(any::<u8>(), 0..300), text in ".{0,40}",
             (grant, total) in grants(),
         ) {
@@ -393,13 +405,13 @@ mod tests {
                 2 => (Body::Permit, total),
                 3 => (Body::Grant(grant), total),
                 4 => (Body::Probe { receiving: flag }, total),
-                5 => (Body::Credit, 0),
+                5 => (Body::Credit { answer: flag }, 0),
                 6 => (Body::Abort { quiet: flag, text: &text }, 0),
                 7 => (Body::Settled, total),
                 8 => (Body::Gone, 0),
                 _ => (Body::Bye, 0),
             };
-            let packet = Packet { from, given, key, call, total, body };
+            let packet = Packet { from, given, number, key, call, total, body };
             let mut out = [0xaa; HEADER + 400];
             let len = encode(&packet, &mut out);
             prop_assert_eq!(decode(&out[..len]), Some(packet));

@@ -182,6 +182,49 @@ fn an_abort_names_the_rank_and_is_cut_to_fit() {
     assert!(reason.contains("rank 100 (node0)") && reason.contains("ää") && reason.len() < 1200, "{reason}");
 }
 
+/// Where messages keep their order, one that is missing shows by the next.
+#[test]
+fn what_was_lost_with_a_connection_is_missed() {
+    for (rma, sockets) in [(true, true), (true, false), (false, true)] {
+        let config = SimConfig { rma, reorder: false, sockets, ..calm() };
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        let (mut a, mut b) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
+        let mut post = |world: &mut World, tag, len: usize| {
+            world.ends[0].send(message(key(tag), 1, region(&mut a[..len]), tag)).unwrap();
+            world.ends[1].recv(message(key(tag), 0, region(&mut b[..len]), tag)).unwrap();
+        };
+        for (tag, len) in [100, 1 << 20, 100].into_iter().enumerate() {
+            post(&mut world, tag, len);
+            world.until(|w| w.done.iter().all(|done| done.len() == tag + 1));
+        }
+        world.net.lose(world.net.small_messages());
+        post(&mut world, 3, 100);
+        world.until(|w| !w.failed[1].is_empty());
+        let failure = &world.failed[1][0];
+        let Error::PeerLost { peer: 100, reason, .. } = &failure.error else { panic!("{failure:?}") };
+        assert!(reason.contains("connection"), "{reason}");
+        // The two still settle: it costs the group alone.
+        let World { mut ends, net, .. } = world;
+        net.pace(Duration::from_micros(1));
+        let mut other = ends.remove(0);
+        let ends = std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                ends[0]
+                    .recv(message(MsgKey { group: GROUP, seq: 1, tag: 0 }, 0, region(&mut [0; 4]), 0))
+                    .unwrap_err();
+                ends[0].withdraw(GROUP, &[0], Some(&Error::Internal("lost".to_owned())));
+                ends[0].poll(&mut Vec::new()).unwrap();
+                ends
+            });
+            while !thread.is_finished() {
+                let _ = other.poll(&mut Vec::new());
+            }
+            thread.join().unwrap()
+        });
+        drop((ends, other));
+    }
+}
+
 /// Peers that take nothing in hold slots for a time without end.
 #[test]
 fn peers_that_are_stuck_leave_slots_to_the_others() {

@@ -106,7 +106,7 @@ impl LibfabricDomain {
         let mut opened = LibfabricDomain {
             library: library.clone(),
             // SAFETY: the info is owned by `raw`, with all attributes set by the library.
-            caps: unsafe { caps(&*raw.ptr, about.address.is_some()) },
+            caps: unsafe { caps(&*raw.ptr, about.address.is_some(), about.provider == TELLS_NO_END) },
             nic: about,
             fabric: ptr::null_mut(),
             domain: ptr::null_mut(),
@@ -264,7 +264,7 @@ impl LibfabricDomain {
 
 /// # Safety
 /// All attributes of `info` are set.
-unsafe fn caps(info: &fi_info, sockets: bool) -> Caps {
+unsafe fn caps(info: &fi_info, sockets: bool, ordered: bool) -> Caps {
     // SAFETY: by the caller's word.
     let (ep, domain, tx) = unsafe { (&*info.ep_attr, &*info.domain_attr, &*info.tx_attr) };
     Caps {
@@ -276,6 +276,7 @@ unsafe fn caps(info: &fi_info, sockets: bool) -> Caps {
         inject: tx.inject_size,
         devices: info.caps & FI_HMEM != 0,
         sockets,
+        ordered,
     }
 }
 
