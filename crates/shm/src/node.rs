@@ -149,6 +149,8 @@ impl ShmNode {
         match door::is_closed(&*self.segment, peer) {
             _ if peer == self.me => None,
             Some(Why::Left) => Some(Gone::Left),
+            // The next poll hears why: it need not have failed by itself, and whoever it lost is to be named.
+            Some(Why::Failed) if abort::is_raised(&*self.segment) => None,
             Some(Why::Failed) => Some(Gone::Failed),
             None => has_ended.then_some(Gone::Ended),
         }
@@ -529,8 +531,31 @@ mod tests {
         let [mut first, mut second] = pair();
         second.abort(&Error::Internal("enough".to_owned()));
         drop(second);
-        assert_eq!(first.gone(1), Some(Gone::Failed));
+        assert_eq!(first.gone(1), None, "why, the next poll says");
         assert!(matches!(first.poll(&mut vec![]), Err(Error::Aborted { .. })));
+    }
+
+    /// A rank that has lost another ends its group; who waits for it hears whom it has lost, whatever it looks at first.
+    #[test]
+    fn who_failed_because_of_another_is_not_lost_itself() {
+        let [mut first, mut second] = pair();
+        let mut memory = [0u8; 8];
+        first.recv(message(1, 1, &mut memory)).unwrap();
+        assert_eq!((first.waiting_for(), first.lost_peer()), (vec![1], None));
+        second.abort(&Error::Internal("it has lost rank 7".to_owned()));
+        assert_eq!(first.lost_peer(), None);
+        let error = first.poll(&mut vec![]).unwrap_err();
+        assert!(error.to_string().contains("rank 7"), "{error}");
+    }
+
+    /// One that says nothing of it, not yet or never, is.
+    #[test]
+    fn who_failed_without_a_word_is_lost() {
+        let [mut first, mut second] = pair();
+        let mut memory = [0u8; 8];
+        first.recv(message(1, 1, &mut memory)).unwrap();
+        second.close_door(Why::Failed);
+        assert_eq!(first.lost_peer(), Some((1, Gone::Failed)));
     }
 
     #[test]
