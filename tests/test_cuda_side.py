@@ -198,6 +198,7 @@ def test_a_future_of_all_is_ready_when_the_stream_is_past_them(monkeypatch: pyte
             return late
 
     stream: Any = SimpleNamespace(device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", Entered)
     monkeypatch.setattr(torch.futures, "Future", OfDevices)
     future = work.Together([Late(), work.DoneWork([torch.ones(2)])], stream).get_future()
@@ -433,6 +434,17 @@ def test_a_future_makes_no_context_elsewhere(monkeypatch: pytest.MonkeyPatch, co
     monkeypatch.setattr(torch.futures, "Future", lambda **_: SimpleNamespace(set_result=lambda value: None))
     call = cuda.CudaWork(_Native(), _Handle(), [torch.zeros(1)], _stream_of(3))  # type: ignore[arg-type]
     _on_a_new_thread(call.get_future)
+    assert contexts == {3}
+
+
+def test_a_future_of_all_makes_no_context_elsewhere(monkeypatch: pytest.MonkeyPatch, contexts: set[int]) -> None:
+    completed: list[Callable[[object], None]] = []
+    all_of = SimpleNamespace(add_done_callback=completed.append, value=list)
+    monkeypatch.setattr(torch.futures, "collect_all", lambda _: all_of)
+    ready = SimpleNamespace(set_result=lambda value: None, then=lambda value: None)
+    monkeypatch.setattr(torch.futures, "Future", lambda **_: ready)
+    work.Together([], _stream_of(3)).get_future()
+    _on_a_new_thread(lambda: completed[0](all_of))
     assert contexts == {3}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from ._compat import survives_halving
+from .tensors import current
 
 if TYPE_CHECKING:
     from ._core import Handle
@@ -254,7 +255,7 @@ def _on_stream(futures: Any, stream: torch.cuda.Stream) -> torch.futures.Future[
             tensors = _tensors_of_all(done)
         except BaseException as error:
             errors.append(error)
-        with torch.cuda.stream(stream):
+        with current(stream):
             ready.set_result(tensors)
 
     def value(done: torch.futures.Future[list[Tensor]]) -> list[Tensor]:
