@@ -551,7 +551,7 @@ mod tests {
     /// One that says nothing of it, not yet or never, is.
     #[test]
     fn who_failed_without_a_word_is_lost() {
-        let [mut first, mut second] = pair();
+        let [mut first, second] = pair();
         let mut memory = [0u8; 8];
         first.recv(message(1, 1, &mut memory)).unwrap();
         second.close_door(Why::Failed);
