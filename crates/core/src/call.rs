@@ -34,6 +34,12 @@ impl Collective {
         Collective::SendRecv,
     ];
 
+    /// All but messages: what there are plans for.
+    pub const PLANNED: [Collective; 9] = {
+        let [planned @ .., Collective::SendRecv] = Self::ALL else { unreachable!() };
+        planned
+    };
+
     pub const fn name(self) -> &'static str {
         match self {
             Collective::AllReduce => "all_reduce",

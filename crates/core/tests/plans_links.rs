@@ -9,18 +9,6 @@ use smddp_core::plan::check::World;
 use smddp_core::plan::select::{self, CallShape, Override, Tuning};
 use smddp_core::{Collective, GroupShape};
 
-const COLLECTIVES: [Collective; 9] = [
-    Collective::AllReduce,
-    Collective::ReduceScatter,
-    Collective::AllGather,
-    Collective::AllToAll,
-    Collective::Broadcast,
-    Collective::Reduce,
-    Collective::Gather,
-    Collective::Scatter,
-    Collective::Barrier,
-];
-
 /// log2, rounded down and up.
 fn logs(nodes: usize) -> (usize, usize) {
     (nodes.ilog2() as usize, nodes.next_power_of_two().ilog2() as usize)
@@ -84,7 +72,7 @@ fn every_algorithm_sends_what_its_formula_says() {
         let (nodes, owners) = (shape.node_count(), shape.min_local_size());
         // All cuts come out even: by owners, by nodes, and by the power of two that halving and doubling works with.
         let unit = nodes * owners * (1 << logs(nodes).0);
-        for collective in COLLECTIVES {
+        for collective in Collective::PLANNED {
             for algorithm in select::candidates(collective, nodes) {
                 // Elements, in one round and in several; what a call of few bytes does through one rank of a node.
                 for (count, rounds, one_owner) in [(unit, 1, 0), (3 * unit, 3, 0), (unit, 1, usize::MAX)] {

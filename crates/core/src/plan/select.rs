@@ -492,7 +492,7 @@ mod tests {
                 assert_eq!(inside_node(name), matches!(row.nodes, Nodes::One), "{name}");
             }
         }
-        for collective in Collective::ALL.into_iter().filter(|&c| c != Collective::SendRecv) {
+        for collective in Collective::PLANNED {
             for nodes in [1, 2, 3, 9, 2000] {
                 let shape = GroupShape::even(nodes, 2);
                 let name = choose(&shape, &CallShape::new(collective, 4, 1000), &Tuning::default()).unwrap();

@@ -24,9 +24,7 @@ fn a_group_ends_before_its_graphs(test: &str, aborts: bool) {
         let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
         let placed = case.place(&job);
         job.synchronize();
-        job.control.capture(job.stream.addr(), true).unwrap();
-        case.launch(&group, &placed, job.stream_address(), None).unwrap();
-        job.control.capture(job.stream.addr(), false).unwrap();
+        job.capture(job.stream, || case.launch(&group, &placed, job.stream_address(), None)).unwrap();
         job.synchronize();
         rank.barrier("captured");
         let since = Instant::now();
@@ -63,10 +61,7 @@ fn a_group_ends_after_its_graphs() {
         let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
         let placed = case.place(&job);
         job.synchronize();
-        job.control.capture(job.stream.addr(), true).unwrap();
-        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
-        job.control.capture(job.stream.addr(), false).unwrap();
-        drop(started);
+        drop(job.capture(job.stream, || case.launch(&group, &placed, job.stream_address(), None)).unwrap());
         case.check(&job, &placed);
         job.control.destroy_graphs();
         rank.barrier("over");
@@ -87,11 +82,10 @@ fn asking_for_a_call_leaves_a_capture_alone() {
         let (placed, started) = case.begin(&job, &group).unwrap();
         job.synchronize();
         let other = job.new_stream();
-        job.control.capture(other.addr(), true).unwrap();
-        let is_past = started.past().is_done();
-        let waited = group.device.wait(&started, Duration::from_secs(20));
-        job.control.capture(other.addr(), false).unwrap();
-        assert_eq!((is_past, waited), (Ok(true), Ok(())));
+        let asked = job.capture(other, || {
+            (started.past().is_done(), group.device.wait(&started, Duration::from_secs(20)))
+        });
+        assert_eq!(asked, (Ok(true), Ok(())));
         assert_eq!(job.control.calls("spoilt capture"), 0);
         drop(started);
         case.check(&job, &placed);

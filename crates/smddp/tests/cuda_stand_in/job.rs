@@ -120,6 +120,14 @@ impl Job {
         assert_eq!(unsafe { (self.driver.stream_destroy)(stream) }, SUCCESS);
     }
 
+    /// What is begun on that stream meanwhile is captured into a graph, and not run.
+    pub fn capture<T>(&self, stream: Stream, during: impl FnOnce() -> T) -> T {
+        self.control.capture(stream.addr(), true).unwrap();
+        let result = during();
+        self.control.capture(stream.addr(), false).unwrap();
+        result
+    }
+
     /// The rank's stream waits here until it is released.
     pub fn hold(&self) -> Hold {
         let page: &'static Page = Box::leak(Box::default());

@@ -77,9 +77,7 @@ fn streams_that_capture_a_graph_are_refused_between_nodes() {
         let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
         let placed = case.place(&job);
         for captures in [job.stream, other] {
-            job.control.capture(captures.addr(), true).unwrap();
-            let refused = case.launch(&group, &placed, ours, Some(theirs)).err();
-            job.control.capture(captures.addr(), false).unwrap();
+            let refused = job.capture(captures, || case.launch(&group, &placed, ours, Some(theirs)).err());
             assert!(matches!(refused, Some(Error::Argument { argument: "stream", .. })), "{refused:?}");
         }
         case.launch(&group, &placed, ours, Some(theirs)).unwrap();
@@ -101,11 +99,12 @@ fn a_captured_call_is_not_waited_for() {
         let case = Case::of(Collective::AllReduce, DType::F32, 100, 0, &job);
         let placed = case.place(&job);
         job.synchronize();
-        job.control.capture(job.stream.addr(), true).unwrap();
-        let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
-        // SAFETY: the group's stream.
-        unsafe { started.past().extend(job.stream_address()).unwrap() };
-        job.control.capture(job.stream.addr(), false).unwrap();
+        let started = job.capture(job.stream, || {
+            let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+            // SAFETY: the group's stream.
+            unsafe { started.past().extend(job.stream_address()).unwrap() };
+            started
+        });
         job.synchronize();
         assert_eq!((started.past().is_done(), started.error()), (Ok(false), None));
         let refused = group.device.wait(&started, Duration::from_secs(20)).unwrap_err();

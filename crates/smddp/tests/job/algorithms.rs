@@ -8,19 +8,6 @@ use smddp_core::plan::select::candidates;
 
 use crate::{figure, good_job};
 
-/// Those that can be chosen.
-const COLLECTIVES: [Collective; 9] = [
-    Collective::AllReduce,
-    Collective::ReduceScatter,
-    Collective::AllGather,
-    Collective::AllToAll,
-    Collective::Broadcast,
-    Collective::Reduce,
-    Collective::Gather,
-    Collective::Scatter,
-    Collective::Barrier,
-];
-
 trait Number: Element + Copy + PartialEq + Debug {
     /// How far a sum of five may be off, as a part of the sum of what is added up.
     const PRECISION: f64;
@@ -176,7 +163,7 @@ fn every_collective<T: Number>(world: &World, count: usize, hash: &mut Hash) {
 fn every_algorithm_gives_the_result_and_the_same_bits_on_all_ranks() {
     for nodes in [&[2usize, 2, 1][..], &[1; 5]] {
         let count = GroupShape::uneven(nodes).node_count();
-        let known = COLLECTIVES.map(|c| (c, candidates(c, count).collect::<Vec<_>>()));
+        let known = Collective::PLANNED.map(|c| (c, candidates(c, count).collect::<Vec<_>>()));
         let most = known.iter().map(|(_, names)| names.len()).max().unwrap();
         for turn in 0..most {
             let entry = |(c, names): &(Collective, Vec<&str>)| format!("{c}={}", names[turn % names.len()]);

@@ -9,18 +9,6 @@ use crate::job;
 /// Survivors that hear of a death later than this have waited for a limit (60 s in these jobs), or nearly.
 const SOON: Duration = Duration::from_secs(15);
 
-const COLLECTIVES: [Collective; 9] = [
-    Collective::AllReduce,
-    Collective::ReduceScatter,
-    Collective::AllGather,
-    Collective::AllToAll,
-    Collective::Broadcast,
-    Collective::Reduce,
-    Collective::Gather,
-    Collective::Scatter,
-    Collective::Barrier,
-];
-
 fn number(name: &str) -> usize {
     std::env::var(name).unwrap().parse().unwrap()
 }
@@ -71,7 +59,7 @@ pub fn rank() {
 /// Each case once: a job a case.
 fn die_in_every_collective(nodes: &[usize], salt: usize) {
     let size: usize = nodes.iter().sum();
-    for (c, collective) in COLLECTIVES.into_iter().enumerate() {
+    for (c, collective) in Collective::PLANNED.into_iter().enumerate() {
         for (s, bytes) in ["64", "1048576"].into_iter().enumerate() {
             if collective == Collective::Barrier && s > 0 {
                 continue;
