@@ -122,10 +122,18 @@ def test_only_a_machine_where_nccl_cannot_share_excuses_a_step(
 ) -> None:
     def play(function: str, size: int, **_: object) -> conftest.Ranks:
         works = sharing_works or "shares" not in function
-        cases = {"cases": {"a sum": wrong if function == "gpu.ranks:messages" else ""}}
+        cases = {"cases": {"a sum": wrong if function == "gpu.messages:messages" else ""}}
         return conftest.Ranks([0 if works else 1] * size, [""] * size, 1, collected=[cases] * size, expected=size)
 
     monkeypatch.setattr(conftest, "run", play)
-    steps = [gpu.run.Step("alone", "streams", [0], 30), gpu.run.Step("two", "messages", [0, 0], 30, shares=True)]
-    (*_, results) = gpu.run.run_all(steps, "cuda", 1)
+    alone = gpu.run.Step("alone", "streams:streams", [0], 30)
+    two = gpu.run.Step("two", "messages:messages", [0, 0], 30, shares=True)
+    (*_, results) = gpu.run.run_all([alone, two], "cuda", 1)
     assert [result.verdict for result in results] == verdicts
+
+
+def test_the_page_of_a_gpu_run_names_the_cases_that_passed() -> None:
+    step, about = gpu.run.Result("one", "passed", 1.0, 2, ["a", "b"]), {"date": "today"}
+    other, failed = gpu.run.Result("two", "passed", 1.0, 2, ["a", "b"]), gpu.run.Result("three", "FAILED", 1.0)
+    page = gpu.run.markdown(about, [step, other, failed])
+    assert gpu.run.cases_by_step(page) == {"one": {"a", "b"}, "two": {"a", "b"}}

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ CACHE = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 class Step:
     name: str
     function: str
+    """what each rank does: module:function of this folder"""
     nodes: list[int]
     """of each rank"""
     limit: float
@@ -60,47 +62,53 @@ def as_hosts(rank: int) -> dict[str, str]:
     return {"NCCL_HOSTID": f"host{rank}"}
 
 
-SHARING = Step("torch's NCCL, 2 ranks on one GPU", "shares_by_nccl", [0, 0], 40, SHARED, as_hosts)
+SHARING = Step("torch's NCCL, 2 ranks on one GPU", "groups:shares_by_nccl", [0, 0], 40, SHARED, as_hosts)
 """tried once, before the first step that shares"""
 
 STEPS = [
-    Step("collectives, 2 nodes", "collectives", [0, 1], 50),
-    Step("streams, 2 nodes", "streams", [0, 1], 40),
-    Step("training, 2 nodes", "training", [0, 1], 45),
-    Step("collectives, NCCL, 1 rank", "collectives", [0], 60, NCCL),
-    Step("streams, NCCL, 1 rank", "streams", [0], 30, NCCL),
-    Step("bad input, 2 nodes", "misuse", [0, 1], 25),
-    Step("bad input, NCCL, 1 rank", "misuse_by_nccl", [0], 25, NCCL),
-    Step("a rank that dies", "a_rank_that_dies", [0, 1], 50, dead={1: 0}),
-    Step("calls that differ", "calls_that_differ", [0, 1], 50),
-    Step("an abort", "an_abort", [0, 1], 40),
-    Step("speed, staged, 2 nodes", "staging", [0, 1], 40),
-    Step("speed, beside torch's nccl, 1 rank", "beside_nccl", [0], 45, NCCL),
-    Step("collectives, GPUDirect wished for, 2 nodes", "collectives", [0, 1], 50, {"SMDDP_GPUDIRECT": "on"}),
-    Step("collectives, 1 node x 2, staged", "collectives", [0, 0], 50, STAGED),
-    Step("collectives, 4 nodes", "collectives", [0, 1, 2, 3], 60),
-    Step("training, 4 nodes", "training", [0, 1, 2, 3], 50),
-    Step("streams, 1 connection", "streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-    Step("collectives, 1 rank", "collectives", [0], 40),
-    Step("backends by device, 1 rank", "backends_by_device", [0], 40),
-    Step("backends by device, 2 ranks", "backends_by_device", [0, 0], 45, SHARED, as_hosts, shares=True),
-    Step("two ranks of NCCL on one GPU", "streams", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
+    Step("collectives, 2 nodes", "groups:collectives", [0, 1], 50),
+    Step("streams, 2 nodes", "streams:streams", [0, 1], 40),
+    Step("training, 2 nodes", "training:training", [0, 1], 45),
+    Step("collectives, NCCL, 1 rank", "groups:collectives", [0], 60, NCCL),
+    Step("streams, NCCL, 1 rank", "streams:streams", [0], 30, NCCL),
+    Step("examples, 2 nodes", "training:examples", [0, 1], 60),
+    Step("bad input, 2 nodes", "misuse:misuse", [0, 1], 25),
+    Step("bad input, NCCL, 1 rank", "misuse:misuse_by_nccl", [0], 25, NCCL),
+    Step("a rank that dies", "failures:a_rank_that_dies", [0, 1], 50, dead={1: 0}),
+    Step("calls that differ", "failures:calls_that_differ", [0, 1], 50),
+    Step("an abort", "failures:an_abort", [0, 1], 40),
+    Step("speed, staged, 2 nodes", "speed:staging", [0, 1], 40),
+    Step("speed, beside torch's nccl, 1 rank", "speed:beside_nccl", [0], 45, NCCL),
+    Step("collectives, GPUDirect wished for, 2 nodes", "groups:collectives", [0, 1], 50, {"SMDDP_GPUDIRECT": "on"}),
+    Step("collectives, 1 node x 2, staged", "groups:collectives", [0, 0], 50, STAGED),
+    Step("collectives, 4 nodes", "groups:collectives", [0, 1, 2, 3], 60),
+    Step("training, 4 nodes", "training:training", [0, 1, 2, 3], 50),
+    Step("streams, 1 connection", "streams:streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    Step("collectives, 1 rank", "groups:collectives", [0], 40),
+    Step("backends by device, 1 rank", "groups:backends_by_device", [0], 40),
+    Step("backends by device, 2 ranks", "groups:backends_by_device", [0, 0], 45, SHARED, as_hosts, shares=True),
+    Step("two ranks of NCCL on one GPU", "streams:streams", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
     Step(
         "messages, native, two ranks of NCCL on one GPU",
-        "messages_natively",
+        "messages:messages_natively",
         [0, 0],
         45,
         NCCL | SHARED,
         as_hosts,
         shares=True,
     ),
-    Step("the device chosen at start, 2 nodes", "chosen_device", [0, 1], 30),
-    Step("messages, two ranks of NCCL on one GPU", "messages", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
-    Step("collectives, NCCL, 2 nodes x 2", "collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
-    Step("streams, NCCL, 2 nodes x 2", "streams", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
-    Step("training, NCCL, 2 nodes x 2", "training", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    Step("the device chosen at start, 2 nodes", "groups:chosen_device", [0, 1], 30),
+    Step(
+        "messages, two ranks of NCCL on one GPU", "messages:messages", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True
+    ),
+    Step("collectives, NCCL, 2 nodes x 2", "groups:collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    Step("streams, NCCL, 2 nodes x 2", "streams:streams", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    Step("training, NCCL, 2 nodes x 2", "training:training", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
 ]
 
+
+CASES_OF = "Cases of"
+"""begins a line: Cases of STEP; STEP: CASE, CASE."""
 
 IMPOSSIBLE = "not possible here"
 
@@ -111,6 +119,8 @@ class Result:
     verdict: str
     seconds: float
     passed: int = 0
+    cases: list[str] = field(default_factory=list)
+    """those that passed on every rank that reported"""
     failures: dict[str, str] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
     """of each rank that reported"""
@@ -121,7 +131,7 @@ def run(step: Step, limit: float, device: str) -> Result:
     env = {"SMDDP_TEST_DEVICE": device, "TORCH_CPP_LOG_LEVEL": "ERROR", "XDG_CACHE_HOME": CACHE, **kept, **step.env}
     started, before = time.monotonic(), conftest.below()
     ranks = conftest.run(
-        f"gpu.ranks:{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
+        f"gpu.{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
     )
     result = Result(step.name, "passed", round(time.monotonic() - started, 1))
     for number, report in enumerate(ranks.collected):
@@ -129,6 +139,8 @@ def run(step: Step, limit: float, device: str) -> Result:
         result.passed += sum(1 for wrong in cases.values() if not wrong)
         result.failures |= {f"report {number}: {name}": wrong for name, wrong in cases.items() if wrong}
         result.figures.append(report.get("figures"))
+    reports = [report["cases"] for report in ranks.collected]
+    result.cases = [name for name in (reports or [{}])[0] if all(cases.get(name) == "" for cases in reports)]
     try:
         ranks.check(step.dead)
     except AssertionError as wrong:
@@ -179,6 +191,11 @@ def markdown(about: dict[str, str], results: list[Result]) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in about.items()) + ".", ""]
     lines += ["| step | outcome | checks passed | seconds |", "| --- | --- | --: | --: |"]
     lines += [f"| {r.step} | {r.verdict} | {r.passed} | {r.seconds} |" for r in results]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        if result.cases:
+            alike.setdefault(tuple(result.cases), []).append(result.step)
+    lines += [f"\n{CASES_OF} {'; '.join(steps)}: {', '.join(cases)}." for cases, steps in alike.items()]
     for result in results:
         for figures in [f for f in result.figures if f and "rows" in f][:1]:
             table, legend = figures["rows"], figures.get("columns")
@@ -190,6 +207,14 @@ def markdown(about: dict[str, str], results: list[Result]) -> str:
         for name, wrong in result.failures.items():
             lines += ["", f"**{result.step}: {name}**", "", "```", wrong[-3000:], "```"]
     return "\n".join(lines) + "\n"
+
+
+def cases_by_step(page: str) -> dict[str, set[str]]:
+    """Step: the cases that passed in it, as `markdown` wrote them."""
+    found = {}
+    for steps, cases in re.findall(rf"^{CASES_OF} (.+?): (.+)\.$", page, re.MULTILINE):
+        found |= {step: set(cases.split(", ")) for step in steps.split("; ")}
+    return found
 
 
 def main() -> int:

@@ -1,0 +1,97 @@
+"""What suites and steps of a GPU's test share: cases, the device, and numbers to check.
+
+With SMDDP_TEST_DEVICE=cpu everything that is not about streams runs on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import cases_collectives
+
+DEVICE = cases_collectives.DEVICE
+ON_GPU = DEVICE != "cpu"
+Suite = dict[str, Callable[[], None]]
+
+
+def case(suite: Suite, *, gpu: bool = False) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Adds a function to a suite; `gpu`: on a machine with one only."""
+
+    def add(function: Callable[[], None]) -> Callable[[], None]:
+        if ON_GPU or not gpu:
+            suite[function.__name__] = function
+        return function
+
+    return add
+
+
+def choose_device() -> None:
+    if ON_GPU:
+        # Ranks of the tests share a GPU where there are fewer GPUs than ranks.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.init()
+
+
+def start() -> None:
+    choose_device()
+    torch.set_num_threads(1)
+    dist.init_process_group("smddp", timeout=timedelta(seconds=40))
+
+
+def run_suite(suite: Suite) -> dict[str, Any]:
+    start()
+    found = {}
+    for name, function in suite.items():
+        try:
+            function()
+            synchronize()
+            found[name] = ""
+        except Exception:  # noqa: BLE001
+            found[name] = traceback.format_exc()
+        print(name, "ok" if not found[name] else "FAILED", flush=True)
+    figures = {"group": dist.group.WORLD.describe()}
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"cases": found, "figures": figures}
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def full(count: int, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full((count,), value, dtype=dtype, device=DEVICE)
+
+
+def total() -> float:
+    """The sum of rank + 1 over all ranks."""
+    return sum(range(1, dist.get_world_size() + 1))
+
+
+def is_all(tensor: torch.Tensor, value: float) -> None:
+    wrong = int((tensor != value).sum().item())
+    assert wrong == 0, f"{wrong} of {tensor.numel()} elements are not {value}: {tensor.view(-1)[:4].tolist()} ..."
+
+
+def refused(call: Callable[[], object], *words: str) -> None:
+    try:
+        call()
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = str(error)
+        missing = [word for word in words if word not in text]
+        assert not missing, f"the error does not say {missing}: {text}"
+    else:
+        raise AssertionError("it was not refused")
+
+
+def still_works() -> None:
+    tensor = full(100, dist.get_rank() + 1)
+    dist.all_reduce(tensor)
+    is_all(tensor, total())
