@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 4 train_gpt.py                four, started by torchrun
     mpirun -n 4 python train_gpt.py --backend gloo          the same by gloo, for comparison
 
-The global batch, its order and the initial weights depend on the arguments alone, so the loss curve is the same, but
-for rounding, whatever the number of ranks. Nothing is downloaded.
+It trains on GPUs where there is one for each rank, else on CPUs. The global batch, its order and the initial weights
+depend on the arguments alone, so the loss curve is the same, but for rounding, whatever the number of ranks. Nothing is
+downloaded.
 """
 
 import argparse
@@ -36,6 +37,7 @@ VOCABULARY = 256
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="smddp", choices=["smddp", "gloo"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where each rank has a GPU, else cpu")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step, over all ranks")
     parser.add_argument("--length", type=int, default=128, help="bytes in a sequence")
@@ -117,15 +119,16 @@ def check_same_text(text: Tensor) -> None:
 class Batches:
     """The global batch of every step, the same for any number of ranks; a rank takes its rows of it."""
 
-    def __init__(self, text: Tensor, options: argparse.Namespace, rank: int, world: int) -> None:
-        self.text, self.options = text, options
+    def __init__(self, text: Tensor, options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+        self.text, self.options, self.device = text, options, device
         self.rows = slice(rank * options.batch // world, (rank + 1) * options.batch // world)
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         last = len(self.text) - self.options.length - 1
         starts = torch.randint(0, last, (self.options.batch,), generator=generator)[self.rows]
-        picked = torch.stack([self.text[s : s + self.options.length + 1] for s in starts.tolist()]).long()
+        picked = torch.stack([self.text[s : s + self.options.length + 1] for s in starts.tolist()])
+        picked = picked.to(self.device).long()
         return picked[:, :-1], picked[:, 1:]
 
 
@@ -133,22 +136,37 @@ class Batches:
 
 
 class CommunicationClock:
-    """How long each step waits for communication that nothing hides: from the moment the backward pass has handed over
-    its last bucket of gradients until all of them are reduced."""
+    """How long the steps wait for communication that nothing hides: from the moment the backward pass has handed over
+    its last bucket of gradients until all of them are reduced. On a GPU that is time of the stream that computes."""
 
-    def __init__(self) -> None:
-        self.last_bucket = 0.0
-        self.waited = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.last_bucket: float | torch.cuda.Event | None = None
+        self.waits: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    def now(self) -> float | torch.cuda.Event:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def hook(self, group: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         future = allreduce_hook(group, bucket)
-        self.last_bucket = time.perf_counter()
+        self.last_bucket = self.now()
         return future
 
     def backward_ended(self) -> None:
-        if self.last_bucket:
-            self.waited += time.perf_counter() - self.last_bucket
-            self.last_bucket = 0.0
+        if self.last_bucket is not None:
+            self.waits.append((self.last_bucket, self.now()))
+            self.last_bucket = None
+
+    def waited(self) -> float:
+        """Seconds so far; waits for the GPU."""
+        if self.device.type == "cpu":
+            return sum(end - start for start, end in self.waits)
+        torch.cuda.synchronize(self.device)
+        return sum(start.elapsed_time(end) for start, end in self.waits) / 1e3
 
 
 class Progress:
@@ -158,10 +176,13 @@ class Progress:
         self.steps, self.quiet, self.bar = steps, quiet, sys.stderr.isatty()
         self.every = 1 if self.bar else max(1, steps // 10)
 
+    def is_due(self, step: int) -> bool:
+        """Asked for first: what is shown of a GPU's work is waited for."""
+        done = step + 1
+        return not self.quiet and (done % self.every == 0 or done == self.steps)
+
     def show(self, step: int, loss: float, speed: float, share: float) -> None:
         done = step + 1
-        if self.quiet or (done % self.every and done != self.steps):
-            return
         text = f"step {done:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
         text += f"  waiting for communication {share:5.1%}"
         if self.bar:
@@ -219,19 +240,19 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: i
     beside.replace(path)
 
 
-def train(options: argparse.Namespace, rank: int, world: int) -> Summary:
+def train(options: argparse.Namespace, rank: int, world: int, device: torch.device) -> Summary:
     torch.manual_seed(options.seed)
-    model: nn.Module = GPT(options.layers, options.width, options.heads, options.length)
-    plain, clock = model, CommunicationClock()
+    model: nn.Module = GPT(options.layers, options.width, options.heads, options.length).to(device)
+    plain, clock = model, CommunicationClock(device)
     text = read_text(options.text, options.text_mb)
     if world > 1:
         check_same_text(text)
         model = DistributedDataParallel(model, bucket_cap_mb=options.bucket_mb, gradient_as_bucket_view=True)
         model.register_comm_hook(None, clock.hook)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
-    batches, progress = Batches(text, options, rank, world), Progress(options.steps, quiet=rank > 0)
+    batches, progress = Batches(text, options, rank, world, device), Progress(options.steps, quiet=rank > 0)
     tokens = options.batch * options.length
-    losses = torch.zeros(options.steps)
+    losses = torch.zeros(options.steps, device=device)
     start = time.perf_counter()
     for step in range(options.steps):
         inputs, targets = batches.step(step)
@@ -242,10 +263,13 @@ def train(options: argparse.Namespace, rank: int, world: int) -> Summary:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         losses[step] = loss.detach()
-        spent = time.perf_counter() - start
-        progress.show(step, losses[step].item(), tokens * (step + 1) / spent, clock.waited / spent)
+        if progress.is_due(step):
+            now, waited = losses[step].item(), clock.waited()
+            spent = time.perf_counter() - start
+            progress.show(step, now, tokens * (step + 1) / spent, waited / spent)
+    waited = clock.waited()
     seconds = time.perf_counter() - start
-    nodes, group, share = 1, "", torch.tensor([clock.waited / seconds])
+    nodes, group, share = 1, "", torch.tensor([waited / seconds])
     if world > 1:
         # Mean over ranks of what each saw: the loss of the whole batch.
         dist.all_reduce(losses)
@@ -271,16 +295,28 @@ def train(options: argparse.Namespace, rank: int, world: int) -> Summary:
     )
 
 
+def choose_device(wanted: str | None, local_rank: int, local_world: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if (wanted or ("cuda" if gpus >= local_world else "cpu")) == "cpu":
+        return torch.device("cpu")
+    if not gpus:
+        sys.exit("--device cuda: torch sees no GPU here")
+    device = torch.device("cuda", local_rank % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
 def main() -> None:
     options = arguments()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if options.batch % world:
         sys.exit(f"--batch {options.batch} cannot be shared out evenly among {world} ranks; choose a multiple")
-    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    device = choose_device(options.device, local_rank, local_world)
     if world > 1:
         dist.init_process_group(options.backend)
-    summary = train(options, rank, world)
+    summary = train(options, rank, world, device)
     if rank == 0:
         print(summary, flush=True)
         if options.summary:
