@@ -23,7 +23,7 @@ from smdistributed_rs import cuda, tensors, work
 from smdistributed_rs.collectives import Collectives
 from smdistributed_rs.cuda import CudaSide, Message
 from smdistributed_rs.errors import AbortedError, ArgumentError
-from smdistributed_rs.tensors import Once, Span, received_span
+from smdistributed_rs.tensors import Once, Span, input_list, output_list, received_span
 
 
 class _Handle:
@@ -246,6 +246,19 @@ class _OnDevice(torch.Tensor):
 
     def record_stream(self, stream: object) -> None:  # type: ignore[override]
         self.kept += 1
+
+
+def test_neighbours_of_two_allocations_are_not_one_range() -> None:
+    """CUDA refuses a copy over both."""
+    memory = bytearray(64)
+    alone = [torch.frombuffer(memory, dtype=torch.float32, count=8, offset=offset) for offset in (0, 32)]
+    assert alone[0].data_ptr() + 32 == alone[1].data_ptr()
+    parts = list(torch.zeros(16).chunk(2))
+    for make in (input_list, output_list):
+        assert make("all_to_all", "tensors", alone).memory == (alone[0].data_ptr(), 64)
+        there = make("all_to_all", "tensors", [part.as_subclass(_OnDevice) for part in alone])
+        assert there.memory[0] != alone[0].data_ptr()
+        assert make("all_to_all", "tensors", [p.as_subclass(_OnDevice) for p in parts]).memory[0] == parts[0].data_ptr()
 
 
 def test_memory_of_a_call_that_fails_is_kept_for_its_stream(side: CudaSide) -> None:

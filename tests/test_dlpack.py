@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 
 import pytest
@@ -24,27 +25,38 @@ class Managed(ctypes.Structure):
     _fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
+class Versioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", Tensor),
+    )  # fmt: skip
+
+
 class Array:
     """Eight float32, 0 to 7, as a library of its own would show part of them."""
 
     def __init__(
         self, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, *, offset: int = 0, lanes: int = 1,
         code: int = FLOAT, device: int = CPU, said: int = CPU, name: bytes = b"dltensor",
+        version: tuple[int, int] | None = None, flags: int = 0,
     ) -> None:  # fmt: skip
-        """offset: in elements; said: the device by __dlpack_device__."""
+        """offset: in elements; said: the device by __dlpack_device__; version: None before there were versions."""
         self.values = (ctypes.c_float * 8)(*range(8))
-        self._said, self._name = said, name
+        self._said, self._name = said, name if version is None else b"dltensor_versioned"
+        self._version = version
         sizes = (ctypes.c_int64 * len(shape))(*shape) if shape else None
         steps = (ctypes.c_int64 * len(strides))(*strides) if strides is not None else None
         data = ctypes.addressof(self.values)
         tensor = Tensor(data, device, 0, len(shape), code, 32, lanes, sizes, steps, 4 * offset)
-        self._managed = Managed(tensor, None, None)
+        self._managed = Versioned(*version, None, None, flags, tensor) if version else Managed(tensor, None, None)
         self.capsule: object = None
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._said, 0
 
-    def __dlpack__(self, **_: object) -> object:
+    def __dlpack__(self, **wanted: object) -> object:
+        if self._version is None and wanted:
+            raise TypeError(f"__dlpack__() got an unexpected keyword argument, one of {list(wanted)}")
         make = ctypes.pythonapi.PyCapsule_New
         make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         self.capsule = make(ctypes.addressof(self._managed), self._name, None)
@@ -54,7 +66,7 @@ class Array:
         """Whether the capsule is still its producer's to free."""
         holds = ctypes.pythonapi.PyCapsule_IsValid
         holds.argtypes = (ctypes.py_object, ctypes.c_char_p)
-        return bool(holds(self.capsule, b"dltensor"))
+        return bool(holds(self.capsule, self._name))
 
 
 TAKEN = {
@@ -65,6 +77,8 @@ TAKEN = {
     "no dimensions": (((),), {}, [0]),
     "no dimensions, byte_offset": (((), ()), {"offset": 7}, [7]),
     "no elements": (((3, 0),), {}, []),
+    "version 1.0": (((2, 3),), {"offset": 1, "version": (1, 0)}, range(1, 7)),
+    "version 1.1, a copy": (((2,),), {"version": (1, 1), "flags": 2}, range(2)),
 }
 REFUSED = {
     "gaps": (((4,), (2,)), {}, "ArgumentError", "contiguous"),
@@ -73,6 +87,8 @@ REFUSED = {
     "a dtype nobody knows": (((4,),), {"code": 99}, "UnsupportedError", "dlpack(99"),
     "CUDA": (((4,),), {"device": CUDA, "said": CUDA}, "ArgumentError", "DLPack device 2"),
     "CUDA, by the capsule alone": (((4,),), {"device": CUDA}, "ArgumentError", "another device"),
+    "read-only": (((4,),), {"version": (1, 0), "flags": 1}, "ArgumentError", "writable"),
+    "version 2": (((4,),), {"version": (2, 0)}, "ValueError", "version 2.0"),
     "a used capsule": (((4,),), {"name": b"used_dltensor"}, "ValueError", "fresh DLPack capsule"),
 }
 
@@ -83,23 +99,27 @@ def reduced() -> dict[str, list]:
     found: dict[str, list] = {}
     with smdistributed_rs.init() as world:
         for name, (args, options, _) in TAKEN.items():
-            array = Array(*args, **options)
-            world.all_reduce(array)
-            found[name] = [list(array.values), array.is_kept()]
+            given = Array(*args, **options)
+            world.all_reduce(given)
+            found[name] = [list(given.values), given.is_kept()]
         for name, (args, options, *_) in REFUSED.items():
-            array = Array(*args, **options)
+            given = Array(*args, **options)
             try:
-                world.all_reduce(array)
+                world.all_reduce(given)
                 found[name] = ["no error", ""]
             except Exception as error:
                 found[name] = [type(error).__name__, str(error)]
-            found[name].append(list(array.values))
+            found[name].append(list(given.values))
         # Whatever an element is, it may be moved.
-        array = Array((4,), lanes=2)
+        given = Array((4,), lanes=2)
         if world.rank == 1:
-            array.values[:] = [9.0] * 8
-        world.broadcast(array)
-        found["moved"] = list(array.values)
+            given.values[:] = [9.0] * 8
+        world.broadcast(given)
+        found["moved"] = list(given.values)
+        # Nothing is written to what is only sent.
+        given, output = Array((2,), version=(1, 0), flags=1), array.array("f", [0] * 2 * world.size)
+        world.all_gather(given, output)
+        found["read"] = [list(given.values), list(output)]
     return found
 
 
@@ -129,3 +149,9 @@ def test_refused(name: str, found: list[dict]) -> None:
 
 def test_moved(found: list[dict]) -> None:
     assert [report["moved"] for report in found] == [list(range(8))] * 2
+
+
+def test_what_is_read_only_may_be_read(found: list[dict]) -> None:
+    values, gathered = found[0]["read"]
+    assert values == list(range(8))
+    assert gathered == [0, 1, 0, 1]

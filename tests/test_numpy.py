@@ -48,6 +48,38 @@ def all_reduce(world: object) -> None:
 
 
 @case
+def scalars_are_read_and_never_written(world: object) -> None:
+    """They are what mean() and sum() return, and their address is that of a passing copy."""
+    import numpy as np
+
+    mean = np.arange(4.0).mean() + world.rank
+    expected = np.arange(world.size) + 1.5
+    for _ in range(20):
+        gathered = np.zeros(world.size)
+        handle = world.all_gather(mean, gathered, async_op=True)
+        noise = [np.full((), 100.0) for _ in range(50)]
+        handle.wait()
+        assert (gathered == expected).all(), (gathered, len(noise))
+    gathered = world.all_gather(mean)
+    assert (gathered == expected).all()
+    for call in (world.all_reduce, lambda x: world.broadcast(x, 0), lambda x: world.recv(x, 0)):
+        for scalar in (np.float64(1), np.zeros(1, [("a", "i4")])[0]):
+            raises(lambda call=call, scalar=scalar: call(scalar), "scalar", "numpy.array(x)")
+
+
+@case
+def interfaces_without_an_address_lead_to_the_buffer(world: object) -> None:
+    class Odd(bytearray):
+        """As the protocol allows it, there is no address."""
+
+        __array_interface__ = {"shape": (8,), "typestr": "|u1", "version": 3}  # noqa: RUF012
+
+    array = Odd([world.rank] * 8)
+    world.all_reduce(array, "max")
+    assert array == bytearray([world.size - 1] * 8)
+
+
+@case
 def complex_numbers(world: object) -> None:
     import numpy as np
 

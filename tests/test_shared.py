@@ -303,3 +303,36 @@ def plain_arrays() -> float:
 
 def test_arrays_without_torch() -> None:
     assert conftest.run(plain_arrays, 3, limit=60).check().reports == [6.0, 6.0, 6.0]
+
+
+def trains_sparsely() -> list[list[float]]:
+    """An embedding's rows, of gradients that name only those that were looked up."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from smdistributed_rs import shared
+
+    rank, world = _start()
+    found = []
+    for share in (False, True):
+        torch.manual_seed(5)
+        table = torch.nn.Embedding(10, 4, sparse=True)
+        model = DistributedDataParallel(table)
+        if share:
+            shared.share_buckets(model)
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.5)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([rank, world, (3 * step + rank) % 10])).square().sum().backward()
+            optimizer.step()
+        found.append(table.weight.detach().flatten().tolist())
+    dist.destroy_process_group()
+    return found
+
+
+def test_sparse_gradients_are_averaged_as_without_sharing() -> None:
+    reports = conftest.run(trains_sparsely, 2, limit=120).check().reports
+    apart, shared = reports[0]
+    assert shared == pytest.approx(apart)
+    assert reports[1] == reports[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from operator import index
 from typing import Any, NamedTuple, NoReturn
 
@@ -55,10 +56,11 @@ class View(NamedTuple):
 def view(op: str, argument: str, array: Any, *, written: bool) -> View:
     """What `array` is in memory; refused, naming `argument`, when it is not dense, not here, or not writable."""
     interface = getattr(array, "__array_interface__", None)
-    if interface is not None:
+    # Without an address there, the elements are where the buffer protocol says.
+    if interface is not None and isinstance(interface.get("data"), tuple):
         return _from_interface(op, argument, array, interface, written)
     if hasattr(array, "__dlpack__"):
-        return _from_dlpack(op, argument, array)
+        return _from_dlpack(op, argument, array, written)
     return _from_buffer(op, argument, array, written)
 
 
@@ -69,6 +71,9 @@ def _from_interface(op: str, argument: str, array: Any, interface: dict[str, Any
     address, read_only = interface["data"]
     if read_only and written:
         _refuse(op, argument, "a writable array", "a read-only one", "Pass a copy")
+    if written and isinstance(array, getattr(sys.modules.get("numpy"), "generic", ())):
+        hint = "Make an array of it with numpy.array(x), and pass that"
+        _refuse(op, argument, "an array, which can be written to", f"a scalar, {type(array).__name__}", hint)
     if interface.get("strides") is not None:
         _refuse_strides(op, argument)
     typestr = interface["typestr"]
@@ -89,14 +94,15 @@ def _from_interface(op: str, argument: str, array: Any, interface: dict[str, Any
     else:
         _refuse(op, argument, "a known element type", f"'{typestr}'", "Pass a NumPy array")
     shape = tuple(interface["shape"])
-    return View(address, math.prod(shape), dtype, itemsize, shape, array)
+    # A NumPy scalar's address is that of a copy, which its interface alone keeps.
+    return View(address, math.prod(shape), dtype, itemsize, shape, (array, interface))
 
 
 _ON_THE_HOST = (1, 3)
 """DLPack's numbers of the CPU, and of its memory that is pinned for CUDA."""
 
 
-def _from_dlpack(op: str, argument: str, array: Any) -> View:
+def _from_dlpack(op: str, argument: str, array: Any, written: bool) -> View:
     device = array.__dlpack_device__()[0]
     if int(device) not in _ON_THE_HOST:
         _refuse(op, argument, "an array on the CPU", f"one on DLPack device {device}", "Move it to the CPU")
@@ -105,9 +111,12 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
         if getattr(array, bit, _no)():
             given = f"a tensor that is computed when it is read ({bit}())"
             _refuse(op, argument, "an array whose elements are in memory", given, f"Pass tensor.{resolve}()")
-    seen = _core.view_capsule(array.__dlpack__())
+    seen = _core.view_capsule(_capsule(array))
     if not seen.on_cpu:
         _refuse(op, argument, "an array on the CPU", "a DLPack capsule of another device", "Move it to the CPU")
+    if seen.read_only and written:
+        hint = "Pass one that may be written to, such as numpy.array(x)"
+        _refuse(op, argument, "a writable array", f"a read-only {type(array).__name__}", hint)
     if not seen.dense:
         _refuse_strides(op, argument)
     shape = tuple(seen.shape)
@@ -116,8 +125,16 @@ def _from_dlpack(op: str, argument: str, array: Any) -> View:
 
         own = check(op, argument, array)
         if own is not array:
-            return _from_dlpack(op, argument, own)
+            return _from_dlpack(op, argument, own, written)
     return View(seen.address, math.prod(shape), seen.dtype, seen.itemsize, shape, (seen, array))
+
+
+def _capsule(array: Any) -> object:
+    """Of DLPack's version 1, which tells what is read-only, where the library knows it."""
+    try:
+        return array.__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return array.__dlpack__()
 
 
 def _no() -> bool:

@@ -130,12 +130,15 @@ def _moved(tensor: torch.Tensor) -> tuple[int, int, int] | None:
 def _average(buckets, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """The communication hook. Torch compares its annotations, if there are any, with classes."""
     import torch
-    from torch.distributed import ReduceOp, all_reduce
+    from torch.distributed import ReduceOp, all_reduce, get_world_size
 
-    tensor = bucket.buffer()
-    if tensor.layout is torch.strided and tensor.device.type == "cpu":
+    tensor, reduction = bucket.buffer(), ReduceOp.AVG
+    if tensor.layout is not torch.strided:
+        # An embedding's, say. Such tensors can be summed only.
+        tensor, reduction = tensor.div_(get_world_size(buckets.group)), ReduceOp.SUM
+    elif tensor.device.type == "cpu":
         buckets.keep(bucket.index(), tensor)
-    work = all_reduce(tensor, ReduceOp.AVG, buckets.group, async_op=True)
+    work = all_reduce(tensor, reduction, buckets.group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
 

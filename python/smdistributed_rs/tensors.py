@@ -254,7 +254,10 @@ def _device(tensor: Tensor) -> int:
 
 
 def _adjacent(tensors: Sequence[Tensor]) -> bool:
-    """Whether dense tensors follow one another in memory, as chunks of one tensor do."""
+    """Whether dense tensors follow one another in memory, as chunks of one tensor do. On a device they must be such
+    chunks: CUDA refuses copies over two allocations, also where one begins at the other's end."""
+    if tensors[0].is_cuda and len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1:
+        return False
     end = tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != end:

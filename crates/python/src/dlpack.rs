@@ -56,6 +56,19 @@ struct ExchangeApi {
     current_stream: *const c_void,
 }
 
+/// What a capsule of DLPack from version 1 on holds; an older one has the tensor first, and no flags.
+#[repr(C)]
+struct Versioned {
+    major: u32,
+    minor: u32,
+    context: *const c_void,
+    deleter: *const c_void,
+    flags: u64,
+    tensor: DlTensor,
+}
+
+const READ_ONLY: u64 = 1;
+
 impl DlTensor {
     const EMPTY: DlTensor = DlTensor {
         data: ptr::null_mut(),
@@ -285,22 +298,32 @@ pub struct DlpackView {
     dense: bool,
     /// On the CPU.
     on_cpu: bool,
+    /// Its producer says that it must not be written to.
+    read_only: bool,
     /// The capsule.
     owner: Py<PyAny>,
 }
 
-/// Reads an unversioned `dltensor` capsule without consuming it.
+/// Reads a capsule named `dltensor_versioned` or, as older libraries make them, `dltensor`, without consuming it.
 #[pyfunction]
 pub fn view_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<DlpackView> {
-    let Ok(managed) = capsule.pointer_checked(Some(c"dltensor")) else {
-        return Err(PyValueError::new_err("expected a fresh DLPack capsule named 'dltensor'"));
+    let refuse = |what| Err(PyValueError::new_err(format!("expected a fresh DLPack capsule{what}")));
+    let (view, flags) = if let Ok(managed) = capsule.pointer_checked(Some(c"dltensor_versioned")) {
+        // SAFETY: a capsule of this name holds a DLManagedTensorVersioned, whose version comes first, alive until the
+        // capsule is consumed or collected; `owner` below keeps it.
+        let managed = unsafe { managed.cast::<Versioned>().as_ref() };
+        if managed.major != MAJOR {
+            return refuse(format!(" of version {MAJOR}, given one of version {}.{}", managed.major, managed.minor));
+        }
+        (&managed.tensor, managed.flags)
+    } else if let Ok(managed) = capsule.pointer_checked(Some(c"dltensor")) {
+        // SAFETY: likewise, a DLManagedTensor, which begins with its DLTensor.
+        (unsafe { managed.cast::<DlTensor>().as_ref() }, 0)
+    } else {
+        return refuse(" named 'dltensor' or 'dltensor_versioned'".to_owned());
     };
-    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with its DLTensor, alive until the capsule
-    // is consumed or collected; `owner` below keeps it.
-    let (view, shape, dense) = unsafe {
-        let view = managed.cast::<DlTensor>().as_ref();
-        (view, view.extent().0.to_vec(), view.dense())
-    };
+    // SAFETY: its producer has filled it, and it is alive as said above.
+    let (shape, dense) = unsafe { (view.extent().0.to_vec(), view.dense()) };
     let (code, bits) = (view.code, usize::from(view.bits));
     let dtype = match (view.dtype(), code) {
         (Some(dtype), _) => dtype.name().to_owned(),
@@ -314,6 +337,7 @@ pub fn view_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<DlpackView> {
         itemsize: bits.div_ceil(8) * usize::from(view.lanes.max(1)),
         dense: dense.is_some(),
         on_cpu: view.device_type == CPU,
+        read_only: flags & READ_ONLY != 0,
         owner: capsule.clone().into_any().unbind(),
     })
 }
