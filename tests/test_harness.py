@@ -137,3 +137,29 @@ def test_the_page_of_a_gpu_run_names_the_cases_that_passed() -> None:
     other, failed = gpu.run.Result("two", "passed", 1.0, 2, ["a", "b"]), gpu.run.Result("three", "FAILED", 1.0)
     page = gpu.run.markdown(about, [step, other, failed])
     assert gpu.run.cases_by_step(page) == {"one": {"a", "b"}, "two": {"a", "b"}}
+
+
+def test_a_step_that_no_longer_fits_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short it would look as if it had hung."""
+    monkeypatch.setattr(gpu.run, "TOTAL", 20.0)
+    limits: list[float] = []
+
+    def play(step: gpu.run.Step, limit: float, *_: object) -> gpu.run.Result:
+        limits.append(limit)
+        return gpu.run.Result(step.name, "passed", 1.0)
+
+    monkeypatch.setattr(gpu.run, "run", play)
+    steps = [gpu.run.Step(name, "streams:streams", [0], limit) for name, limit in (("short", 15), ("long", 25))]
+    (*_, results) = gpu.run.run_all(steps, "cuda", 1)
+    assert [result.verdict for result in results] == ["passed", "not run: no time left"]
+    assert limits == [15]
+
+
+def test_what_a_machine_cannot_do_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(function: str, size: int, **_: object) -> conftest.Ranks:
+        report = {"cases": {}, "impossible": "it needs a newer torch"}
+        return conftest.Ranks([0] * size, [""] * size, 1, collected=[report] * size, expected=size)
+
+    monkeypatch.setattr(conftest, "run", play)
+    step = gpu.run.Step("messages", "messages:messages", [0, 0], 30)
+    assert gpu.run.run(step, 30, "cuda").verdict == f"{gpu.run.IMPOSSIBLE}: it needs a newer torch"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import cases_collectives
-from gpu.common import ON_GPU, choose_device, full, is_all, total
+from gpu.common import ON_GPU, choose_device, full, is_all, start, total
 from torch_versions import TORCH
 
 
@@ -73,12 +73,22 @@ def chosen_device() -> dict[str, Any]:
     """The device that is chosen when the group is made, of a script that chooses none. On a GPU only."""
     if not ON_GPU:
         return {"cases": {}}
+    chosen: list[int] = []
+    choose = torch.cuda.set_device
+
+    def note(device: int) -> None:
+        chosen.append(device)
+        choose(device)
+
+    torch.cuda.set_device = note
     dist.init_process_group("smddp", timeout=timedelta(seconds=40))
     found = {}
     try:
         assert not torch.cuda.is_initialized()
         tensor = torch.full((1000,), dist.get_rank() + 1.0, device="cuda")
         wanted = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        # On a machine with one GPU it is 0 whoever chooses: that somebody did is what there is to see.
+        assert chosen == [wanted], chosen
         assert (tensor.device.index, torch.cuda.current_device()) == (wanted, wanted)
         dist.all_reduce(tensor)
         is_all(tensor, total())
@@ -87,3 +97,40 @@ def chosen_device() -> dict[str, Any]:
         found["it is the local rank's"] = traceback.format_exc()
     dist.destroy_process_group()
     return {"cases": found}
+
+
+def made_for_a_device() -> dict[str, Any]:
+    """`device_id` connects the devices when the group is made; messages of its tensors, whichever way they take."""
+    if not ON_GPU:
+        return {"cases": {}}
+    choose_device()
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)
+    found = {}
+    try:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        group: Any = dist.group.WORLD
+        assert group._cuda.device == device.index
+        tensor = full(1000, rank + 1)
+        dist.all_reduce(tensor)
+        is_all(tensor, total())
+        given, into = full(1000, rank), full(1000, -1)
+        ops = [dist.P2POp(dist.isend, given, (rank + 1) % size), dist.P2POp(dist.irecv, into, (rank - 1) % size)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        is_all(into, (rank - 1) % size)
+        found["it is connected"] = ""
+    except Exception:  # noqa: BLE001
+        found["it is connected"] = traceback.format_exc()
+    dist.destroy_process_group()
+    return {"cases": found}
+
+
+def gpudirect() -> dict[str, Any]:
+    """Wished for: sums are right with it, or without where the NIC has none; which of both it was is in the name."""
+    start()
+    dist.all_reduce(tensor := full(1 << 24, dist.get_rank() + 1))
+    wrong = int((tensor != total()).sum().item())
+    how = "with GPUDirect" if "GPUDirect" in dist.group.WORLD.describe() else "without GPUDirect"
+    dist.destroy_process_group()
+    return {"cases": {f"a sum {how}": f"{wrong} elements are wrong" if wrong else ""}}

@@ -16,7 +16,7 @@ from torch_versions import TORCH
 def messages() -> dict[str, Any]:
     """Of a group that was made for a device, from torch 2.14 on: an older one does not tell where a batch begins."""
     if not ON_GPU or TORCH < (2, 14):
-        return {"cases": {}, "figures": {"torch": TORCH, "needed": (2, 14)}}
+        return {"cases": {}, "impossible": f"it needs a GPU and torch 2.14, given {TORCH}"}
     choose_device()
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)

@@ -16,7 +16,6 @@ import json
 import mmap
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,13 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-GEQ = 0
-"""CU_STREAM_WAIT_VALUE_GEQ: cyclic greater or equal."""
-
-PORTABLE_MAPPED = 3
-WRITE_COMBINED = 4
-UNDEFINED = -(2**31)
-"""NCCL_CONFIG_UNDEF_INT."""
+from by_hand import PORTABLE_MAPPED, WRITE_COMBINED, Cuda, Nccl, Releaser, UniqueId, address_of, config, handle, until
 
 TOTAL = 150.0
 _step = "?"
@@ -46,217 +39,6 @@ def attempt(name: str, what: Callable[[], object]) -> None:
         fact(name, what())
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the fact
         fact(name, None, error=f"{type(error).__name__}: {error}")
-
-
-# ---- the driver, by hand
-
-
-class Cuda:
-    """libcuda in the context torch made current on this thread."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.torch = torch
-        torch.zeros(1, device="cuda")
-        torch.cuda.synchronize()
-        self.lib = ctypes.CDLL("libcuda.so.1")
-
-    def call(self, name: str, *args: Any) -> None:
-        code = getattr(self.lib, name)(*args)
-        if code:
-            text = ctypes.c_char_p()
-            self.lib.cuGetErrorName(code, ctypes.byref(text))
-            raise RuntimeError(f"{name}: {code} {(text.value or b'?').decode()}")
-
-    def attribute(self, number: int) -> int:
-        value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), number, 0)
-        return value.value
-
-    def stream(self, priority: int = 0) -> Any:
-        return self.torch.cuda.Stream(priority=priority)
-
-    def wait_value(self, stream: Any, word: Word, value: int) -> None:
-        self.call("cuStreamWaitValue32_v2", _handle(stream), _device(word.device), ctypes.c_uint32(value), GEQ)
-
-    def write_value(self, stream: Any, word: Word, value: int) -> None:
-        self.call("cuStreamWriteValue32_v2", _handle(stream), _device(word.device), ctypes.c_uint32(value), 0)
-
-    def pin(self, memory: mmap.mmap) -> int:
-        """Registers memory; its device address."""
-        address = address_of(memory)
-        self.call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), PORTABLE_MAPPED)
-        device = ctypes.c_uint64()
-        self.call("cuMemHostGetDevicePointer_v2", ctypes.byref(device), ctypes.c_void_p(address), 0)
-        return device.value
-
-    def words(self, memory: mmap.mmap) -> list[Word]:
-        device = self.pin(memory)
-        return [Word(address_of(memory) + at, device + at) for at in range(0, len(memory), 64)]
-
-    def to_host(self, stream: Any, host: int, device: int, nbytes: int) -> None:
-        self.call(
-            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(host), _device(device), ctypes.c_size_t(nbytes), _handle(stream)
-        )
-
-    def rows_to_host(self, stream: Any, host: int, device: int, pitch: int, width: int, rows: int) -> None:
-        """Rows `pitch` bytes apart, to where they follow one another."""
-        source, target = Side(memory=2, device=device, pitch=pitch), Side(memory=1, host=host, pitch=width)
-        self.call("cuMemcpy2DAsync_v2", ctypes.byref(Copy(source, target, width, rows)), _handle(stream))
-
-    def to_device(self, stream: Any, device: int, host: int, nbytes: int) -> None:
-        self.call(
-            "cuMemcpyHtoDAsync_v2", _device(device), ctypes.c_void_p(host), ctypes.c_size_t(nbytes), _handle(stream)
-        )
-
-
-class Side(ctypes.Structure):
-    """One side of CUDA_MEMCPY2D."""
-
-    _fields_ = [
-        ("x", ctypes.c_size_t), ("y", ctypes.c_size_t), ("memory", ctypes.c_int), ("host", ctypes.c_void_p),
-        ("device", ctypes.c_uint64), ("array", ctypes.c_void_p), ("pitch", ctypes.c_size_t),
-    ]  # fmt: skip
-
-
-class Copy(ctypes.Structure):
-    """CUDA_MEMCPY2D."""
-
-    _fields_ = [("source", Side), ("target", Side), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
-
-
-class Word:
-    """A 32-bit word that host and GPU see."""
-
-    def __init__(self, host: int, device: int) -> None:
-        self.device = device
-        self._word = ctypes.c_uint32.from_address(host)
-
-    def get(self) -> int:
-        return self._word.value
-
-    def set(self, value: int) -> None:
-        self._word.value = value
-
-
-def _handle(stream: Any) -> ctypes.c_void_p:
-    return ctypes.c_void_p(stream.cuda_stream)
-
-
-def _device(address: int) -> ctypes.c_uint64:
-    return ctypes.c_uint64(address)
-
-
-def address_of(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def until(done: Callable[[], bool], limit: float) -> bool:
-    end = time.perf_counter() + limit
-    while not done():
-        if time.perf_counter() > end:
-            return False
-    return True
-
-
-class Releaser:
-    """A process without CUDA that stores a word after a while: what hangs this process cannot stop it."""
-
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, 4096)
-        self._command = ctypes.c_double.from_address(address_of(self.memory) + 2048)
-        self._value = ctypes.c_uint32.from_address(address_of(self.memory) + 2112)
-        self._parent = os.getpid()
-        self._child = os.fork()
-        if self._child == 0:
-            self._serve()
-
-    def _serve(self) -> None:
-        word = ctypes.c_uint32.from_address(address_of(self.memory))
-        while os.getppid() == self._parent:
-            if self._command.value:
-                time.sleep(self._command.value)
-                word.value = self._value.value
-                self._command.value = 0.0
-            time.sleep(0.005)
-        os._exit(0)
-
-    def release(self, value: int, after: float) -> None:
-        """Stores `value` to the first word in `after` seconds."""
-        self._value.value = value
-        self._command.value = after
-
-    def done(self) -> bool:
-        return self._command.value == 0.0
-
-    def end(self) -> None:
-        os.kill(self._child, signal.SIGKILL)
-        os.waitpid(self._child, 0)
-
-
-# ---- NCCL, by hand
-
-
-class UniqueId(ctypes.Structure):
-    _fields_ = [("bytes", ctypes.c_char * 128)]
-
-
-def config(blocking: int, max_ctas: int) -> ctypes.Array[ctypes.c_char]:
-    """ncclConfig_t as NCCL 2.18 has it, with its padding undefined too (2.26 put trafficClass there)."""
-    numbers = [blocking, UNDEFINED, UNDEFINED, max_ctas]
-    packed = struct.pack("<QII4iQii", 48, 0xCAFEBEEF, 21800, *numbers, 0, UNDEFINED, UNDEFINED)
-    return ctypes.create_string_buffer(packed, len(packed))
-
-
-class Nccl:
-    def __init__(self) -> None:
-        import torch  # noqa: F401 - loads it
-
-        with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "libnccl.so" in line}
-        self.path = paths.pop() if paths else "libnccl.so.2"
-        self.lib = ctypes.CDLL(self.path)
-        self.lib.ncclGetErrorString.restype = ctypes.c_char_p
-        self.lib.ncclGetLastError.restype = ctypes.c_char_p
-
-    def call(self, name: str, *args: Any) -> int:
-        code: int = getattr(self.lib, name)(*args)
-        if code not in (0, 7):
-            why = self.lib.ncclGetErrorString(code).decode()
-            last = (self.lib.ncclGetLastError(None) or b"").decode()
-            raise RuntimeError(f"{name}: {code} {why} {last}")
-        return code
-
-    def version(self) -> int:
-        value = ctypes.c_int()
-        self.call("ncclGetVersion", ctypes.byref(value))
-        return value.value
-
-    def unique_id(self) -> UniqueId:
-        made = UniqueId()
-        self.call("ncclGetUniqueId", ctypes.byref(made))
-        return made
-
-    def communicator(self, size: int = 1, rank: int = 0, id: UniqueId | None = None, **options: int) -> ctypes.c_void_p:
-        made = ctypes.c_void_p()
-        how = config(options.get("blocking", 1), options.get("max_ctas", 8))
-        id = id or self.unique_id()
-        self.call("ncclCommInitRankConfig", ctypes.byref(made), size, id, rank, how)
-        self.settle(made)
-        return made
-
-    def settle(self, communicator: ctypes.c_void_p) -> None:
-        state = ctypes.c_int(7)
-        while state.value == 7:
-            self.call("ncclCommGetAsyncError", communicator, ctypes.byref(state))
-        if state.value:
-            raise RuntimeError(f"communicator: {self.lib.ncclGetErrorString(state.value).decode()}")
-
-    def all_reduce(self, communicator: ctypes.c_void_p, tensor: Any, stream: Any) -> None:
-        at = ctypes.c_void_p(tensor.data_ptr())
-        count = ctypes.c_size_t(tensor.numel())
-        self.call("ncclAllReduce", at, at, count, 7, 0, communicator, _handle(stream))
 
 
 # ---- steps
@@ -472,28 +254,29 @@ def depth() -> None:
     releaser.end()
 
 
-def aborting() -> None:
-    """ncclCommAbort with a collective behind a parked wait: the flag first, and the other way round."""
-    releaser = Releaser()
+def ranges() -> None:
+    """Whether a copy may go over two allocations, one behind the other."""
     cuda = Cuda()
-    nccl = Nccl()
-    word = cuda.words(releaser.memory)[0]
-    data = cuda.torch.ones(1 << 16, device="cuda")
-    for value, flag_first in ((1, True), (2, False)):
-        communicator, stream = nccl.communicator(), cuda.stream()
-        nccl.all_reduce(communicator, data, stream)
-        stream.synchronize()
-        cuda.wait_value(stream, word, value)
-        nccl.all_reduce(communicator, data, stream)
-        releaser.release(value, 0.0001 if flag_first else 1.0)
-        if flag_first:
-            until(releaser.done, 1)
-        start = time.perf_counter()
-        nccl.call("ncclCommAbort", communicator)
-        took = round(time.perf_counter() - start, 3)
-        fact("ncclCommAbort, flag first" if flag_first else "ncclCommAbort, flag 1 s later", took)
-        fact("stream ends", until(stream.query, 3))
-    releaser.end()
+    nbytes = 2 << 20
+    made = []
+    for _ in range(64):
+        address = ctypes.c_uint64()
+        cuda.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        made.append(address.value)
+    first = next((at for at in sorted(made) if at + nbytes in made), None)
+    fact("neighbouring allocations of 2 MiB", first is not None)
+    if first is None:
+        return
+    host = address_of(memory := mmap.mmap(-1, 2 * nbytes))
+    cuda.pin(memory)
+    stream, half = cuda.stream(), nbytes // 2
+    copies: dict[str, Callable[[], None]] = {
+        "within one": lambda: cuda.to_host(stream, host, first, nbytes),
+        "over two": lambda: cuda.to_host(stream, host, first + half, nbytes),
+        "over two, rows that each lie in one": lambda: cuda.rows_to_host(stream, host, first, half, half // 2, 4),
+    }
+    for name, copy in copies.items():
+        attempt(name, lambda copy=copy: copy() or stream.synchronize())
 
 
 def rates() -> None:
@@ -564,21 +347,13 @@ def costs() -> None:
     """Host microseconds a call."""
     cuda = Cuda()
     torch = cuda.torch
-    nccl = Nccl()
     words = cuda.words(mmap.mmap(-1, 1 << 16))
     host = address_of(memory := mmap.mmap(-1, 1 << 20))
     cuda.pin(memory)
     data = torch.ones(1 << 16, device="cuda")
     a, b = cuda.stream(), cuda.stream()
     event = torch.cuda.Event()
-    blocking = nccl.communicator(blocking=1)
-    other = nccl.communicator(blocking=0)
-
-    def nonblocking() -> None:
-        nccl.all_reduce(other, data, a)
-        nccl.settle(other)
-
-    query = lambda: cuda.lib.cuStreamQuery(_handle(a))  # noqa: E731
+    query = lambda: cuda.lib.cuStreamQuery(handle(a))  # noqa: E731
     calls: dict[str, Callable[[], object]] = {
         "python and ctypes alone": lambda: cuda.lib.cuDriverGetVersion(ctypes.byref(ctypes.c_int())),
         "event record": lambda: event.record(a),
@@ -592,8 +367,6 @@ def costs() -> None:
         ],
         "H2D of 64 KiB": lambda: cuda.to_device(a, data.data_ptr(), host, 1 << 16),
         "cuStreamQuery": query,
-        "ncclAllReduce, 1 rank, blocking": lambda: nccl.all_reduce(blocking, data, a),
-        "ncclAllReduce, 1 rank, not blocking": nonblocking,
     }
     for name, call in calls.items():
         for _ in range(20):
@@ -624,30 +397,33 @@ def nccl_config() -> None:
         nccl.call("ncclCommDestroy", communicator)
 
 
-def two_on_one_gpu() -> None:
-    """Two processes, each its own NCCL_HOSTID, in one NCCL communicator on one GPU."""
+# ---- two processes on one GPU in one NCCL communicator: NCCL does nothing of the kind with one rank
+
+
+def in_two(what: Callable[[int, str], None]) -> None:
+    """Runs `what` in two processes, each its own NCCL_HOSTID."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "id")
         env = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_MAX_CTAS": "2", "NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN"}
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, "one_of_two", str(rank), path],
+                [sys.executable, __file__, what.__name__, str(rank), folder],
                 env={**os.environ, **env, "NCCL_HOSTID": f"host{rank}"},
             )
             for rank in range(2)
         ]
         try:
+            end = time.monotonic() + 25
             for rank in ranks:
-                rank.wait(15)
+                rank.wait(max(0.1, end - time.monotonic()))
             fact("exit codes", [rank.returncode for rank in ranks])
         finally:
             for rank in ranks:
                 rank.kill()
 
 
-def one_of_two(rank: int, path: str) -> None:
-    cuda = Cuda()
-    nccl = Nccl()
+def of_two(nccl: Nccl, rank: int, folder: str, name: str, **options: int) -> ctypes.c_void_p:
+    """A communicator of both, by an id in the folder."""
+    path = os.path.join(folder, name)
     if rank == 0:
         id = nccl.unique_id()
         with open(path + ".new", "wb") as file:
@@ -656,8 +432,14 @@ def one_of_two(rank: int, path: str) -> None:
     until(lambda: os.path.exists(path), 10)
     with open(path, "rb") as file:
         id = UniqueId.from_buffer_copy(file.read())
+    return nccl.communicator(2, rank, id, max_ctas=2, **options)
+
+
+def sums_of_two(rank: int, folder: str) -> None:
+    cuda = Cuda()
+    nccl = Nccl()
     start = time.perf_counter()
-    communicator = nccl.communicator(2, rank, id, max_ctas=2)
+    communicator = of_two(nccl, rank, folder, "sums")
     fact("seconds to make a communicator of 2", round(time.perf_counter() - start, 3), rank=rank)
     stream = cuda.torch.cuda.current_stream()
     for numel in (1 << 10, 1 << 20):
@@ -666,6 +448,66 @@ def one_of_two(rank: int, path: str) -> None:
         start = time.perf_counter()
         fact("sum of two ranks is right", bool((data == 3).all().item()), rank=rank, numel=numel)
         fact("seconds", round(time.perf_counter() - start, 4), rank=rank, numel=numel)
+
+
+def aborts_of_two(rank: int, folder: str) -> None:
+    """ncclCommAbort with a collective behind a parked wait, the flag first and the other way round; and with one whose
+    peer does not come."""
+    releaser = Releaser()
+    cuda = Cuda()
+    nccl = Nccl()
+    word = cuda.words(releaser.memory)[0]
+    data = cuda.torch.ones(1 << 16, device="cuda")
+    for value, name in ((1, "flag first"), (2, "flag 1 s later"), (3, "the peer does not come")):
+        communicator, stream = of_two(nccl, rank, folder, name), cuda.stream()
+        nccl.all_reduce(communicator, data, stream)
+        stream.synchronize()
+        if value < 3:
+            cuda.wait_value(stream, word, value)
+        if value < 3 or rank == 0:
+            nccl.all_reduce(communicator, data, stream)
+        if value < 3:
+            releaser.release(value, 0.0001 if value == 1 else 1.0)
+        if value == 1:
+            until(releaser.done, 1)
+        time.sleep(0.2)
+        start = time.perf_counter()
+        nccl.call("ncclCommAbort", communicator)
+        fact(f"seconds of ncclCommAbort, {name}", round(time.perf_counter() - start, 3), rank=rank)
+        fact(f"stream ends, {name}", until(stream.query, 3), rank=rank)
+    releaser.end()
+
+
+def costs_of_two(rank: int, folder: str) -> None:
+    """Host microseconds a call of a communicator that blocks, and of one that does not."""
+    cuda = Cuda()
+    nccl = Nccl()
+    data = cuda.torch.ones(1 << 10, device="cuda")
+    stream = cuda.stream()
+    for blocking in (1, 0):
+        communicator = of_two(nccl, rank, folder, f"blocking {blocking}", blocking=blocking)
+        best = float("inf")
+        for _ in range(10):
+            start = time.perf_counter()
+            for _ in range(20):
+                nccl.all_reduce(communicator, data, stream)
+                if not blocking:
+                    nccl.settle(communicator)
+            best = min(best, (time.perf_counter() - start) / 20)
+            stream.synchronize()
+        fact(f"ncclAllReduce, {'blocking' if blocking else 'not blocking'}", round(best * 1e6, 2), rank=rank)
+
+
+def two_on_one_gpu() -> None:
+    in_two(sums_of_two)
+
+
+def aborting() -> None:
+    in_two(aborts_of_two)
+
+
+def costs_of_nccl() -> None:
+    in_two(costs_of_two)
 
 
 def neighbour() -> None:
@@ -716,8 +558,10 @@ STEPS: dict[str, tuple[Callable[[], None], float, dict[str, str]]] = {
     "overlap, 1 connection": (overlap, 20, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     "blockers": (blockers, 25, {}),
     "neighbour": (neighbour, 20, {}),
-    "aborting": (aborting, 20, {}),
+    "aborting": (aborting, 30, {}),
+    "ranges": (ranges, 20, {}),
     "costs": (costs, 20, {}),
+    "costs_of_nccl": (costs_of_nccl, 30, {}),
     "depth": (depth, 30, {}),
     "rates": (rates, 25, {}),
     "two_on_one_gpu": (two_on_one_gpu, 25, {}),
@@ -756,8 +600,8 @@ def main() -> None:
         run_all(float(sys.argv[2]) if len(sys.argv) > 2 else TOTAL)
         return
     _step = sys.argv[1]
-    if _step == "one_of_two":
-        one_of_two(int(sys.argv[2]), sys.argv[3])
+    if _step in (halves := {half.__name__: half for half in (sums_of_two, aborts_of_two, costs_of_two)}):
+        halves[_step](int(sys.argv[2]), sys.argv[3])
         return
     {**{step.__name__: step for step, _, _ in STEPS.values()}, "parks": parks}[_step]()
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import conftest  # noqa: E402
 
-TOTAL = 285.0
+TOTAL = 420.0
 """seconds for all steps"""
 
 CARRIED = ("SMDDP_LIBFABRIC", "SMDDP_NCCL", "SMDDP_LOG")
@@ -65,47 +65,51 @@ def as_hosts(rank: int) -> dict[str, str]:
 SHARING = Step("torch's NCCL, 2 ranks on one GPU", "groups:shares_by_nccl", [0, 0], 40, SHARED, as_hosts)
 """tried once, before the first step that shares"""
 
+NOT_BLOCKING = {"NCCL_COMM_BLOCKING": "0"}
+ON_TWO, ON_FOUR, TWO_BY_TWO = [0, 1], [0, 1, 2, 3], [0, 0, 1, 1]
+
+
+def shared(name: str, function: str, nodes: list[int], limit: float, env: dict[str, str], **more: Any) -> Step:
+    return Step(name, function, nodes, limit, SHARED | env, as_hosts, shares=True, **more)
+
+
 STEPS = [
-    Step("collectives, 2 nodes", "groups:collectives", [0, 1], 50),
-    Step("streams, 2 nodes", "streams:streams", [0, 1], 40),
-    Step("training, 2 nodes", "training:training", [0, 1], 45),
-    Step("collectives, NCCL, 1 rank", "groups:collectives", [0], 60, NCCL),
+    # What no GPU has met yet comes first.
+    Step("examples, 2 nodes", "training:examples", ON_TWO, 90),
+    shared("a rank that dies, two ranks of NCCL", "failures:a_rank_that_dies", [0, 0], 50, NCCL, dead={1: 0}),
+    shared("an abort, two ranks of NCCL", "failures:an_abort", [0, 0], 40, NCCL),
+    shared("an abort, NCCL, 2 nodes x 2", "failures:an_abort", TWO_BY_TWO, 40, {}),
+    shared("calls that differ, two ranks of NCCL", "failures:calls_that_differ", [0, 0], 50, NCCL),
+    shared("two ranks of NCCL on one GPU", "streams:streams", [0, 0], 60, NCCL),
+    shared("two ranks of NCCL that does not block", "streams:streams", [0, 0], 60, NCCL | NOT_BLOCKING),
+    shared("messages, native, two ranks of NCCL on one GPU", "messages:messages_natively", [0, 0], 45, NCCL),
+    shared("messages, two ranks of NCCL on one GPU", "messages:messages", [0, 0], 45, NCCL),
+    Step("the device chosen at start, 2 nodes", "groups:chosen_device", ON_TWO, 30),
+    Step("a group that is made for a device, 2 nodes", "groups:made_for_a_device", ON_TWO, 30),
+    Step("GPUDirect wished for, 2 nodes", "groups:gpudirect", ON_TWO, 30, {"SMDDP_GPUDIRECT": "on"}),
+    Step("collectives, 2 nodes", "groups:collectives", ON_TWO, 50),
+    shared("collectives, NCCL, 2 nodes x 2", "groups:collectives", TWO_BY_TWO, 60, {}),
     Step("streams, NCCL, 1 rank", "streams:streams", [0], 30, NCCL),
-    Step("examples, 2 nodes", "training:examples", [0, 1], 60),
-    Step("bad input, 2 nodes", "misuse:misuse", [0, 1], 25),
+    Step("streams, 2 nodes", "streams:streams", ON_TWO, 40),
+    Step("training, 2 nodes", "training:training", ON_TWO, 45),
+    Step("collectives, NCCL, 1 rank", "groups:collectives", [0], 60, NCCL),
+    Step("bad input, 2 nodes", "misuse:misuse", ON_TWO, 25),
     Step("bad input, NCCL, 1 rank", "misuse:misuse_by_nccl", [0], 25, NCCL),
-    Step("a rank that dies", "failures:a_rank_that_dies", [0, 1], 50, dead={1: 0}),
-    Step("calls that differ", "failures:calls_that_differ", [0, 1], 50),
-    Step("an abort", "failures:an_abort", [0, 1], 40),
-    Step("speed, staged, 2 nodes", "speed:staging", [0, 1], 40),
+    Step("a rank that dies", "failures:a_rank_that_dies", ON_TWO, 50, dead={1: 0}),
+    Step("calls that differ", "failures:calls_that_differ", ON_TWO, 50),
+    Step("an abort", "failures:an_abort", ON_TWO, 40),
+    Step("speed, staged, 2 nodes", "speed:staging", ON_TWO, 40),
     Step("speed, beside torch's nccl, 1 rank", "speed:beside_nccl", [0], 45, NCCL),
-    Step("collectives, GPUDirect wished for, 2 nodes", "groups:collectives", [0, 1], 50, {"SMDDP_GPUDIRECT": "on"}),
     Step("collectives, 1 node x 2, staged", "groups:collectives", [0, 0], 50, STAGED),
-    Step("collectives, 4 nodes", "groups:collectives", [0, 1, 2, 3], 60),
-    Step("training, 4 nodes", "training:training", [0, 1, 2, 3], 50),
-    Step("streams, 1 connection", "streams:streams", [0, 1], 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    Step("collectives, 4 nodes", "groups:collectives", ON_FOUR, 60),
+    Step("training, 4 nodes", "training:training", ON_FOUR, 50),
+    Step("streams, 1 connection", "streams:streams", ON_TWO, 40, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     Step("collectives, 1 rank", "groups:collectives", [0], 40),
     Step("backends by device, 1 rank", "groups:backends_by_device", [0], 40),
-    Step("backends by device, 2 ranks", "groups:backends_by_device", [0, 0], 45, SHARED, as_hosts, shares=True),
-    Step("two ranks of NCCL on one GPU", "streams:streams", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True),
-    Step(
-        "messages, native, two ranks of NCCL on one GPU",
-        "messages:messages_natively",
-        [0, 0],
-        45,
-        NCCL | SHARED,
-        as_hosts,
-        shares=True,
-    ),
-    Step("the device chosen at start, 2 nodes", "groups:chosen_device", [0, 1], 30),
-    Step(
-        "messages, two ranks of NCCL on one GPU", "messages:messages", [0, 0], 45, NCCL | SHARED, as_hosts, shares=True
-    ),
-    Step("collectives, NCCL, 2 nodes x 2", "groups:collectives", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
-    Step("streams, NCCL, 2 nodes x 2", "streams:streams", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
-    Step("training, NCCL, 2 nodes x 2", "training:training", [0, 0, 1, 1], 60, SHARED, as_hosts, shares=True),
+    shared("backends by device, 2 ranks", "groups:backends_by_device", [0, 0], 45, {}),
+    shared("streams, NCCL, 2 nodes x 2", "streams:streams", TWO_BY_TWO, 60, {}),
+    shared("training, NCCL, 2 nodes x 2", "training:training", TWO_BY_TWO, 60, {}),
 ]
-
 
 CASES_OF = "Cases of"
 """begins a line: Cases of STEP; STEP: CASE, CASE."""
@@ -126,9 +130,10 @@ class Result:
     """of each rank that reported"""
 
 
-def run(step: Step, limit: float, device: str) -> Result:
+def run(step: Step, limit: float, device: str, patience: float = 1) -> Result:
     kept = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    env = {"SMDDP_TEST_DEVICE": device, "TORCH_CPP_LOG_LEVEL": "ERROR", "XDG_CACHE_HOME": CACHE, **kept, **step.env}
+    own = {"SMDDP_TEST_DEVICE": device, "SMDDP_TEST_PATIENCE": str(patience)}
+    env = {**own, "TORCH_CPP_LOG_LEVEL": "ERROR", "XDG_CACHE_HOME": CACHE, **kept, **step.env}
     started, before = time.monotonic(), conftest.below()
     ranks = conftest.run(
         f"gpu.{step.function}", len(step.nodes), nodes=step.nodes, env=env, each=step.each, limit=limit
@@ -149,6 +154,8 @@ def run(step: Step, limit: float, device: str) -> Result:
         result.failures["processes left behind"] = "\n".join(left)
     if result.failures:
         result.verdict = "FAILED"
+    elif any("impossible" in report for report in ranks.collected):
+        result.verdict = f"{IMPOSSIBLE}: {ranks.collected[0]['impossible']}"
     return result
 
 
@@ -159,17 +166,18 @@ def run_all(steps: list[Step], device: str, patience: float) -> Iterator[list[Re
     sharing: Result | None = None
     for step in steps:
         if step.shares and sharing is None:
-            sharing = run(SHARING, SHARING.limit * patience, device)
+            sharing = run(SHARING, SHARING.limit * patience, device, patience)
             sharing.verdict = "passed" if sharing.verdict == "passed" else IMPOSSIBLE
             results.append(sharing)
             yield results
-        left = min(step.limit * patience, end - time.monotonic() - 3)
+        limit = step.limit * patience
         if step.shares and sharing.verdict == IMPOSSIBLE:
             results.append(Result(step.name, IMPOSSIBLE, 0))
-        elif left < 10:
+        elif time.monotonic() + limit > end:
+            # Less than its limit would look as if it had hung.
             results.append(Result(step.name, "not run: no time left", 0))
         else:
-            results.append(run(step, left, device))
+            results.append(run(step, limit, device, patience))
         yield results
 
 

@@ -28,6 +28,11 @@ def busy(times: int = 30) -> None:
         a = (a @ a).clamp_(max=1)
 
 
+def asleep(cycles: int) -> None:
+    """Stops the current stream, for longer where a tool slows the host down."""
+    torch.cuda._sleep(int(cycles * float(os.environ.get("SMDDP_TEST_PATIENCE", "1"))))
+
+
 @case(STREAMS)
 def what_is_computed_before_is_summed_and_what_comes_after_sees_it() -> None:
     rank = dist.get_rank()
@@ -82,7 +87,7 @@ def the_host_does_not_wait() -> None:
     for asynchronous in (True, False):
         tensor = full(100_000, dist.get_rank() + 1)
         torch.cuda.synchronize()
-        torch.cuda._sleep(1_000_000_000)
+        asleep(1_000_000_000)
         work = dist.all_reduce(tensor, async_op=asynchronous)
         if work is not None:
             assert not work.is_completed()
@@ -98,7 +103,7 @@ def a_wait_with_a_limit() -> None:
         return
     tensor = full(100_000, dist.get_rank() + 1)
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)
+    asleep(1_000_000_000)
     work = dist.all_reduce(tensor, async_op=True)
     told = ""
     try:
@@ -227,6 +232,13 @@ def every_collective_in_many_pieces() -> None:
     dist.all_to_all_single(swapped, torch.cat([full(count, 10 * rank + to) for to in range(size)]))
     assert torch.equal(swapped, torch.cat([full(count, 10 * source + rank) for source in range(size)]))
 
+    # Blocks that have an allocation of their own each, which may happen to lie one behind another.
+    own = (16 << 20) // 4 if ON_GPU else 1000
+    outputs = [full(own, -1) for _ in range(size)]
+    dist.all_to_all(outputs, [full(own, 10 * rank + to) for to in range(size)])
+    for source, output in enumerate(outputs):
+        is_all(output, 10 * source + rank)
+
     for root in {0, size - 1}:
         told = full(count, rank)
         dist.broadcast(told, root)
@@ -243,8 +255,8 @@ def every_collective_in_many_pieces() -> None:
 
 
 def _captures() -> bool:
-    """Whether calls may be captured: NCCL carries them, of a rank alone."""
-    return os.environ.get("SMDDP_CUDA") == "nccl" and dist.get_world_size() == 1
+    """Whether calls may be captured: NCCL carries them."""
+    return os.environ.get("SMDDP_CUDA") == "nccl"
 
 
 @case(STREAMS, gpu=True)
@@ -252,6 +264,7 @@ def calls_in_a_graph() -> None:
     """Synchronous and asynchronous ones, replayed on other numbers."""
     if not _captures():
         return
+    size = dist.get_world_size()
     given, summed, doubled = full(50_000, 0), full(50_000, 0), full(50_000, 0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -265,7 +278,7 @@ def calls_in_a_graph() -> None:
     for value in range(5):
         given.fill_(value)
         graph.replay()
-        is_all(doubled, 2 * (value + 1))
+        is_all(doubled, 2 * size * (size * value + 1))
     still_works()
     # Before its group, which waits for it.
     synchronize()
@@ -282,7 +295,7 @@ def calls_in_a_graph_while_others_are_pending() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     synchronize()
-    torch.cuda._sleep(4_000_000_000)
+    asleep(4_000_000_000)
     works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
@@ -303,7 +316,7 @@ def calls_in_a_graph_while_others_are_pending() -> None:
     for value in range(3):
         given.fill_(value)
         graph.replay()
-        is_all(doubled, 2 * value)
+        is_all(doubled, 2 * dist.get_world_size() ** 2 * value)
     still_works()
     synchronize()
     del graph

@@ -313,7 +313,10 @@ pub fn view_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<DlpackView> {
         // capsule is consumed or collected; `owner` below keeps it.
         let managed = unsafe { managed.cast::<Versioned>().as_ref() };
         if managed.major != MAJOR {
-            return refuse(format!(" of version {MAJOR}, given one of version {}.{}", managed.major, managed.minor));
+            return refuse(format!(
+                " of version {MAJOR}, given one of version {}.{}",
+                managed.major, managed.minor
+            ));
         }
         (&managed.tensor, managed.flags)
     } else if let Ok(managed) = capsule.pointer_checked(Some(c"dltensor")) {
