@@ -83,6 +83,12 @@ class SmddpBackend(Collectives, _TorchBackend):
         _alive.pop(id(self), None)
 
 
+class _OfAKind:
+    """What torch before 2.14 finds as the backend of a kind of device: nothing it could do something with."""
+
+    supports_splitting = supports_coalescing = supports_time_estimate = False
+
+
 class SmddpProcessGroup(Collectives, ProcessGroup):
     """A group of its own, so that `torch.distributed` calls these methods without a detour. Its backend serves those
     who ask for the backend of a device; both are over one communicator."""
@@ -130,11 +136,16 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
         def getGroupDesc(self) -> str:
             return self._group_desc
 
+        @property
+        def _device_types(self) -> list[torch.device]:
+            """Checkpoints and FSDP ask for these."""
+            return [torch.device(kind) for kind in sorted(self._served)]
+
         def _get_backend(self, device: torch.device) -> Any:
             """This group itself for one device, as which torch asks only to connect it (`device_id`). For a kind of
-            device, which torch asks to split or to end the backend of, there is none."""
-            if device.index is not None and device.type in self._devices:
-                return self
+            device, whose backend torch asks for to split it, end it or set its limit, one that can none of these."""
+            if device.type in self._devices:
+                return _OfAKind if device.index is None else self
             return ProcessGroup._get_backend(self, device)
 
         # Torch before 2.5 does not look for those.
