@@ -7,6 +7,9 @@
 //!   the turn (ADR 0037).
 //! - **K4** NCCL ends a communicator only when the program's graphs that hold calls of it are destroyed, which may be never. So where
 //!   calls were captured its end is not waited for as long.
+//! - **K5** NCCL ends in order only what is well: it is asked first, and what has failed since the last call, when nobody looked, is
+//!   aborted. After a destroy that fails nothing follows: it has freed the communicator or not, and an abort on the same
+//!   thread would not run, which is left in a group of NCCL's.
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
@@ -81,6 +84,17 @@ fn goes_on(status: sys::Status) -> bool {
     matches!(status, sys::SUCCESS | sys::IN_PROGRESS)
 }
 
+/// What NCCL has found beside the calls of a communicator, such as a lost peer; [`sys::IN_PROGRESS`] while one goes on.
+///
+/// # Safety
+/// A live communicator, which is this thread's meanwhile.
+unsafe fn state(nccl: &Nccl, comm: sys::Comm) -> sys::Status {
+    let mut found = sys::SUCCESS;
+    // SAFETY: the caller's communicator, and a place for the answer.
+    let status = unsafe { (nccl.comm_error)(comm, &raw mut found) };
+    if status == sys::SUCCESS { found } else { status }
+}
+
 /// What became of a call that goes on in a thread of NCCL's; none: it goes on still, and `is_given_up`.
 ///
 /// # Safety
@@ -88,11 +102,10 @@ fn goes_on(status: sys::Status) -> bool {
 unsafe fn outcome(nccl: &Nccl, comm: sys::Comm, is_given_up: impl Fn() -> bool) -> Option<sys::Status> {
     let since = Instant::now();
     while !is_given_up() {
-        let mut found = sys::SUCCESS;
-        // SAFETY: the caller's communicator, and a place for the answer.
-        let status = unsafe { (nccl.comm_error)(comm, &raw mut found) };
-        if status != sys::SUCCESS || found != sys::IN_PROGRESS {
-            return Some(if status == sys::SUCCESS { found } else { status });
+        // SAFETY: passed on.
+        let found = unsafe { state(nccl, comm) };
+        if found != sys::IN_PROGRESS {
+            return Some(found);
         }
         if since.elapsed() < BRIEF { std::thread::yield_now() } else { std::thread::sleep(LOOK_STEP) }
     }
@@ -219,10 +232,8 @@ impl NcclComm {
         if self.ended.load(Ordering::Acquire) {
             return Ok(());
         }
-        let mut found = sys::SUCCESS;
-        // SAFETY: our communicator, and a place for the answer.
-        let status = unsafe { (self.nccl.comm_error)(self.raw.0, &raw mut found) };
-        check(&self.nccl, "asking for errors", status)?;
+        // SAFETY: our communicator, which has not ended, and our turn.
+        let found = unsafe { state(&self.nccl, self.raw.0) };
         if found == sys::IN_PROGRESS { Ok(()) } else { check(&self.nccl, "meanwhile", found) }
     }
 
@@ -466,9 +477,8 @@ impl NcclComm {
             let _ = tell.send(());
             if device.enter().is_ok() {
                 // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`). Nobody else
-                // is in a call of it, but for K3, where NCCL promises nothing: else the process would hang for good. Its
-                // failure leaves nothing to do.
-                let _ = unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
+                // is in a call of it, but for K3, where NCCL promises nothing: else the process would hang for good.
+                unsafe { finish(&nccl, raw.0, failed) };
             }
         };
         // Where there is no thread it does not end.
@@ -502,6 +512,24 @@ impl Ending {
         } else {
             tracing::warn!("an NCCL communicator did not end in time; it is left behind");
         }
+    }
+}
+
+/// Frees a communicator; `failed`: without waiting for peers (K5).
+///
+/// # Safety
+/// A live communicator, which is used no more.
+unsafe fn finish(nccl: &Nccl, comm: sys::Comm, failed: bool) {
+    // SAFETY: passed on. Asking frees nothing, and one of the others is all that follows.
+    let status = unsafe {
+        if failed || state(nccl, comm) != sys::SUCCESS {
+            (nccl.comm_abort)(comm)
+        } else {
+            (nccl.comm_destroy)(comm)
+        }
+    };
+    if let Err(error) = check(nccl, "ending a communicator", status) {
+        tracing::warn!(%error, "what it holds may be left behind");
     }
 }
 

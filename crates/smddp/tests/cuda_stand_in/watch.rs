@@ -429,6 +429,23 @@ fn a_staged_call_after_the_shutdown_is_told_whose_it_was() {
     a_call_after_the_shutdown("watch::a_staged_call_after_the_shutdown_is_told_whose_it_was", &[1, 1]);
 }
 
+/// While no call is open nobody asks NCCL, which does not end in order what has failed.
+#[test]
+fn a_communicator_that_failed_between_calls_is_ended_with_its_group() {
+    let test = "watch::a_communicator_that_failed_between_calls_is_ended_with_its_group";
+    children(test, &[2], &[("SMDDP_STANDIN_QUIET", "1")]).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        assert_eq!(job.control.leaks().communicators, 1);
+        job.control.fail("proxy", 1, 1);
+        rank.barrier("failed");
+        group.end();
+        assert_eq!(job.control.leaks().communicators, 0, "left behind");
+        assert_eq!(job.control.calls("ncclCommAbort"), 1);
+        job.end();
+    });
+}
+
 /// Names of this process's threads.
 pub fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();

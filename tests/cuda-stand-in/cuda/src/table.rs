@@ -7,6 +7,7 @@ use crate::memory::{self, Kind, Span};
 use crate::{event, queue, stream as streams};
 use smddp_standin::abi::{self, Leaks, SpanHandle, Table, Work};
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 static TABLE: Table = Table {
     version: abi::VERSION,
@@ -16,6 +17,7 @@ static TABLE: Table = Table {
     leaks,
     parked,
     park,
+    communicators,
     lasting_error,
     adopt,
     disown,
@@ -65,8 +67,12 @@ unsafe extern "C" fn calls(name: *const c_char) -> u64 {
 }
 
 unsafe extern "C" fn leaks(out: *mut Leaks) {
-    let mut leaks =
-        Leaks { streams: context::live_streams() as u64, events: event::live() as u64, ..Leaks::default() };
+    let mut leaks = Leaks {
+        streams: context::live_streams() as u64,
+        events: event::live() as u64,
+        communicators: COMMUNICATORS.load(Ordering::SeqCst),
+        ..Leaks::default()
+    };
     memory::count(&mut leaks);
     // SAFETY: the table's contract.
     unsafe { out.write(leaks) };
@@ -78,6 +84,13 @@ extern "C" fn parked() -> u64 {
 
 extern "C" fn park(waits: bool) {
     queue::park(waits);
+}
+
+/// Those of NCCL that live.
+static COMMUNICATORS: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn communicators(count: u64) {
+    COMMUNICATORS.store(count, Ordering::SeqCst);
 }
 
 extern "C" fn executed() -> u64 {

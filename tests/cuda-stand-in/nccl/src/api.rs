@@ -213,6 +213,12 @@ api! {
             return Ok(());
         }
         let found = comm::find(comm, "CommDestroy")?;
+        // As NCCL's: what has failed, or is in a call, is refused and stays, and the thread is left in a group of nobody's.
+        let code = found.async_error();
+        if code != 0 {
+            group::start();
+            return Err(Error::new(Code(code), format!("CommDestroy : comm {comm:#x} has failed, or is not ready")));
+        }
         let drained = found.drain();
         comm::strike(comm);
         found.close();
@@ -224,8 +230,10 @@ api! {
             return Ok(());
         }
         let found = comm::find(comm, "CommAbort")?;
-        comm::strike(comm);
-        found.abort()
+        group::later_or_now(Box::new(move || {
+            comm::strike(comm);
+            found.abort()
+        }))
     }
 
     fn ncclCommGetAsyncError(comm: usize, out: Pointer<c_int>) {

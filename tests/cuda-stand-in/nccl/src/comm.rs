@@ -62,6 +62,9 @@ const LAUNCH_TIME: Duration = Duration::from_millis(2);
 /// Aborts while a thread is in a call of a communicator that blocks count as calls of this name.
 const ABORTED_INSIDE: &str = "abort inside a call";
 
+/// Looks at what NCCL's own threads found beside the calls count as calls of this name.
+const PROXY: &str = "proxy";
+
 /// Live communicators by handle, which is never an address.
 static COMMS: Mutex<BTreeMap<usize, Arc<Comm>>> = Mutex::new(BTreeMap::new());
 
@@ -83,7 +86,14 @@ pub fn enlist(comm: &Arc<Comm>) -> usize {
 }
 
 pub fn strike(handle: usize) {
-    lock(&COMMS).remove(&handle);
+    let mut comms = lock(&COMMS);
+    comms.remove(&handle);
+    tell_count(&comms);
+}
+
+/// Those whose ranks have not all come are none yet.
+fn tell_count(comms: &BTreeMap<usize, Arc<Comm>>) {
+    driver::tell_communicators(comms.values().filter(|comm| comm.has_joined() == Some(Ok(()))).count());
 }
 
 /// As NCCL tells hosts apart.
@@ -272,6 +282,9 @@ impl Comm {
     }
 
     pub fn async_error(&self) -> i32 {
+        if driver::enter(PROXY) != 0 {
+            self.set_error(Error::new(Code::REMOTE, "a connection failed, as SMDDP_STANDIN_FAIL asked"));
+        }
         let state = lock(&self.state);
         match (&state.error, &state.joined) {
             (None, _) if state.launching => Code::IN_PROGRESS.0,
@@ -419,6 +432,7 @@ fn injected() -> Error {
 pub fn finish_join(comm: Arc<Comm>, handle: usize, blocking: bool) -> Result {
     let wait = move || {
         let joined = comm.wait_joined();
+        tell_count(&lock(&COMMS));
         if joined.is_err() {
             comm.close();
             if blocking {

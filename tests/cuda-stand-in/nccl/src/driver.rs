@@ -89,6 +89,11 @@ pub fn graph_lives(graph: u64) -> bool {
     (table().graph_lives)(graph)
 }
 
+/// Says how many communicators live.
+pub fn tell_communicators(count: usize) {
+    (table().communicators)(count as u64);
+}
+
 /// Counts an operation that waits for peers.
 pub struct Parked;
 

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_void};
 pub const TABLE_SYMBOL: &[u8] = b"smddpStandinTable\0";
 
 /// Grows with every change of [`Table`]: libraries of two builds must not meet.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// A piece of work for a stream. Returns 0, or the error that the whole context shall have from then on.
 pub type Work = unsafe extern "C" fn(data: *mut c_void) -> c_int;
@@ -24,6 +24,8 @@ pub struct Leaks {
     pub registered_regions: u64,
     pub streams: u64,
     pub events: u64,
+    /// Of NCCL.
+    pub communicators: u64,
 }
 
 /// Functions returning `c_int` return a CUDA error code, 0 for success.
@@ -41,6 +43,8 @@ pub struct Table {
     pub parked: extern "C" fn() -> u64,
     /// Counts an operation that waits (`true`) or no longer does.
     pub park: extern "C" fn(waits: bool),
+    /// So many communicators of NCCL live.
+    pub communicators: extern "C" fn(count: u64),
     /// The context's lasting error, 0 if none; its text goes to `text`, cut to `len` bytes.
     pub lasting_error: unsafe extern "C" fn(text: *mut c_char, len: usize) -> c_int,
     /// Labels host memory as memory of `device`.

@@ -582,6 +582,21 @@ fn a_fault_of_a_launch_is_an_asynchronous_error() {
     });
 }
 
+/// What has failed is only aborted, and not by the thread whose destroy was refused.
+#[test]
+fn a_communicator_that_failed_is_not_destroyed() {
+    let test = Children::of("a_communicator_that_failed_is_not_destroyed").env("SMDDP_STANDIN_QUIET", "1");
+    test.run(|rank| {
+        let (_, nccl, control, comm) = start(rank);
+        assert_eq!((async_error(nccl, comm), control.leaks().communicators), (0, 1));
+        control.fail("proxy", 1, 1);
+        let refused = std::thread::spawn(move || (nccl.ncclCommDestroy(comm), nccl.ncclCommAbort(comm)));
+        assert_eq!(refused.join().unwrap(), (6, 0));
+        assert_eq!((async_error(nccl, comm), control.leaks().communicators), (6, 1));
+        assert_eq!((nccl.ncclCommAbort(comm), control.leaks().communicators), (0, 0));
+    });
+}
+
 #[test]
 fn a_communicator_need_not_block_while_it_forms() {
     Children::of("a_communicator_need_not_block_while_it_forms").ranks(2).run(|rank| {
