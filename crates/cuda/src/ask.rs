@@ -4,7 +4,7 @@
 //! - **Q1** whoever wants to know waits [`PATIENCE`] for an answer, and never for the driver; one that comes later is had with
 //!   the next question.
 //! - **Q2** an answer keeps nothing alive of the calls it was asked about, but for those it names.
-//! - **Q3** the driver is asked in relaxed capture mode, so that graphs captured elsewhere are left alone.
+//! - **Q3** the driver is asked in relaxed capture mode, as everywhere, so that graphs captured elsewhere are left alone.
 
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -34,11 +34,10 @@ impl Asker {
         let (answer, answers) = mpsc::channel();
         let device = Arc::clone(device);
         let run = move || {
-            let ready = device.enter().and_then(|()| device.relax());
-            let (ready, relaxed) =
-                ready.map_or_else(|error| (Err(error), None), |relaxed| (Ok(()), Some(relaxed)));
+            let entered = device.enter();
+            let is_ready = entered.is_ok();
             // Who asked may have given up.
-            if tell.send(ready).is_ok() && relaxed.is_some() {
+            if tell.send(entered).is_ok() && is_ready {
                 serve(&asked, &answer);
             }
         };

@@ -73,23 +73,35 @@ impl Device {
         Ok(Arc::new(Device { driver, ordinal, handle, context }))
     }
 
-    /// Makes the device's context this thread's, as all calls below need. For threads of our own: the program's have a
-    /// current device, which [`visit`](Self::visit) leaves as it was.
+    /// Makes the device's context this thread's, as all calls below need, and its capture mode relaxed: else what asks the device, or
+    /// makes memory, fails while any thread captures a graph as torch does, and ends that capture. For threads of our own:
+    /// the program's have a current device and a mode, which [`visit`](Self::visit) leaves as they were.
     pub(crate) fn enter(&self) -> Result<()> {
+        self.relax()?;
         // SAFETY: the context is held as long as this object lives.
         self.check("entering the device's context", unsafe { (self.driver.ctx_set)(self.context) })
     }
 
-    /// Makes the device's context this thread's until what it gives is dropped.
+    /// As [`enter`](Self::enter), until what it gives is dropped.
     pub(crate) fn visit(&self) -> Result<Visit> {
         let mut before = std::ptr::null_mut();
         // SAFETY: a place for the context.
         self.check("asking for the thread's context", unsafe { (self.driver.ctx_current)(&raw mut before) })?;
-        if before == self.context {
-            return Ok(Visit { driver: Arc::clone(&self.driver), before: None });
+        let before = (before != self.context).then_some(before);
+        let visit = Visit { driver: Arc::clone(&self.driver), before, mode: self.relax()? };
+        if before.is_some() {
+            self.enter()?;
         }
-        self.enter()?;
-        Ok(Visit { driver: Arc::clone(&self.driver), before: Some(before) })
+        Ok(visit)
+    }
+
+    /// Relaxes this thread's capture mode; the one before.
+    fn relax(&self) -> Result<i32> {
+        let mut mode = sys::CAPTURE_MODE_RELAXED;
+        // SAFETY: a place for the mode wanted, and for the one before.
+        let status = unsafe { (self.driver.capture_mode)(&raw mut mode) };
+        self.check("setting the thread's capture mode", status)?;
+        Ok(mode)
     }
 
     pub(crate) fn check(&self, what: &str, status: Status) -> Result<()> {
@@ -142,15 +154,6 @@ impl Device {
         Ok(state != 0)
     }
 
-    /// Lets this thread ask about events until what it gives is dropped, whoever captures a graph: else asking ends the capture.
-    pub(crate) fn relax(&self) -> Result<Relaxed> {
-        let mut mode = sys::CAPTURE_MODE_RELAXED;
-        // SAFETY: a place for the mode wanted, and for the one before.
-        let status = unsafe { (self.driver.capture_mode)(&raw mut mode) };
-        self.check("setting the thread's capture mode", status)?;
-        Ok(Relaxed { driver: Arc::clone(&self.driver), before: mode })
-    }
-
     pub(crate) fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: sys::Stream) -> Result<()> {
         if to == from || bytes == 0 {
             return Ok(());
@@ -161,35 +164,25 @@ impl Device {
     }
 }
 
-/// A device's context on a thread of the program's.
+/// A device's context, and the relaxed mode, on a thread of the program's.
 #[must_use]
 pub(crate) struct Visit {
     driver: Arc<Driver>,
     /// The thread's context before, where it was another, or none (null).
     before: Option<sys::Context>,
+    /// The thread's capture mode before.
+    mode: i32,
 }
 
 impl Drop for Visit {
     fn drop(&mut self) {
+        // SAFETY: a place for a mode, which holds the thread's own before (the pointer above keeps it on that thread).
+        let _ = unsafe { (self.driver.capture_mode)(&raw mut self.mode) };
         if let Some(before) = self.before {
             // SAFETY: the thread's own context when the visit began (the pointer keeps it on that thread); the driver
             // refuses one that has been destroyed since.
             let _ = unsafe { (self.driver.ctx_set)(before) };
         }
-    }
-}
-
-/// A thread's capture mode, put back when this is dropped.
-#[must_use]
-pub(crate) struct Relaxed {
-    driver: Arc<Driver>,
-    before: i32,
-}
-
-impl Drop for Relaxed {
-    fn drop(&mut self) {
-        // SAFETY: a place for a mode, which holds the thread's own before.
-        let _ = unsafe { (self.driver.capture_mode)(&raw mut self.before) };
     }
 }
 

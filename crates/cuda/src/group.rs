@@ -526,9 +526,9 @@ impl<T: Transports> DeviceGroup<T> {
             Some(error)
         };
         let why = why.or_else(hangs);
-        let end_stager = || match self.free_parts() {
-            Some(mut parts) => parts.stager = None,
-            None => tracing::warn!("a call of group '{}' is still being enqueued", self.host.name()),
+        let end_stager = || match (self.free_parts(), self.device.visit()) {
+            (Some(mut parts), _visit) => parts.stager = None,
+            (None, _) => tracing::warn!("a call of group '{}' is still being enqueued", self.host.name()),
         };
         let end_nccl = || self.watch.iter().for_each(|watch| watch.end(why.as_ref()));
         // The stager's copies lie behind NCCL's kernels, which wait for their peers until NCCL is aborted; NCCL in order

@@ -62,7 +62,6 @@ impl Past {
             return Ok(false);
         }
         let (_visit, event) = self.visit()?;
-        let _relaxed = self.0.events.device.relax()?;
         event.is_done()
     }
 

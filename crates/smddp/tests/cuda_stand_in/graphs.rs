@@ -71,6 +71,40 @@ fn a_group_ends_after_its_graphs() {
     });
 }
 
+/// Groups are made and end, memory is pinned and used again, at any time, also while another thread captures.
+#[test]
+fn staged_calls_and_groups_leave_a_capture_alone() {
+    let nodes = &[1, 1];
+    children("graphs::staged_calls_and_groups_leave_a_capture_alone", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let case = Case::uneven_exchange(5000, &job);
+        let placed = [case.place(&job), case.place(&job)];
+        job.synchronize();
+        let other = job.new_stream();
+        let pinned = || job.control.calls("cuMemHostRegister_v2");
+        let again: smddp::Result<u64> = job.capture(other, || {
+            let group = job.try_group("world", &[])?;
+            let before = pinned();
+            for placed in &placed {
+                case.launch(&group, placed, job.stream_address(), None)?;
+                job.synchronize();
+            }
+            let again = pinned() - before;
+            rank.barrier("called");
+            group.end();
+            Ok(again)
+        });
+        assert_eq!(job.control.calls("spoilt capture"), 0);
+        assert_eq!(again, Ok(1), "memory pinned");
+        for placed in &placed {
+            case.check(&job, placed);
+        }
+        job.end_stream(other);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
 /// Whether a call is over may be asked at any time, also while another thread captures.
 #[test]
 fn asking_for_a_call_leaves_a_capture_alone() {

@@ -298,7 +298,8 @@ fn a_thread_that_cannot_watch() {
     told_on_all(
         test,
         (&[2], "auto"),
-        (1, "cuThreadExchangeStreamCaptureMode", 1, 1),
+        // After those of the thread that makes the group and of the one that meets for NCCL.
+        (1, "cuThreadExchangeStreamCaptureMode", 3, 1),
         ["capture mode", "CUDA_ERROR_INVALID_VALUE"],
     );
 }

@@ -3,6 +3,7 @@
 //! gets it.
 
 mod api;
+mod capture;
 mod code;
 mod context;
 mod entry;

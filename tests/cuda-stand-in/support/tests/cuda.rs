@@ -293,6 +293,33 @@ fn what_is_not_given_back_is_a_leak() {
     });
 }
 
+/// As torch captures: what any thread calls meanwhile may spoil it.
+#[test]
+fn what_is_not_safe_during_a_capture_spoils_it() {
+    Children::of("what_is_not_safe_during_a_capture_spoils_it").run(|_| {
+        let (cuda, control) = cuda();
+        let (captures, stream, event, device) = (cuda.stream(), cuda.stream(), cuda.event(), cuda.alloc(8));
+        let mut own = vec![0u8; 64];
+        let mut all = || {
+            let host = own.as_mut_ptr();
+            let asked = [cuda.cuStreamQuery(stream), cuda.cuEventQuery(event)];
+            let mut address = 0;
+            let made = [cuda.cuMemAlloc_v2(&mut address, 8), cuda.cuMemHostRegister_v2(host, 64, 3)];
+            let given_back = [cuda.cuMemFree_v2(address), cuda.cuMemHostUnregister(host)];
+            [asked, made, given_back].concat()
+        };
+        control.capture(captures, true).unwrap();
+        assert_eq!((all(), control.calls("spoilt capture")), (vec![900; 6], 6));
+        let mut mode = 2;
+        assert_eq!((cuda.cuThreadExchangeStreamCaptureMode(&mut mode), mode), (0, 0));
+        assert_eq!((all(), control.calls("spoilt capture")), (vec![0; 6], 6));
+        assert_eq!((cuda.cuThreadExchangeStreamCaptureMode(&mut mode), mode), (0, 2));
+        control.capture(captures, false).unwrap();
+        assert_eq!((all(), control.calls("spoilt capture")), (vec![0; 6], 6));
+        assert_eq!(cuda.cuMemFree_v2(device), 0);
+    });
+}
+
 #[test]
 fn freeing_waits_for_the_device() {
     Children::of("freeing_waits_for_the_device").run(|_| {

@@ -1,5 +1,6 @@
 //! Memory: allocation, pinning, copies, fills, what a pointer is.
 
+use crate::capture;
 use crate::code::{Code, Result};
 use crate::context;
 use crate::entry::{In, Out, api};
@@ -170,10 +171,12 @@ api! {
     }
 
     fn cuMemAlloc_v2(out: Out<u64>, len: usize) {
+        capture::refuse()?;
         out.set(memory::allocate(Kind::Device, context::current()?.ordinal, len, 0)?)
     }
 
     fn cuMemFree_v2(address: u64) {
+        capture::refuse()?;
         context::current()?;
         if address == 0 { Ok(()) } else { memory::free_device(address) }
     }
@@ -203,6 +206,7 @@ api! {
     }
 
     fn cuMemHostAlloc(out: Out<u64>, len: usize, flags: c_uint) {
+        capture::refuse()?;
         let device = context::current()?.ordinal;
         if flags > 7 {
             return Err(Code::INVALID_VALUE);
@@ -211,11 +215,13 @@ api! {
     }
 
     fn cuMemAllocHost_v2(out: Out<u64>, len: usize) {
+        capture::refuse()?;
         out.set(memory::allocate(Kind::Pinned, context::current()?.ordinal, len, 0)?)
     }
 
     /// Pinned memory is freed when no device can use it any more.
     fn cuMemFreeHost(host: u64) {
+        capture::refuse()?;
         let current = context::current()?;
         if host == 0 {
             return Ok(());
@@ -228,6 +234,7 @@ api! {
     }
 
     fn cuMemHostRegister_v2(host: u64, len: usize, flags: c_uint) {
+        capture::refuse()?;
         let device = context::current()?.ordinal;
         if flags > 15 {
             return Err(Code::INVALID_VALUE);
@@ -236,6 +243,7 @@ api! {
     }
 
     fn cuMemHostUnregister(host: u64) {
+        capture::refuse()?;
         context::current()?;
         memory::remove(Kind::Registered, host, Code::NOT_REGISTERED)
     }

@@ -1,22 +1,13 @@
 //! Streams, events and memory operations.
 
+use crate::capture;
 use crate::code::{Code, Result};
 use crate::context;
-use crate::entry::{In, InOut, Out, api, count, driver_shared, lasting_error};
+use crate::entry::{In, InOut, Out, api, driver_shared, lasting_error};
 use crate::event;
 use crate::memops::{self, BatchParams, MemOp, Width};
-use crate::stream::{Kind, captures_under_way};
-use std::cell::Cell;
+use crate::stream::Kind;
 use std::ffi::{c_int, c_uint, c_void};
-
-/// CU_STREAM_CAPTURE_MODE_RELAXED.
-const RELAXED: c_int = 2;
-/// Captures that were spoilt count as calls of this name.
-const SPOILT: &str = "spoilt capture";
-
-thread_local! {
-    static CAPTURE_MODE: Cell<c_int> = const { Cell::new(0) };
-}
 
 type HostFn = extern "C" fn(*mut c_void);
 
@@ -78,6 +69,7 @@ api! {
 
     fn cuStreamQuery(stream: usize) {
         let _driver = driver_shared();
+        capture::refuse()?;
         let stream = context::stream(stream)?;
         if !stream.is_done(stream.place()) {
             return Err(Code::NOT_READY);
@@ -115,11 +107,7 @@ api! {
     }
 
     fn cuThreadExchangeStreamCaptureMode(mode: InOut<c_int>) {
-        let wanted = mode.get()?;
-        if !(0..=2).contains(&wanted) {
-            return Err(Code::INVALID_VALUE);
-        }
-        mode.set(CAPTURE_MODE.replace(wanted))
+        mode.set(capture::exchange_mode(mode.get()?)?)
     }
 
     fn cuStreamBeginCapture_v2(_stream: usize, _mode: c_int) {
@@ -157,13 +145,9 @@ api! {
         record(event, stream)
     }
 
-    /// Not safe while a graph is captured by a stream of whichever thread, except where this one says that it knows.
     fn cuEventQuery(event: usize) {
         let _driver = driver_shared();
-        if CAPTURE_MODE.get() != RELAXED && captures_under_way() {
-            count(SPOILT);
-            return Err(Code::CAPTURE_UNSUPPORTED);
-        }
+        capture::refuse()?;
         event::find(event)?.query()
     }
 

@@ -56,6 +56,7 @@ library!(Cuda, cuda, {
     cuStreamWaitValue64_v2(stream: Handle, address: u64, value: u64, flags: c_uint);
     cuStreamBatchMemOp_v2(stream: Handle, count: c_uint, params: *const [u64; 6], flags: c_uint);
     cuLaunchHostFunc(stream: Handle, function: extern "C" fn(*mut c_void), data: *mut c_void);
+    cuThreadExchangeStreamCaptureMode(mode: *mut c_int);
     cuEventCreate(out: *mut Handle, flags: c_uint);
     cuEventRecord(event: Handle, stream: Handle);
     cuEventQuery(event: Handle);
