@@ -394,6 +394,11 @@ impl<T: Transports> DeviceGroup<T> {
                 Ok(Started { number, handle, life, past })
             }
             (Err(error), life) => {
+                let watched = self.watch.as_ref().zip(life.as_ref());
+                let error = match watched {
+                    Some((watch, life)) => watch.refusal(error, life),
+                    None => error,
+                };
                 let error = error.at(&self.site(number));
                 if leaves_others_waiting(&error) {
                     self.fail(&error);
@@ -448,8 +453,11 @@ impl<T: Transports> DeviceGroup<T> {
                 return Err(error);
             }
             if started.past.is_done()? {
-                let verdict = self.watch.as_ref().zip(started.life.as_ref());
-                return verdict.map_or(Ok(()), |(watch, life)| watch.verdict(life)).map(|()| true);
+                let watched = self.watch.as_ref().zip(started.life.as_ref());
+                let verdict = watched.map_or(Some(Ok(())), |(watch, life)| watch.verdict(life));
+                if let Some(verdict) = verdict {
+                    return verdict.map(|()| true);
+                }
             }
             let waited = since.elapsed();
             if waited >= limit {

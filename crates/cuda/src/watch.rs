@@ -17,7 +17,7 @@
 //! - **L4** when the group fails, every call that is announced or enqueued fails with the group's error, before NCCL's kernels are
 //!   ended; later ones are refused with it.
 //! - **L5** the group fails when it has failed on the host, NCCL tells an error, a process of the node has ended, or a call has
-//!   passed its limit. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
+//!   passed its limit. NCCL's error is told where nobody knows more within [`NEWS`]. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
 //!   back. That takes at most [`POLL`], what the driver is given to answer (Q1), what the communicator gives a call to come
 //!   back by itself, and as long as the abort.
 //! - **L6** while no call is announced or enqueued the thread sleeps, and nothing is asked of the device.
@@ -45,6 +45,9 @@ const POLL: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_secs(1);
 /// How long a call may still take that a process of the node has left by its end: what that has sent may be on its way.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long a failure of NCCL's is kept for the reason of it: NCCL sees a connection close while the process behind it still frees its
+/// device memory, and only then it has ended. As often as calls, the reason is looked for every [`POLL`].
+const NEWS: Duration = Duration::from_secs(2);
 /// How long the end waits for the thread.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -202,17 +205,28 @@ impl<T: Transports> Watch<T> {
         self.shared.lock().failure.clone()
     }
 
-    /// How a call went that the device is past (L3).
-    pub(crate) fn verdict(&self, call: &Call) -> Result<()> {
-        if let Some(end) = call.end.get() {
-            return end.clone();
+    /// How a call went that the device is past (L3); none: NCCL has failed, and the thread is finding out why.
+    pub(crate) fn verdict(&self, call: &Call) -> Option<Result<()>> {
+        if call.is_over() {
+            return call.end.get().cloned();
         }
-        let Some(error) = self.shared.failure() else {
-            call.ends();
-            return Ok(());
-        };
-        self.fail(&error);
-        Err(call.error().unwrap_or(error))
+        if let Some(error) = self.shared.host_failure() {
+            self.fail(&error);
+            return Some(Err(call.error().unwrap_or(error)));
+        }
+        if self.shared.nccl_failure().is_some() {
+            return None;
+        }
+        call.ends();
+        call.end.get().cloned()
+    }
+
+    /// What a call failed with that was refused with `error`: NCCL refuses all when it has failed itself.
+    pub(crate) fn refusal(&self, error: Error, call: &Call) -> Error {
+        if self.shared.nccl_failure().is_some() {
+            self.fail(&self.shared.explained(error.clone(), call));
+        }
+        call.error().unwrap_or(error)
     }
 
     /// Ends the thread and the communicators; where the group has failed, as `why` says, without waiting for peers.
@@ -228,8 +242,12 @@ impl<T: Transports> Watch<T> {
         while !state.gone && Instant::now() < until {
             state = shared.wait(state, Some(POLL));
         }
-        let has_failed = state.failure.is_some();
         drop(state);
+        // Before an abort releases streams (L3): while no call was open nobody looked (L6).
+        if let Some(error) = shared.nccl_failure() {
+            shared.settle(&error);
+        }
+        let has_failed = shared.lock().failure.is_some();
         shared.nccl.end(has_failed);
     }
 }
@@ -295,19 +313,41 @@ impl<T: Transports> Shared<T> {
             Err(error) => return Some(error),
         };
         // After the device, not before (L3).
-        if let Some(error) = self.failure() {
+        if let Some(error) = self.host_failure() {
             return Some(error);
         }
-        past.into_iter().for_each(|call| call.ends());
+        let of_nccl = self.nccl_failure();
+        if of_nccl.is_none() {
+            past.into_iter().for_each(|call| call.ends());
+        }
         let open = || calls.iter().filter(|call| !call.is_over());
-        open().next()?;
+        let first = open().next()?;
+        if let Some(error) = of_nccl {
+            return Some(self.explained(error, first));
+        }
         self.lost(open(), seen).or_else(|| open().find_map(|call| self.overdue(call)))
     }
 
-    /// What the group has failed with on the host, or in NCCL.
-    fn failure(&self) -> Option<Error> {
-        let of_host = self.host.failure().or_else(|| self.rail.as_ref()?.failure());
-        of_host.or_else(|| self.nccl.each().find_map(|nccl| nccl.health().err()))
+    /// What the group has failed with on the host.
+    fn host_failure(&self) -> Option<Error> {
+        self.host.failure().or_else(|| self.rail.as_ref()?.failure())
+    }
+
+    fn nccl_failure(&self) -> Option<Error> {
+        self.nccl.each().find_map(|nccl| nccl.health().err())
+    }
+
+    /// Why NCCL has failed, with `error`, while `call` was open: mostly for a lost rank, whose name the group on the host knows.
+    fn explained(&self, error: Error, call: &Call) -> Error {
+        let since = Instant::now();
+        loop {
+            let reason = self.host_failure().or_else(|| self.host.ended_peer());
+            let is_over = || since.elapsed() >= NEWS || self.lock().ending;
+            if let Some(error) = reason.or_else(|| is_over().then(|| error.clone())) {
+                return error.at(&self.site(call));
+            }
+            std::thread::sleep(POLL);
+        }
     }
 
     /// The error for a process of the node that has ended, where a call still waits [`LAST_WORDS`] later.

@@ -307,6 +307,31 @@ fn a_rank_of_the_node_that_dies_is_named_though_its_kernel_waits_for_ever() {
     });
 }
 
+/// NCCL hears of the end at once; a call under way and one that it refuses name the rank all the same.
+#[test]
+fn a_rank_of_the_node_that_dies_is_named_though_nccl_hears_of_it_first() {
+    let test = "watch::a_rank_of_the_node_that_dies_is_named_though_nccl_hears_of_it_first";
+    children(test, &[2], &[("SMDDP_STANDIN_QUIET", "1")]).dies(1).run(|rank| {
+        let job = Job::start(rank, &[2]);
+        let group = job.group("world", &[]);
+        rank.barrier("made");
+        if rank.rank == 1 {
+            rank.receive("waits");
+            std::process::exit(3);
+        }
+        let (_, started) = sum(&job, 1000).begin(&job, &group).unwrap();
+        assert!(job.comes_to_wait(), "nothing waits for the other rank");
+        rank.publish("waits", b"");
+        assert!(job.comes_to_rest(), "the stream still waits");
+        let refused = sum(&job, 1000).try_start(&job, &group).err().unwrap();
+        let waited = group.device.wait(&started, Duration::from_secs(20)).unwrap_err();
+        for error in [refused, waited] {
+            assert!(matches!(error, Error::PeerLost { peer: 1, .. }), "{error}");
+            assert!(error.to_string().contains("rank 0 of group 'world', operation all_reduce"), "{error}");
+        }
+    });
+}
+
 /// The stream goes on over data that is not there.
 #[test]
 fn a_call_that_is_ended_early_says_so() {
