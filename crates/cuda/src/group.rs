@@ -31,7 +31,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
 pub(crate) const MULTIPROCESSORS: u32 = 8;
 
-/// A range of device memory.
+/// A range of device memory, of one allocation, or of one reserved range: the driver refuses copies over two, even where they are
+/// neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     pub address: u64,

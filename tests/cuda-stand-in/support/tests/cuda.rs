@@ -612,3 +612,34 @@ fn host_memory_can_be_labelled_as_a_devices() {
         assert_eq!(control.disown(address), Err(1));
     });
 }
+
+/// As the driver: all that a copy goes over, first to last byte, is one allocation's, also where two are neighbours.
+#[test]
+fn copies_over_two_allocations_are_refused() {
+    Children::of("copies_over_two_allocations_are_refused").run(|_| {
+        let (cuda, control) = cuda();
+        let (stream, host) = (cuda.stream(), cuda.pinned(32));
+        let own: &'static mut [u8] = Box::leak(Box::new([7u8; 128]));
+        let (first, second) = own.split_at_mut(64);
+        let (device, second) = (first.as_mut_ptr(), second.as_mut_ptr());
+        for half in [device, second] {
+            // SAFETY: leaked, and used by the stream only.
+            unsafe { control.adopt(half, 64, 0) }.unwrap();
+        }
+        // Four rows of eight bytes, evenly spaced.
+        let status = |start: u64, pitch: usize, is_to_host: bool| {
+            let (host, device) = (Side2d::host(host.host, 8), Side2d::device(start, pitch));
+            let (from, to) = if is_to_host { (device, host) } else { (host, device) };
+            cuda.cuMemcpy2DAsync_v2(&Copy2d { from, to, width: 8, height: 4 }, stream)
+        };
+        let device = device as u64;
+        for is_to_host in [true, false] {
+            // Of the last row only its own bytes count.
+            assert_eq!([status(device, 16, is_to_host), status(device + 8, 16, is_to_host)], [0, 0]);
+            assert_eq!([status(device + 16, 16, is_to_host), status(device, 32, is_to_host)], [1, 1]);
+        }
+        assert_eq!(cuda.cuMemcpyDtoHAsync_v2(host.host, device + 48, 32, stream), 1);
+        assert_eq!(cuda.cuStreamSynchronize(stream), 0);
+        assert_eq!(host.bytes(), [7; 32]);
+    });
+}

@@ -51,21 +51,22 @@ struct Side2d {
 const MAX_PITCH: usize = i32::MAX as usize;
 
 impl Side2d {
-    /// The rows' places.
+    /// The rows' places. All that lies between their ends belongs to one allocation.
     fn rows(&self, width: usize, height: usize) -> Result<Vec<Span>> {
         if self.pitch < self.x + width || self.pitch > MAX_PITCH {
             return Err(Code::INVALID_VALUE);
         }
         let at = |start: u64, row: usize| start + ((self.y + row) * self.pitch + self.x) as u64;
-        let one = |row| match self.kind {
-            1 => host_span(at(self.host, row), width).and_then(|span| match span.is_pinned() {
+        let span = |row, len| match self.kind {
+            1 => host_span(at(self.host, row), len).and_then(|span| match span.is_pinned() {
                 true => Ok(span),
                 false => Err(Code::NOT_SUPPORTED),
             }),
-            2 => device_span(at(self.device, row), width),
+            2 => device_span(at(self.device, row), len),
             _ => Err(Code::NOT_SUPPORTED),
         };
-        (0..height).map(one).collect()
+        span(0, (height - 1) * self.pitch + width)?;
+        (0..height).map(|row| span(row, width)).collect()
     }
 }
 

@@ -75,6 +75,7 @@ library!(Cuda, cuda, {
     cuMemcpyDtoHAsync_v2(host: *mut u8, device: u64, len: usize, stream: Handle);
     cuMemcpyHtoDAsync_v2(device: u64, host: *const u8, len: usize, stream: Handle);
     cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: Handle);
+    cuMemcpy2DAsync_v2(copy: *const Copy2d, stream: Handle);
     cuMemcpyDtoH_v2(host: *mut u8, device: u64, len: usize);
     cuMemcpyHtoD_v2(device: u64, host: *const u8, len: usize);
     cuMemsetD8Async(address: u64, value: u8, count: usize, stream: Handle);
@@ -82,6 +83,38 @@ library!(Cuda, cuda, {
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
     cuPointerGetAttribute(out: *mut c_int, attribute: c_uint, address: u64);
 });
+
+/// CUDA_MEMCPY2D.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Copy2d {
+    pub from: Side2d,
+    pub to: Side2d,
+    pub width: usize,
+    pub height: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Side2d {
+    pub x: usize,
+    pub y: usize,
+    pub kind: c_uint,
+    pub host: *const u8,
+    pub device: u64,
+    pub array: usize,
+    pub pitch: usize,
+}
+
+impl Side2d {
+    pub fn host(host: *const u8, pitch: usize) -> Self {
+        Self { x: 0, y: 0, kind: 1, host, device: 0, array: 0, pitch }
+    }
+
+    pub fn device(device: u64, pitch: usize) -> Self {
+        Self { x: 0, y: 0, kind: 2, host: std::ptr::null(), device, array: 0, pitch }
+    }
+}
 
 pub type UniqueId = [u8; 128];
 /// ncclUniqueId goes by value, as the struct it is.
