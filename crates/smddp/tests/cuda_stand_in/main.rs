@@ -108,6 +108,12 @@ fn collectives_of_2_nodes_by_nccl_alone() {
     every_collective("collectives_of_2_nodes_by_nccl_alone", shape, "nccl", SLOW);
 }
 
+/// NCCL makes them copies, of which its communicator knows nothing.
+#[test]
+fn collectives_of_one_rank_by_nccl_alone() {
+    every_collective("collectives_of_one_rank_by_nccl_alone", (&[1], "one node"), "nccl", SLOW);
+}
+
 #[test]
 fn collectives_of_uneven_nodes_by_nccl_alone() {
     let shape: (&[usize], _) = (&[2, 1, 1], BY_NCCL_ALONE);

@@ -332,6 +332,43 @@ fn a_rank_of_the_node_that_dies_is_named_though_nccl_hears_of_it_first() {
     });
 }
 
+/// Of one rank NCCL carries nothing that an abort could end: the calls fail all the same, and the stream goes on by itself.
+#[test]
+fn calls_of_one_rank_fail_and_end_as_others() {
+    let test = "watch::calls_of_one_rank_fail_and_end_as_others";
+    children(test, &[1], &FOR_EVER).run(|rank| {
+        let job = Job::start(rank, &[1]);
+        for how in ["abort", "limit", "shutdown"] {
+            let group = job.group(how, &[("SMDDP_CUDA", "nccl")]);
+            let case = Case::of(Collective::AllGather, DType::F32, 1000, 0, &job);
+            let placed = case.place(&job);
+            job.synchronize();
+            let hold = job.hold();
+            if how == "limit" {
+                group.host.set_timeout(LIMIT);
+            }
+            let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
+            match how {
+                "abort" => group.device.abort("a test"),
+                "shutdown" => group.device.shutdown(),
+                _ => assert!(until(|| started.error().is_some()), "the call goes on for ever"),
+            }
+            let error = started.error();
+            match how {
+                "abort" => assert!(matches!(error, Some(Error::Aborted { .. })), "{error:?}"),
+                "limit" => assert!(matches!(error, Some(Error::Timeout { .. })), "{error:?}"),
+                _ => assert_eq!(error, None),
+            }
+            hold.release();
+            // What was enqueued is done, whatever became of the group.
+            job.synchronize();
+            group.end();
+            case.check(&job, &placed);
+        }
+        assert_eq!(job.control.leaks().communicators, 0, "left behind");
+    });
+}
+
 /// The stream goes on over data that is not there.
 #[test]
 fn a_call_that_is_ended_early_says_so() {

@@ -341,7 +341,11 @@ impl Comm {
         let number = lock(&self.state).queued;
         let name = operations.first().map_or("ncclGroup", Operation::name);
         let comm = Arc::clone(self);
-        driver::launch(name, streams, move || comm.run(number, &operations))?;
+        let run = move || {
+            comm.run(number, &operations);
+            0
+        };
+        driver::launch(name, streams, run)?;
         let mut state = lock(&self.state);
         state.queued = number + 1;
         state.graphs.extend(streams.iter().filter_map(|stream| driver::graph(*stream)));

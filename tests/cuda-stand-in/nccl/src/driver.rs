@@ -110,17 +110,16 @@ impl Drop for Parked {
     }
 }
 
-type Boxed = Box<dyn FnOnce() + Send>;
+type Boxed = Box<dyn FnOnce() -> c_int + Send>;
 
 unsafe extern "C" fn run(data: *mut c_void) -> c_int {
     // SAFETY: made by `launch`, and run once.
     let work = unsafe { Box::from_raw(data.cast::<Boxed>()) };
-    work();
-    0
+    work()
 }
 
-/// Runs `work` on the first of `streams`, ordered after and before what the others hold.
-pub fn launch(name: &str, streams: &[usize], work: impl FnOnce() + Send + 'static) -> Result {
+/// Runs `work` on the first of `streams`, ordered after and before what the others hold. The context breaks with what it gives but 0.
+pub fn launch(name: &str, streams: &[usize], work: impl FnOnce() -> c_int + Send + 'static) -> Result {
     let name = CString::new(name).unwrap_or_default();
     let handles: Vec<*mut c_void> = streams.iter().map(|stream| *stream as *mut c_void).collect();
     let boxed: Boxed = Box::new(work);
@@ -136,6 +135,7 @@ pub fn launch(name: &str, streams: &[usize], work: impl FnOnce() + Send + 'stati
 
 /// Device memory that an operation reads or writes.
 pub struct Buffer {
+    address: usize,
     span: SpanHandle,
     len: usize,
 }
@@ -155,7 +155,12 @@ impl Buffer {
                 return Err(Error::new(crate::error::Code::INVALID_ARGUMENT, text));
             }
         }
-        Ok(Self { span, len })
+        Ok(Self { address, span, len })
+    }
+
+    /// Whether both are the same memory, or there is none.
+    pub fn is_at(&self, other: &Self) -> bool {
+        self.address == other.address || self.len == 0
     }
 
     pub fn read(&self) -> Result<Vec<u8>> {

@@ -1,7 +1,7 @@
 //! One collective, send or receive: what a rank contributes and where the result goes.
 
 use crate::comm::{Comm, Scalar};
-use crate::driver::Buffer;
+use crate::driver::{self, Buffer};
 use crate::dtype::{DType, Reduction, scale};
 use crate::error::{Code, Error, Result, lock};
 use crate::wire::{Call, Kind, Request};
@@ -9,6 +9,8 @@ use smddp_standin::switches::{Poison, Switches};
 
 const POISON: u8 = 0xA5;
 const PRE_MUL_SUM: i32 = 5;
+/// CUDA_ERROR_ILLEGAL_ADDRESS.
+const ILLEGAL_ADDRESS: i32 = 700;
 
 enum What {
     Collective(Call),
@@ -133,6 +135,24 @@ impl Operation {
             What::Send { .. } => "ncclSend",
             What::Recv { .. } => "ncclRecv",
         }
+    }
+
+    /// A collective of one rank: no operation of the communicator's, in a group or not, but a copy on the stream, if that.
+    pub fn copy(self, stream: usize) -> Result {
+        let is_there = match (&self.from, &self.to) {
+            (Some(from), Some(to)) => from.is_at(to) && self.scalar.is_none(),
+            _ => true,
+        };
+        if is_there {
+            return Ok(());
+        }
+        driver::launch(self.name(), &[stream], move || self.run_alone().map_or(ILLEGAL_ADDRESS, |()| 0))
+    }
+
+    fn run_alone(&self) -> Result {
+        let bytes = self.contribution()?;
+        self.poison()?;
+        self.finish(&bytes)
     }
 
     pub fn request(&self, id: u64) -> Request {

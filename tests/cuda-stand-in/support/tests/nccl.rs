@@ -582,6 +582,34 @@ fn a_fault_of_a_launch_is_an_asynchronous_error() {
     });
 }
 
+/// Collectives of one rank are copies, made when they are called, and the communicator knows nothing of them.
+#[test]
+fn collectives_of_one_rank_are_copies() {
+    let test = Children::of("collectives_of_one_rank_are_copies").env("SMDDP_STANDIN_QUIET", "1");
+    test.run(|rank| {
+        let (cuda, nccl, control, comm) = start(rank);
+        let (one, two) = (cuda.stream(), cuda.stream());
+        let (flags, from, to) = (cuda.pinned(64), cuda.put(&[1.0, 2.0]), cuda.put(&[0.0, 0.0]));
+        control.fail("nccl", 1, 1);
+        // Neither is one stream ordered behind the other, nor does a group hold anything back.
+        assert_eq!(cuda.cuStreamWaitValue32_v2(one, flags.device, 1, 0), 0);
+        assert_eq!(nccl.ncclAllGather(from, to, 1, F32, comm, one), 0);
+        assert_eq!(nccl.ncclGroupStart(), 0);
+        assert_eq!(nccl.ncclReduceScatter(from + 4, to + 4, 1, F32, SUM, comm, two), 0);
+        assert_eq!(cuda.cuStreamSynchronize(two), 0);
+        assert_eq!(cuda.get(to, 2), [0.0, 2.0]);
+        assert_eq!(nccl.ncclGroupEnd(), 0);
+        // In place there is nothing to do.
+        let done = control.executed();
+        assert_eq!(nccl.ncclAllReduce(from, from, 2, F32, SUM, comm, two), 0);
+        assert_eq!((cuda.cuStreamSynchronize(two), control.executed()), (0, done));
+        flags.word(0).store(1, Ordering::Release);
+        assert_eq!(cuda.cuStreamSynchronize(one), 0);
+        assert_eq!((cuda.get(to, 2), control.calls("nccl")), (vec![1.0, 2.0], 0));
+        assert_eq!((async_error(nccl, comm), nccl.ncclCommDestroy(comm)), (0, 0));
+    });
+}
+
 /// What has failed is only aborted, and not by the thread whose destroy was refused.
 #[test]
 fn a_communicator_that_failed_is_not_destroyed() {
@@ -650,7 +678,7 @@ fn a_rank_that_never_joins_ends_by_the_limit() {
 fn wrong_arguments_are_named() {
     Children::of("wrong_arguments_are_named").run(|rank| {
         let (cuda, nccl, _, comm) = start(rank);
-        let (stream, data) = (cuda.stream(), cuda.alloc(16));
+        let (stream, data, other) = (cuda.stream(), cuda.alloc(16), cuda.alloc(16));
         let last = || text(nccl.ncclGetLastError(comm));
         assert_eq!(nccl.ncclAllReduce(data, data, 4, F32, SUM, 0, stream), 4);
         assert!(last().contains("comm argument is NULL"), "{}", last());
@@ -658,7 +686,7 @@ fn wrong_arguments_are_named() {
         assert!(last().contains("sendbuff"), "{}", last());
         assert_eq!(nccl.ncclAllReduce(data, 64, 4, F32, SUM, comm, stream), 4);
         assert!(last().contains("recvbuff"), "{}", last());
-        assert_eq!(nccl.ncclAllReduce(data, data, 4, F32, SUM, comm, 0x99), 1);
+        assert_eq!(nccl.ncclAllReduce(data, other, 4, F32, SUM, comm, 0x99), 1);
         assert_eq!(nccl.ncclSend(data, 4, F32, 1, comm, stream), 4);
         assert!(last().contains("peer 1"), "{}", last());
         let mut handle = 0;
