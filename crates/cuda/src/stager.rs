@@ -4,9 +4,15 @@
 //! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
 //! length pass as one piece through memory of their own, of which a little is kept for the next such call.
 //!
-//! A piece takes four places in each of our streams, some more with GPUDirect, and about as many in the caller's. Drivers have some
-//! thousand, and who enqueues more waits inside of them, with their locks. So a host that has [`UNDER_WAY`] pieces under way waits
-//! for the first of them before it enqueues another.
+//! The host waits, within the call's limit,
+//! - for the first piece where [`UNDER_WAY`] are under way (384 MiB in slots of the default size; larger slots hold more, since pieces
+//!   grow with the call). A piece takes four places in each of our streams, some more with GPUDirect, and about as many in the
+//!   caller's. Drivers have some thousand, and who enqueues more waits inside of them, with their locks;
+//! - for its copies and for each exchange, where streams cannot wait for words.
+//!
+//! No other thread can do the first for the caller: the caller's stream would wait for what is yet to be enqueued, and who frees
+//! memory waits for that stream with the very locks that enqueuing the rest needs. So all is enqueued that a stream waits for,
+//! but for words that the exchange on the host stores, which needs no driver.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
