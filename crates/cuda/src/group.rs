@@ -494,7 +494,7 @@ impl<T: Transports> DeviceGroup<T> {
         if self.process != std::process::id() {
             return;
         }
-        self.finish();
+        self.finish_for(Instant::now(), Duration::MAX);
         self.take_down();
     }
 
@@ -505,9 +505,14 @@ impl<T: Transports> DeviceGroup<T> {
         self.end(self.failure());
     }
 
-    /// Waits for exchanges between nodes that are still to come; where that takes too long they fail, on all ranks.
-    fn finish(&self) {
-        let (since, limit) = (Instant::now(), self.host.timeout());
+    /// Waits for exchanges between nodes that are still to come, as [`shutdown`](Self::shutdown) does, which began at `since`; where that
+    /// takes longer than the group's limit they fail, on all ranks. For callers that must look around now and then: whether
+    /// that is over, after `slice` at the latest.
+    pub fn finish_for(&self, since: Instant, slice: Duration) -> bool {
+        if self.process != std::process::id() {
+            return true;
+        }
+        let (begun, limit) = (Instant::now(), self.host.timeout());
         let is_under_way = || self.free_parts().is_some_and(|parts| parts.is_under_way(&self.device));
         while self.failure().is_none() && is_under_way() {
             let waited = since.elapsed();
@@ -520,10 +525,15 @@ impl<T: Transports> DeviceGroup<T> {
                     "calls on CUDA tensors are still under way: what they write is undefined. Synchronize the device \
                      before the group ends, or raise its time limit"
                 );
-                return self.fail(&error);
+                self.fail(&error);
+                return true;
+            }
+            if begun.elapsed() >= slice {
+                return false;
             }
             std::thread::sleep(WAIT_STEP);
         }
+        true
     }
 
     /// Ends the parts, in order, or at once where the group has failed, as `why` says.

@@ -148,9 +148,14 @@ impl DeviceGroup {
         py.detach(|| self.inner.abort(&reason));
     }
 
-    /// Frees everything; waits, within limits, for what is enqueued.
-    fn shutdown(&self, py: Python<'_>) {
+    /// Frees everything; waits, within limits, for what is enqueued. A signal ends that wait, and nothing is freed yet.
+    fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
+        let since = Instant::now();
+        while !py.detach(|| self.inner.finish_for(since, SLICE)) {
+            py.check_signals()?;
+        }
         py.detach(|| self.inner.shutdown());
+        Ok(())
     }
 }
 

@@ -33,6 +33,36 @@ fn calls_on_two_streams_keep_off_each_others_slots() {
     });
 }
 
+/// Who ends a group may look around, at signals for instance, while exchanges are still to come.
+#[test]
+fn the_end_of_calls_is_waited_for_in_slices() {
+    const SLICE: Duration = Duration::from_millis(20);
+    let nodes = &[1, 1];
+    children("streams::the_end_of_calls_is_waited_for_in_slices", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        assert!(group.device.finish_for(Instant::now(), SLICE), "nothing is under way");
+        let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        let placed = case.place(&job);
+        job.synchronize();
+        if rank.rank == 0 {
+            case.launch(&group, &placed, job.stream_address(), None).unwrap();
+            assert!(!group.device.finish_for(Instant::now(), SLICE), "rank 1 has not come");
+            rank.barrier("waited");
+        } else {
+            rank.barrier("waited");
+            case.launch(&group, &placed, job.stream_address(), None).unwrap();
+        }
+        let since = Instant::now();
+        while !group.device.finish_for(since, SLICE) {}
+        group.device.shutdown();
+        case.check(&job, &placed);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
 /// The program's current device is another one, and stays so.
 #[test]
 fn the_current_device_stays() {
