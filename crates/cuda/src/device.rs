@@ -176,7 +176,7 @@ pub(crate) struct Visit {
 
 impl Drop for Visit {
     fn drop(&mut self) {
-        // SAFETY: a place for a mode, which holds the thread's own before (the pointer above keeps it on that thread).
+        // SAFETY: a place for a mode, which holds the thread's own before (`before`, a pointer, keeps it on that thread).
         let _ = unsafe { (self.driver.capture_mode)(&raw mut self.mode) };
         if let Some(before) = self.before {
             // SAFETY: the thread's own context when the visit began (the pointer keeps it on that thread); the driver

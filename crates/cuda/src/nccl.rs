@@ -7,9 +7,9 @@
 //!   the turn (ADR 0037).
 //! - **K4** NCCL ends a communicator only when the program's graphs that hold calls of it are destroyed, which may be never. So where
 //!   calls were captured its end is not waited for as long.
-//! - **K5** NCCL ends in order only what is well: it is asked first, and what has failed since the last call, when nobody looked, is
-//!   aborted. After a destroy that fails nothing follows: it has freed the communicator or not, and an abort on the same
-//!   thread would not run, which is left in a group of NCCL's.
+//! - **K5** NCCL destroys only what is well. Who ends a communicator in order asks first ([`NcclComm::health`]) and fails the calls of one
+//!   that is not, which is aborted. After a destroy that fails nothing follows: it has freed the communicator or not, and an
+//!   abort on the same thread, which it leaves in a group of NCCL's, would do nothing.
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
@@ -478,7 +478,11 @@ impl NcclComm {
             if device.enter().is_ok() {
                 // SAFETY: our communicator, given to its end once, and used by no call that begins later (`ended`). Nobody else
                 // is in a call of it, but for K3, where NCCL promises nothing: else the process would hang for good.
-                unsafe { finish(&nccl, raw.0, failed) };
+                let status =
+                    unsafe { if failed { (nccl.comm_abort)(raw.0) } else { (nccl.comm_destroy)(raw.0) } };
+                if let Err(error) = check(&nccl, "ending a communicator", status) {
+                    tracing::warn!(%error, "what it holds may be left behind");
+                }
             }
         };
         // Where there is no thread it does not end.
@@ -512,24 +516,6 @@ impl Ending {
         } else {
             tracing::warn!("an NCCL communicator did not end in time; it is left behind");
         }
-    }
-}
-
-/// Frees a communicator; `failed`: without waiting for peers (K5).
-///
-/// # Safety
-/// A live communicator, which is used no more.
-unsafe fn finish(nccl: &Nccl, comm: sys::Comm, failed: bool) {
-    // SAFETY: passed on. Asking frees nothing, and one of the others is all that follows.
-    let status = unsafe {
-        if failed || state(nccl, comm) != sys::SUCCESS {
-            (nccl.comm_abort)(comm)
-        } else {
-            (nccl.comm_destroy)(comm)
-        }
-    };
-    if let Err(error) = check(nccl, "ending a communicator", status) {
-        tracing::warn!(%error, "what it holds may be left behind");
     }
 }
 

@@ -17,9 +17,9 @@
 //! - **L4** when the group fails, every call that is announced or enqueued fails with the group's error, before NCCL's kernels are
 //!   ended; later ones are refused with it.
 //! - **L5** the group fails when it has failed on the host, NCCL tells an error, a process of the node has ended, or a call has
-//!   passed its limit. NCCL's error is told where nobody knows more within [`NEWS`]. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
-//!   back. That takes at most [`POLL`], what the driver is given to answer (Q1), what the communicator gives a call to come
-//!   back by itself, and as long as the abort.
+//!   passed its limit. Then the communicators are aborted: their kernels end, and hosts that are stuck in a call of NCCL's come
+//!   back. That takes at most [`POLL`], what the driver is given to answer (Q1), [`NEWS`] where NCCL has failed and nobody knows
+//!   why, what the communicator gives a call to come back by itself, and as long as the abort.
 //! - **L6** while no call is announced or enqueued the thread sleeps, and nothing is asked of the device.
 //! - **L7** the thread makes no call of the driver's, which may not come back before the very call ends that is to be given up:
 //!   another asks (`ask.rs`). A call that is over when its limit passes, while the driver answers nobody, counts as one that
@@ -45,8 +45,8 @@ const POLL: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_secs(1);
 /// How long a call may still take that a process of the node has left by its end: what that has sent may be on its way.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-/// How long a failure of NCCL's is kept for the reason of it: NCCL sees a connection close while the process behind it still frees its
-/// device memory, and only then it has ended. As often as calls, the reason is looked for every [`POLL`].
+/// How long NCCL's own error waits for the reason, which is looked for every [`POLL`]: NCCL sees a connection close while the process
+/// behind it still gives back its device's memory, and only after that it has ended.
 const NEWS: Duration = Duration::from_secs(2);
 /// How long the end waits for the thread.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -243,7 +243,7 @@ impl<T: Transports> Watch<T> {
             state = shared.wait(state, Some(POLL));
         }
         drop(state);
-        // Before an abort releases streams (L3): while no call was open nobody looked (L6).
+        // While no call was open nobody looked (L6), and NCCL destroys only what is well (K5).
         if let Some(error) = shared.nccl_failure() {
             shared.settle(&error);
         }
