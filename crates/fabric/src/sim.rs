@@ -142,6 +142,7 @@ struct Net {
     cut: Vec<(usize, usize)>,
     small_sent: u64,
     lose: Option<u64>,
+    lose_write: Option<usize>,
     kill_at: Option<(u64, usize)>,
     posted: u64,
     /// (from, to): bytes of users' messages that have arrived.
@@ -167,6 +168,7 @@ impl SimNet {
             cut: Vec::new(),
             small_sent: 0,
             lose: None,
+            lose_write: None,
             kill_at: None,
             posted: 0,
             carried: BTreeMap::new(),
@@ -194,6 +196,11 @@ impl SimNet {
     /// Loses the `n`th small message of all, counted from 0, without a word.
     pub fn lose(&self, n: u64) {
         self.lock().lose = Some(n);
+    }
+
+    /// Loses the next write of endpoint `from` (in order of [`SimNet::domain`]), without a word.
+    pub fn lose_write(&self, from: usize) {
+        self.lock().lose_write = Some(from);
     }
 
     /// From now on nothing passes between two endpoints, either way, and nobody is told.
@@ -251,7 +258,11 @@ impl Net {
         assert!(source.len() <= self.config.max_msg, "a message of {} bytes", source.len());
         self.posted += 1;
         let small = matches!(what, What::Small);
-        let lost = small && self.lose == Some(self.small_sent);
+        let lost = match what {
+            What::Small => self.lose == Some(self.small_sent),
+            What::Write { .. } => self.lose_write.take_if(|victim| *victim == from).is_some(),
+            What::Tagged { .. } => false,
+        };
         self.small_sent += u64::from(small);
         let len = source.len();
         let mut due = self.step + 1 + self.dice(self.config.max_delay);

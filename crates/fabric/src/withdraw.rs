@@ -1,7 +1,8 @@
 //! Taking a group back: afterwards nothing touches its regions (T1).
 //!
 //! Bytes in flight are not ours to stop, so both sides settle: we say that the group is over; each peer posts no
-//! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way. A peer that does not answer
+//! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way; where its answer comes
+//! behind them all, none is in any case, whatever a broken connection has lost. A peer that does not answer
 //! in [`SETTLE`], and moves no pieces either, costs the endpoint: closing it is what certainly ends all access. One that has died, or left,
 //! is found by probes.
 
@@ -205,10 +206,14 @@ impl<D: Domain> FabricEndpoint<D> {
         peers
     }
 
-    /// Whether all pieces of the group that the peer ever posted, as it has said, have arrived.
+    /// Whether the peer has settled, and nothing of what it had posted is on its way any more.
     fn has_settled(&self, group: u64, peer: u32) -> bool {
+        // Its word is behind all of that, on a connection that is read only once the one before is read out or dropped: a
+        // piece that has not come by then was lost (E9).
+        let ordered = self.config.caps.ordered && self.config.rma;
+        let is_last = ordered && self.peers[peer as usize].rails.len() == 1;
         let arrived = self.groups.arrived(group, peer);
-        self.settled.iter().any(|(p, posted)| *p == peer && arrived >= *posted)
+        self.settled.iter().any(|(p, posted)| *p == peer && (is_last || arrived >= *posted))
     }
 
     /// Who has left without a word on the group settles no more. Its goodbye was the last thing on its connection; over other

@@ -28,7 +28,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Does `act` with the first of two processes while the other one is polled, whose failures are given.
+/// Does `act` with the first process while the others are polled, whose failures are given.
 fn while_polled(world: &mut World, act: impl FnOnce(&mut FabricEndpoint<SimDomain>)) -> Vec<String> {
     let (me, others) = world.ends.split_at_mut(1);
     let (stop, net) = (AtomicBool::new(false), world.net.clone());
@@ -38,7 +38,9 @@ fn while_polled(world: &mut World, act: impl FnOnce(&mut FabricEndpoint<SimDomai
         let poller = scope.spawn(|| {
             let mut failures = Vec::new();
             while !stop.load(Ordering::Relaxed) {
-                failures.extend(others[0].poll(&mut Vec::new()).err().map(|f| format!("{f:?}")));
+                for other in &mut *others {
+                    failures.extend(other.poll(&mut Vec::new()).err().map(|f| format!("{f:?}")));
+                }
                 std::thread::yield_now();
             }
             failures
@@ -132,4 +134,29 @@ fn a_peer_that_leaves_while_it_is_waited_for_has_settled() {
             world.ends[0].poll(&mut Vec::new()).unwrap();
         }
     }
+}
+
+/// As when a connection breaks that had taken the last piece: what was lost never comes, and its sender says that it was the last.
+#[test]
+fn a_piece_that_was_lost_with_a_connection_costs_its_group_alone() {
+    let mut world = World::new(3, 1, SimConfig { early_completion: true, ..sockets() }, &settings(&[]));
+    let (mut a, mut b) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
+    world.net.lose_write(1);
+    world.ends[0].recv(message(key(0), 1, region(&mut b), 0)).unwrap();
+    world.ends[1].send(message(key(0), 0, region(&mut a), 0)).unwrap();
+    world.net.pace(Duration::from_millis(1));
+    world.until(|w| !w.failed[0].is_empty());
+    let failure = &world.failed[0][0].error;
+    assert!(matches!(failure, Error::PeerLost { peer: 101, .. }), "{failure:?}");
+    let failures = while_polled(&mut world, |me| {
+        me.withdraw(GROUP, &[1], Some(&Error::Internal("lost".to_owned())));
+        me.poll(&mut Vec::new()).unwrap();
+    });
+    let is_told = failures.len() == 1 && failures[0].contains("Aborted");
+    assert!(is_told, "{failures:?}");
+    let other = MsgKey { group: GROUP + 1, ..key(0) };
+    world.ends[2].send(message(other, 0, region(&mut a), 1)).unwrap();
+    world.ends[0].recv(message(other, 2, region(&mut b), 1)).unwrap();
+    world.until(|w| [0, 2].iter().all(|&end| w.done[end].contains(&Ctx(1))));
+    assert_eq!(a, b);
 }
