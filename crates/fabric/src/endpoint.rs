@@ -21,6 +21,8 @@
 //!   neither does who takes a group back.
 //! - **E9** where messages keep their order, each tells how many went before it over its rail: one that was lost with a connection,
 //!   which the provider makes again without a word, shows by the next. Probes are answered, so that there is a next.
+//! - **E10** one probe of a peer is under way at a time, until it is answered or may be lost: one that is slow to read finds few
+//!   of them before what else is said to it.
 
 use std::collections::VecDeque;
 use std::time::Duration;

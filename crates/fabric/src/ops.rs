@@ -181,7 +181,7 @@ pub enum Tx {
     Credit {
         peer: u32,
     },
-    /// To a probe: what was sent before has come, or is missed.
+    /// To a probe: the next may be sent, and what was sent before has come or is missed (E9).
     Answer {
         peer: u32,
     },

@@ -81,6 +81,19 @@ impl Credits {
     }
 }
 
+/// How long an answer is waited for before the peer is probed again: its process may have been stopped before it read the probe and
+/// ended since, or the probe was lost with its connection.
+const UNANSWERED: Duration = Duration::from_secs(1);
+
+/// How far a probe has come. There is one at a time: more would only lie before what else is said to a peer that is slow to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    None,
+    Queued,
+    /// Sent then, and not answered.
+    Sent(Duration),
+}
+
 #[derive(Debug)]
 pub struct Peer {
     pub label: String,
@@ -95,9 +108,9 @@ pub struct Peer {
     pub credit_queued: bool,
     /// Messages and grants of its that are kept until their operation is posted.
     pub kept: usize,
-    /// Small sends in flight, and whether one of them is a probe.
+    /// Small sends in flight.
     pub small: u32,
-    pub probing: bool,
+    pub probe: Probe,
     /// An answer to its probes is queued.
     pub answering: bool,
     /// Receives from any rank wait for it, in this group, since the last look; and the group of the look before.
@@ -137,7 +150,7 @@ impl Peer {
             credit_queued: false,
             kept: 0,
             small: 0,
-            probing: false,
+            probe: Probe::None,
             answering: false,
             asked: None,
             asked_before: None,
@@ -188,6 +201,22 @@ impl Peer {
         let asked = self.asked.take()?;
         self.asked_before = Some(asked);
         Some(asked)
+    }
+
+    /// Whether it may be probed.
+    pub fn is_to_probe(&self, now: Duration) -> bool {
+        match self.probe {
+            Probe::None => true,
+            Probe::Queued => false,
+            Probe::Sent(at) => now.saturating_sub(at) >= UNANSWERED,
+        }
+    }
+
+    /// It has answered a probe.
+    pub fn answered(&mut self) {
+        if let Probe::Sent(_) = self.probe {
+            self.probe = Probe::None;
+        }
     }
 
     /// Whether it sends nothing new any more.

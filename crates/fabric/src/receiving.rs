@@ -216,6 +216,9 @@ impl<D: Domain> FabricEndpoint<D> {
         match packet.body {
             Body::Credit { answer } => {
                 self.probes += usize::from(answer);
+                if answer {
+                    self.peers[peer as usize].answered();
+                }
                 return;
             }
             Body::Bye => return self.heard_bye(peer),
@@ -229,12 +232,12 @@ impl<D: Domain> FabricEndpoint<D> {
             Body::Gone => {
                 let now = self.rails[0].now();
                 self.probes += 1;
+                self.peers[peer as usize].answered();
                 return self.groups.is_over_at(packet.key.group, peer, now);
             }
             Body::Eager { .. } | Body::Announce | Body::Permit | Body::Grant(_) | Body::Probe { .. } => {}
         }
-        if self.config.caps.ordered
-            && matches!(packet.body, Body::Probe { .. })
+        if matches!(packet.body, Body::Probe { .. })
             && !std::mem::replace(&mut self.peers[peer as usize].answering, true)
         {
             self.tx.push_back(Tx::Answer { peer });

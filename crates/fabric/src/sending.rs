@@ -9,6 +9,7 @@ use smddp_core::transport::{Message, MsgKey};
 use crate::domain::{Domain, Refused};
 use crate::endpoint::{DESTROYED, FabricEndpoint, LEFT, PROBE_EVERY};
 use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
+use crate::peer::Probe;
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
 
@@ -150,9 +151,11 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// A probe that needs no sending any more frees its peer for the next.
     fn probed(&mut self, peer: u32, sent: Sent) -> Sent {
-        if matches!(sent, Sent::Void) {
-            self.peers[peer as usize].probing = false;
-        }
+        self.peers[peer as usize].probe = match sent {
+            Sent::Yes => Probe::Sent(self.rails[0].now()),
+            Sent::Void => Probe::None,
+            Sent::Later => Probe::Queued,
+        };
         sent
     }
 
@@ -273,12 +276,8 @@ impl<D: Domain> FabricEndpoint<D> {
     pub(crate) fn sent_small(&mut self, slot: u32) -> u32 {
         let (peer, probe) = self.slot_owner[slot as usize];
         self.staging.send.arena.give(slot);
-        let p = &mut self.peers[peer as usize];
-        p.small -= 1;
-        if probe {
-            p.probing = false;
-            self.probes += 1;
-        }
+        self.peers[peer as usize].small -= 1;
+        self.probes += usize::from(probe);
         peer
     }
 
@@ -322,14 +321,14 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// Probes peers that receives from any rank wait for, from number `from` on; where to go on the next time.
     fn probe_asked(&mut self, from: usize) -> usize {
-        let (all, mut probes) = (self.peers.len(), 0);
+        let (all, mut probes, now) = (self.peers.len(), 0, self.rails[0].now());
         for at in (from..from + all).map(|at| at % all) {
             let p = &mut self.peers[at];
             if probes == PROBES {
                 return at;
             }
             if p.left.is_none()
-                && !p.probing
+                && p.is_to_probe(now)
                 && let Some(group) = p.take_asked()
             {
                 probes += 1;
@@ -370,14 +369,14 @@ impl<D: Domain> FabricEndpoint<D> {
     }
 
     fn probe_one(&mut self, peer: u32, item: Tx) {
-        let p = &mut self.peers[peer as usize];
+        let (p, now) = (&mut self.peers[peer as usize], self.rails[0].now());
         match p.left {
             // What its NICs had taken may still arrive for a while.
-            Some(since) if self.rails[0].now().saturating_sub(since) >= AFTERGLOW => {
+            Some(since) if now.saturating_sub(since) >= AFTERGLOW => {
                 self.lose(peer, LEFT.to_owned());
             }
-            None if !p.probing && p.lost.is_none() => {
-                p.probing = true;
+            None if p.is_to_probe(now) && p.lost.is_none() => {
+                p.probe = Probe::Queued;
                 self.tx.push_back(item);
             }
             _ => {}

@@ -308,6 +308,35 @@ fn probes_go_out_and_come_in_but_nothing_has_moved() {
     }
 }
 
+/// What is asked again and again would lie before what others say to it.
+#[test]
+fn who_is_slow_to_answer_is_not_asked_again_meanwhile() {
+    for ordered in [true, false] {
+        let config = SimConfig { early_completion: true, reorder: !ordered, ..calm() };
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        world.net.pace(Duration::from_micros(100));
+        let mut data = vec![0u8; 100];
+        world.ends[0].recv(message(key(0), 1, region(&mut data), 0)).unwrap();
+        let mut said = |looks: bool| {
+            let before = world.net.small_messages();
+            for _ in 0..100 {
+                // For 100 ms.
+                for _ in 0..1000 {
+                    world.ends[0].poll(&mut Vec::new()).unwrap();
+                }
+                if looks {
+                    world.ends[1].poll(&mut Vec::new()).unwrap();
+                }
+            }
+            world.net.small_messages() - before
+        };
+        let (often, never) = (said(true), said(false));
+        assert!((100..=202).contains(&often), "{often} messages in 100 looks");
+        // It may have been stopped, or have lost the question with its connection.
+        assert!((5..=12).contains(&never), "{never} questions in 10 s");
+    }
+}
+
 #[test]
 fn few_small_messages_are_kept_however_many_are_sent() {
     // Room for 32 messages: 2 windows.
