@@ -81,16 +81,17 @@ impl Credits {
     }
 }
 
-/// How long an answer is waited for before the peer is probed again: its process may have been stopped before it read the probe and
-/// ended since, or the probe was lost with its connection.
-const UNANSWERED: Duration = Duration::from_secs(1);
+/// How long an answer is waited for before the peer is probed again, twice as long each time, and in the end: its process may have
+/// ended with the probe unread, or the probe was lost with its connection. One without work reads after 100 ms.
+const UNANSWERED: Duration = Duration::from_millis(250);
+const LONG_UNANSWERED: Duration = Duration::from_secs(2);
 
 /// How far a probe has come. There is one at a time: more would only lie before what else is said to a peer that is slow to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     None,
     Queued,
-    /// Sent then, and not answered.
+    /// Sent, and an answer is waited for until then.
     Sent(Duration),
 }
 
@@ -111,6 +112,8 @@ pub struct Peer {
     /// Small sends in flight.
     pub small: u32,
     pub probe: Probe,
+    /// How long the next answer is waited for.
+    patience: Duration,
     /// An answer to its probes is queued.
     pub answering: bool,
     /// Receives from any rank wait for it, in this group, since the last look; and the group of the look before.
@@ -151,6 +154,7 @@ impl Peer {
             kept: 0,
             small: 0,
             probe: Probe::None,
+            patience: UNANSWERED,
             answering: false,
             asked: None,
             asked_before: None,
@@ -203,17 +207,24 @@ impl Peer {
         Some(asked)
     }
 
-    /// Whether it may be probed.
+    /// Whether it may be probed now.
     pub fn is_to_probe(&self, now: Duration) -> bool {
         match self.probe {
             Probe::None => true,
             Probe::Queued => false,
-            Probe::Sent(at) => now.saturating_sub(at) >= UNANSWERED,
+            Probe::Sent(until) => now >= until,
         }
     }
 
-    /// It has answered a probe.
+    /// A probe is on its way.
+    pub fn probed(&mut self, now: Duration) {
+        self.probe = Probe::Sent(now + self.patience);
+        self.patience = (2 * self.patience).min(LONG_UNANSWERED);
+    }
+
+    /// It has answered, or is to be asked anew whether or not it has.
     pub fn answered(&mut self) {
+        self.patience = UNANSWERED;
         if let Probe::Sent(_) = self.probe {
             self.probe = Probe::None;
         }

@@ -151,11 +151,13 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// A probe that needs no sending any more frees its peer for the next.
     fn probed(&mut self, peer: u32, sent: Sent) -> Sent {
-        self.peers[peer as usize].probe = match sent {
-            Sent::Yes => Probe::Sent(self.rails[0].now()),
-            Sent::Void => Probe::None,
-            Sent::Later => Probe::Queued,
-        };
+        let now = self.rails[0].now();
+        let p = &mut self.peers[peer as usize];
+        match sent {
+            Sent::Yes => p.probed(now),
+            Sent::Void => p.probe = Probe::None,
+            Sent::Later => {}
+        }
         sent
     }
 

@@ -45,6 +45,8 @@ impl<D: Domain> FabricEndpoint<D> {
         });
         let text: Arc<str> = why.map(|e| Arc::from(cut(&e.to_string(), TEXT))).unwrap_or_default();
         for &peer in &told {
+            // Should it end now, the next probe must show that in time.
+            self.peers[peer as usize].answered();
             self.tx.push_back(Tx::Abort { peer, group, quiet: why.is_none(), text: text.clone() });
         }
         self.settling = Some(group);

@@ -104,17 +104,58 @@ fn pair() -> Option<(FabricEndpoint, FabricEndpoint, usize)> {
 fn a_connection_that_breaks_with_nothing_in_it_is_made_again() {
     let Some((mut a, mut b, before)) = pair() else { return };
     for seq in 3..6 {
-        connections().iter().for_each(|c| c.shutdown(Shutdown::Both).unwrap_or_default());
-        let mut done = Vec::new();
-        // Both notice.
-        let start = Instant::now();
-        while sockets() > before {
-            assert!(start.elapsed() < LIMIT);
-            a.poll(&mut done).unwrap();
-            b.poll(&mut done).unwrap();
-        }
+        break_all(&mut a, &mut b, before);
         let failed = exchange(&mut a, &mut b, seq);
         assert!(failed.is_none(), "{failed:?}");
+    }
+}
+
+/// Breaks all connections with nothing in them, which both notice.
+fn break_all(a: &mut FabricEndpoint, b: &mut FabricEndpoint, before: usize) {
+    // Answers to probes may be on their way.
+    for _ in 0..100 {
+        a.poll(&mut Vec::new()).unwrap();
+        b.poll(&mut Vec::new()).unwrap();
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    connections().iter().for_each(|c| c.shutdown(Shutdown::Both).unwrap_or_default());
+    let start = Instant::now();
+    while sockets() > before {
+        assert!(start.elapsed() < LIMIT);
+        a.poll(&mut Vec::new()).unwrap();
+        b.poll(&mut Vec::new()).unwrap();
+    }
+}
+
+/// A process without work looks for news every 100 ms; two looks are what it takes to make a connection.
+#[test]
+fn a_connection_is_made_again_with_one_that_looks_seldom() {
+    for a_is_idle in [false, true] {
+        let Some((mut a, mut b, before)) = pair() else { return };
+        for seq in 3..6 {
+            break_all(&mut a, &mut b, before);
+            let (mut from, mut into) = (vec![seq as u8; 100], vec![0; 100]);
+            let mut done = [Vec::new(), Vec::new()];
+            b.recv(message(seq, &mut into)).unwrap();
+            a.send(message(seq, &mut from)).unwrap();
+            let (start, mut looked) = (Instant::now(), Instant::now());
+            while done.iter().any(Vec::is_empty) {
+                assert!(start.elapsed() < LIMIT, "{done:?}");
+                let is_time = looked.elapsed() >= Duration::from_millis(100);
+                if is_time {
+                    looked = Instant::now();
+                }
+                // The one that is idle looks once, or twice.
+                if !a_is_idle || is_time {
+                    a.poll(&mut done[0]).unwrap();
+                }
+                for _ in 0..if a_is_idle { 1 } else { 2 * usize::from(is_time) } {
+                    b.poll(&mut done[1]).unwrap();
+                }
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            assert_eq!(from, into);
+        }
     }
 }
 

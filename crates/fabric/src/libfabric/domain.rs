@@ -11,6 +11,7 @@ use smddp_libfabric_sys::Library;
 use smddp_libfabric_sys::abi::*;
 use smddp_libfabric_sys::calls::{self, Target};
 
+use super::knock::Knock;
 use super::nics::{Info, Nic, NicInfo, call_error, socket_address};
 use crate::domain::{Armed, Caps, Completion, Domain, Mr, PeerAddr, Post, Refused, Remote};
 use crate::error::Error;
@@ -22,8 +23,11 @@ const QUEUE: usize = 4096;
 /// The provider that answers "again" both while it connects and for ever after the peer has gone, or has refused: no
 /// error ever tells. Others mean full queues and credits by it, however long it lasts.
 const TELLS_NO_END: &str = "tcp";
-/// A peer that was reached before is given up after so long.
-const RECONNECT: Duration = Duration::from_millis(100);
+/// A peer that was reached before is given up after so long, or once its host says that nobody listens there, which is asked after
+/// `DOUBT`. It takes one without work, which looks every 100 ms, two looks to accept a connection, and a second if a packet of it is
+/// lost; and must be less than a withdrawn group is waited for.
+const RECONNECT: Duration = Duration::from_millis(1500);
+const DOUBT: Duration = Duration::from_millis(100);
 /// One that never was, after so long: its process may be slow to answer at first.
 const FIRST_CONTACT: Duration = Duration::from_secs(30);
 /// Who has not tried for so long was asleep itself, and begins anew.
@@ -52,6 +56,11 @@ impl Reach {
         now.duration_since(since) > if self.reached { RECONNECT } else { FIRST_CONTACT }
     }
 
+    /// Whether a peer that was reached may have ended.
+    fn is_doubtful(&self) -> bool {
+        self.reached && self.again.is_some_and(|(since, last)| last.duration_since(since) > DOUBT)
+    }
+
     fn reason(&self, address: &[u8]) -> String {
         if self.reached {
             return "its connection is closed and cannot be made again".to_owned();
@@ -62,6 +71,38 @@ impl Reach {
              the nodes, or choose another network with SMDDP_NICS",
             FIRST_CONTACT.as_secs()
         )
+    }
+}
+
+/// A peer whose "again" may mean a lost connection.
+#[derive(Default)]
+struct Contact {
+    reach: Reach,
+    address: Vec<u8>,
+    /// While it is doubtful.
+    knock: Option<Knock>,
+}
+
+impl Contact {
+    fn posted(&mut self) {
+        self.reach.posted();
+        self.knock = None;
+    }
+
+    /// Takes note of an "again"; why the peer is given up where it is.
+    fn again(&mut self, now: Instant) -> Option<String> {
+        let is_late = self.reach.again(now);
+        if !self.reach.is_doubtful() {
+            self.knock = None;
+        } else if self.knock.is_none() {
+            self.knock = socket_address(&self.address).map(Knock::at);
+        }
+        let is_refused = self.knock.as_mut().is_some_and(Knock::is_refused);
+        if !is_late && !is_refused {
+            return None;
+        }
+        self.knock = None;
+        Some(self.reach.reason(&self.address))
     }
 }
 
@@ -81,8 +122,8 @@ pub struct LibfabricDomain {
     free_mrs: Vec<u32>,
     /// Keys are never used again, so that a late write finds no other transfer's memory.
     next_key: u64,
-    /// Of each peer, with its address; empty where "again" never means a lost connection.
-    reach: Vec<(Reach, Vec<u8>)>,
+    /// Of each peer; empty where "again" never means a lost connection.
+    contacts: Vec<Contact>,
     start: Instant,
     entries: [fi_cq_tagged_entry; BATCH],
 }
@@ -118,7 +159,7 @@ impl LibfabricDomain {
             mrs: Vec::new(),
             free_mrs: Vec::new(),
             next_key: 1,
-            reach: Vec::new(),
+            contacts: Vec::new(),
             start: Instant::now(),
             entries: [NOTHING; BATCH],
         };
@@ -211,10 +252,10 @@ impl LibfabricDomain {
 
     /// Turns the result of a post into ours; `to` is the peer, if it has one.
     fn posted(&mut self, code: isize, to: Option<PeerAddr>) -> Post {
-        let reach = to.and_then(|to| self.reach.get_mut(to as usize));
+        let contact = to.and_then(|to| self.contacts.get_mut(to as usize));
         if code == 0 {
-            if let Some((reach, _)) = reach {
-                reach.posted();
+            if let Some(contact) = contact {
+                contact.posted();
             }
             return Ok(());
         }
@@ -222,12 +263,10 @@ impl LibfabricDomain {
             let text = format!("{} ({code})", self.library.error_text(code));
             return Err(if to.is_some() { Refused::Peer(text) } else { Refused::Broken(text) });
         }
-        if let Some((reach, address)) = reach
-            && reach.again(Instant::now())
-        {
-            return Err(Refused::Peer(reach.reason(address)));
+        match contact.and_then(|contact| contact.again(Instant::now())) {
+            Some(reason) => Err(Refused::Peer(reason)),
+            None => Err(Refused::Again),
         }
-        Err(Refused::Again)
     }
 
     /// True while the endpoint can be used.
@@ -312,9 +351,9 @@ impl Domain for LibfabricDomain {
         // Tables number from 0 (FI_AV_TABLE).
         if self.nic.provider == TELLS_NO_END {
             let at = peer as usize;
-            self.reach.resize(self.reach.len().max(at + 1), Default::default());
+            self.contacts.resize_with(self.contacts.len().max(at + 1), Contact::default);
             // What had this address before was another process.
-            self.reach[at] = (Reach::default(), address.to_vec());
+            self.contacts[at] = Contact { address: address.to_vec(), ..Contact::default() };
         }
         Ok(peer)
     }
@@ -537,10 +576,10 @@ mod tests {
         let mut domain = LibfabricDomain::open(&library, nic).unwrap();
         let address = domain.address().to_vec();
         let first = domain.insert(&address).unwrap();
-        domain.reach[first as usize].0.posted();
+        domain.contacts[first as usize].posted();
         let second = domain.insert(&address).unwrap();
         assert_eq!(first, second, "the provider names addresses");
-        assert!(!domain.reach[second as usize].0.reached);
+        assert!(!domain.contacts[second as usize].reach.reached);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The real thing: NICs found through libfabric, and endpoints over them.
 
 mod domain;
+mod knock;
 mod nics;
 
 use std::path::PathBuf;
