@@ -224,8 +224,9 @@ impl<D: Domain> FabricEndpoint<D> {
     /// Puts one packet into a slot and posts it.
     fn say(&mut self, to: u32, key: MsgKey, call: PackedCall, total: u64, body: Body<'_>) -> Sent {
         let peer = &mut self.peers[to as usize];
-        let hears = peer.lost.is_none() || (peer.wild && matches!(body, Body::Abort { .. } | Body::Settled));
-        if !hears || (peer.left.is_some() && body != Body::Bye) {
+        // One that is lost here may be well, and wait.
+        let is_news = matches!(body, Body::Abort { .. } | Body::Settled | Body::Gone);
+        if (peer.lost.is_some() && !is_news) || (peer.left.is_some() && body != Body::Bye) {
             return Sent::Void;
         }
         let slots = &mut self.staging.send;

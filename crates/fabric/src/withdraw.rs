@@ -40,9 +40,7 @@ impl<D: Domain> FabricEndpoint<D> {
         told.extend(self.unsettled(group));
         told.sort_unstable();
         told.dedup();
-        told.retain(|p| {
-            self.peers.get(*p as usize).is_some_and(|p| (p.lost.is_none() || p.wild) && p.left.is_none())
-        });
+        told.retain(|p| self.peers.get(*p as usize).is_some_and(|p| p.left.is_none()));
         let text: Arc<str> = why.map(|e| Arc::from(cut(&e.to_string(), TEXT))).unwrap_or_default();
         for &peer in &told {
             // Should it end now, the next probe must show that in time.
@@ -164,8 +162,7 @@ impl<D: Domain> FabricEndpoint<D> {
             let waited = now.saturating_sub(start);
             let left = self.left_of(group);
             if left.is_none() {
-                let untold = self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, .. } if *g == group));
-                if !untold || waited >= NEWS {
+                if !self.has_news(group) || waited >= NEWS {
                     return Ok(());
                 }
             } else if left != before {
@@ -184,6 +181,12 @@ impl<D: Domain> FabricEndpoint<D> {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether news of the group's end is to be posted. To those that cannot be reached it may go at any time, or never.
+    fn has_news(&self, group: u64) -> bool {
+        let is_well = |peer: u32| self.peers[peer as usize].lost.is_none() || self.peers[peer as usize].wild;
+        self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, peer, .. } if *g == group && is_well(*peer)))
     }
 
     /// How many operations of the group are left, and how many pieces have ever moved between us and their peers: other groups'

@@ -8,6 +8,7 @@ use std::mem::ManuallyDrop;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::FromRawFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use smddp_core::error::Error;
@@ -180,4 +181,53 @@ fn a_message_that_was_lost_with_its_connection_is_missed() {
     let failure = wait(&mut a, &mut b, &mut done, 2).unwrap();
     let Error::PeerLost { peer: 1, reason, .. } = &failure.error else { panic!("{failure:?}") };
     assert!(reason.contains("lost with it"), "{reason}");
+}
+
+/// The connection breaks with a write half out, which its sender sees; its receiver has read nothing of that.
+#[test]
+fn who_loses_a_peer_in_the_midst_of_a_message_tells_it() {
+    let Some((mut a, mut b, _)) = pair() else { return };
+    let (mut from, mut into, mut done) = (vec![7; 64 << 20], vec![0; 64 << 20], Vec::new());
+    b.recv(message(9, &mut into)).unwrap();
+    a.send(message(9, &mut from)).unwrap();
+    let (start, mut some) = (Instant::now(), [0; 4096]);
+    // More than what else is said.
+    while !connections().iter().any(|c| c.peek(&mut some).is_ok_and(|n| n == some.len())) {
+        assert!(start.elapsed() < LIMIT);
+        a.poll(&mut done).unwrap();
+    }
+    for mut connection in connections() {
+        connection.shutdown(Shutdown::Both).unwrap_or_default();
+        while !matches!(connection.read(&mut some), Ok(0)) {
+            assert!(start.elapsed() < LIMIT);
+        }
+    }
+    let lost = loop {
+        assert!(start.elapsed() < LIMIT);
+        if let Err(failure) = a.poll(&mut done) {
+            break failure.error;
+        }
+    };
+    a.withdraw(5, &[0], Some(&lost));
+    let start = Instant::now();
+    let failure = loop {
+        assert!(start.elapsed() < Duration::from_secs(20), "it was not told");
+        a.poll(&mut done).unwrap();
+        if let Err(failure) = b.poll(&mut done) {
+            break failure;
+        }
+    };
+    assert_eq!((failure.group, done), (Some(5), vec![]));
+    // That is all it costs.
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                a.poll(&mut Vec::new()).unwrap();
+            }
+        });
+        b.withdraw(5, &[0], Some(&failure.error));
+        stop.store(true, Ordering::Relaxed);
+    });
+    b.poll(&mut Vec::new()).unwrap();
 }
