@@ -36,8 +36,6 @@ pub struct Caps {
     pub ordered: bool,
     /// Largest single transfer in bytes.
     pub max_msg: usize,
-    /// Largest message copied at once by the provider, in bytes.
-    pub inject: usize,
 }
 
 /// Registered memory.

@@ -472,7 +472,6 @@ impl Domain for SimDomain {
             virt_addr: c.virt_addr,
             prov_key: c.prov_key,
             max_msg: c.max_msg,
-            inject: 0,
             sockets: c.sockets,
             ordered: !c.reorder || c.rate.is_some(),
             devices: c.devices.is_some(),

@@ -305,14 +305,13 @@ impl LibfabricDomain {
 /// All attributes of `info` are set.
 unsafe fn caps(info: &fi_info, sockets: bool, ordered: bool) -> Caps {
     // SAFETY: by the caller's word.
-    let (ep, domain, tx) = unsafe { (&*info.ep_attr, &*info.domain_attr, &*info.tx_attr) };
+    let (ep, domain) = unsafe { (&*info.ep_attr, &*info.domain_attr) };
     Caps {
         rma: info.caps & FI_RMA != 0,
         needs_local_mr: domain.mr_mode & (FI_MR_LOCAL | FI_MR_ALLOCATED | FI_MR_PROV_KEY) != 0,
         virt_addr: domain.mr_mode & FI_MR_VIRT_ADDR != 0,
         prov_key: domain.mr_mode & FI_MR_PROV_KEY != 0,
         max_msg: ep.max_msg_size,
-        inject: tx.inject_size,
         devices: info.caps & FI_HMEM != 0,
         sockets,
         ordered,
