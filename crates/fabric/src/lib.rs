@@ -24,4 +24,4 @@ mod withdraw;
 
 pub use endpoint::FabricEndpoint;
 pub use error::Error;
-pub use libfabric::{LibfabricDomain, NicInfo, found, probe};
+pub use libfabric::{LibfabricDomain, NicInfo, Place, found, probe};

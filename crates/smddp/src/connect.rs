@@ -20,7 +20,7 @@ use smddp_core::store::Store;
 use smddp_core::threads;
 use smddp_core::transport::Fabric;
 use smddp_core::{Error, GroupShape, Result};
-use smddp_fabric::FabricEndpoint;
+use smddp_fabric::{FabricEndpoint, Place};
 use smddp_shm::{Geometry, Listener, Membership, ShmNode, SingleCopies};
 
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
@@ -189,7 +189,8 @@ impl Party<'_> {
         }
         let open = || {
             let dirs = library_dirs(&self.options.library_dirs);
-            Ok(FabricEndpoint::open(&self.options.settings, &dirs)?)
+            let place = Place { number: self.shape.local_of(rank), of: self.shape.local_size(rank) };
+            Ok(FabricEndpoint::open_at(&self.options.settings, &dirs, place)?)
         };
         let address = self.engine.with_fabric(open, |fabric| Ok(fabric.address()))?;
         Ok((listener, Some(address)))

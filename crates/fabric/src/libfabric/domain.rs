@@ -570,7 +570,7 @@ mod tests {
                 return eprintln!("NOT RUN: {error}");
             }
         };
-        let wish = super::super::nics::Wish::of(&settings);
+        let wish = super::super::nics::Wish::of(&settings, super::super::Place::ALONE);
         let nic = super::super::nics::find(&library, &wish).unwrap().remove(0);
         let mut domain = LibfabricDomain::open(&library, nic).unwrap();
         let address = domain.address().to_vec();

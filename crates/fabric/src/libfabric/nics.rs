@@ -80,16 +80,29 @@ pub struct Wish {
     pub rails: usize,
     /// With access to the memory of devices, where there is such a NIC.
     pub devices: bool,
+    pub place: Place,
+}
+
+/// A process's number among those of its host that do the same, and how many they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub number: usize,
+    pub of: usize,
+}
+
+impl Place {
+    pub const ALONE: Place = Place { number: 0, of: 1 };
 }
 
 impl Wish {
-    pub fn of(settings: &Settings) -> Wish {
+    pub fn of(settings: &Settings, place: Place) -> Wish {
         let names = settings.text("SMDDP_NICS").split(',').map(str::trim).filter(|n| !n.is_empty());
         Wish {
             provider: provider(settings.text("SMDDP_PROVIDER"), &foreign_filter(), efa_device()),
             names: names.map(str::to_owned).collect(),
             rails: settings.number("SMDDP_RAILS").min(MAX_RAILS),
             devices: settings.text("SMDDP_GPUDIRECT") == "on",
+            place,
         }
     }
 }
@@ -269,8 +282,8 @@ pub(super) fn socket_address(bytes: &[u8]) -> Option<SocketAddr> {
 }
 
 /// Chooses the rails: the interfaces named, in that order; else, where the provider runs over IP, the one that the
-/// default route leaves by (others may lead nowhere), or as many as SMDDP_RAILS asks for; else all. Loopback only
-/// when named or alone.
+/// default route leaves by (others may lead nowhere), or as many as SMDDP_RAILS asks for; else all, as many as an address has
+/// room for: over EFA those of a host's processes are spread over all there are. Loopback only when named or alone.
 pub fn choose(found: Vec<Nic>, wish: &Wish) -> Result<Vec<Nic>, Error> {
     let infos: Vec<NicInfo> = found.iter().map(|n| n.info.clone()).collect();
     let rails = rails(&infos, wish, default_route().as_deref())?;
@@ -302,6 +315,12 @@ fn rails(found: &[NicInfo], wish: &Wish, route: Option<&str>) -> Result<Vec<usiz
     }
     let over_ip = best.iter().any(|&at| found[at].address.is_some());
     best.sort_by_key(|&at| (route != Some(&found[at].name), &found[at].name));
+    if best.iter().any(|&at| found[at].provider.starts_with("efa")) {
+        // Each of these reaches all others, so that processes of a host need not begin with the same.
+        let start = wish.place.number * best.len() / wish.place.of.max(1);
+        let all = best.len();
+        best.rotate_left(start % all);
+    }
     best.truncate(match wish.rails {
         0 if over_ip => 1,
         0 => MAX_RAILS,
@@ -369,8 +388,12 @@ mod tests {
     }
 
     fn wish(names: &str, rails: usize) -> Wish {
+        wish_at(names, rails, Place::ALONE)
+    }
+
+    fn wish_at(names: &str, rails: usize, place: Place) -> Wish {
         let names = names.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect();
-        Wish { provider: "tcp".to_owned(), names, rails, devices: false }
+        Wish { provider: "tcp".to_owned(), names, rails, devices: false, place }
     }
 
     /// "name address" of what is chosen, in that order.
@@ -446,6 +469,15 @@ mod tests {
         let names: Vec<&str> = many.iter().map(|n| n.name.as_str()).collect();
         assert_eq!(chosen(&many, &wish("", 0), None), names[..MAX_RAILS]);
         assert_eq!(chosen(&many, &wish(&names.join(","), 0), None), names[..MAX_RAILS]);
+        // Over EFA each process of a host begins with others; elsewhere two first rails may have no way to each other.
+        let place = Place { number: 4, of: 6 };
+        assert_eq!(chosen(&many, &wish_at("", 0, place), None), names[..MAX_RAILS]);
+        assert_eq!(chosen(&many, &wish_at(&names[..3].join(","), 0, place), None), names[..3]);
+        let efa: Vec<NicInfo> =
+            many.iter().map(|n| NicInfo { provider: "efa".to_owned(), ..n.clone() }).collect();
+        assert_eq!(chosen(&efa, &wish_at("", 0, place), None), [&names[8..], &names[..4]].concat());
+        assert_eq!(chosen(&efa, &wish_at("", 2, place), None), names[8..10]);
+        assert_eq!(chosen(&efa, &wish_at(&names[..3].join(","), 0, place), None), names[..3]);
     }
 
     #[test]
@@ -466,9 +498,9 @@ mod tests {
         let mut settings = Settings::default();
         for (asked, rails) in [("0", 0), ("3", 3), ("8", 8), ("9", MAX_RAILS)] {
             settings.set("SMDDP_RAILS", asked).unwrap();
-            assert_eq!(Wish::of(&settings).rails, rails);
+            assert_eq!(Wish::of(&settings, Place::ALONE).rails, rails);
         }
         settings.set("SMDDP_NICS", " eth1 ,,lo").unwrap();
-        assert_eq!(Wish::of(&settings).names, ["eth1", "lo"]);
+        assert_eq!(Wish::of(&settings, Place::ALONE).names, ["eth1", "lo"]);
     }
 }
