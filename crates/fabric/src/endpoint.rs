@@ -1,6 +1,7 @@
 //! The endpoint: rails, peers and everything under way; [`Fabric`] for core.
 //!
-//! Small messages and all control go over rail 0; pieces of large messages over all rails.
+//! Small messages and all control go over rail 0, but answers to probes and to withdrawals over others as well where messages keep
+//! their order (E9); pieces of large messages go over all rails.
 //!
 //! Invariants
 //! - **E1** every posted receive slot is posted again as soon as its message was looked at; what nobody waits for
@@ -20,7 +21,8 @@
 //! - **E8** a peer has few bytes of pieces in flight, whatever is granted: what is said to it waits for no more than those, and
 //!   neither does who takes a group back.
 //! - **E9** where messages keep their order, each tells how many went before it over its rail: one that was lost with a connection,
-//!   which the provider makes again without a word, shows by the next. Probes are answered, so that there is a next.
+//!   which the provider makes again without a word, shows by the next. Probes are answered, over each rail
+//!   that was written over, so that there is a next.
 //! - **E10** one probe of a peer is under way at a time, until it is answered or may be lost: one that is slow to read finds few
 //!   of them before what else is said to it.
 
@@ -39,7 +41,7 @@ use crate::error::Error;
 use crate::groups::{Disagreement, Groups};
 use crate::libfabric::LibfabricDomain;
 use crate::map::{Map, map};
-use crate::ops::{Early, InGrant, Match, OutGrant, Piece, Posted, RecvOp, SendOp, Tx};
+use crate::ops::{Early, InGrant, Match, OutGrant, Piece, Posted, RecvOp, SendOp, Settled, Tx};
 use crate::peer::Peer;
 use crate::slab::{Handle, Slab};
 use crate::staging::{BOUNCE, Staging};
@@ -90,7 +92,7 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     pub(crate) peers: Vec<Peer>,
     pub(crate) by_uid: Map<u64, u32>,
     /// Messages of processes that `connect` has not named yet.
-    pub(crate) strangers: Vec<(u64, Vec<u8>)>,
+    pub(crate) strangers: Vec<(u64, usize, Vec<u8>)>,
     pub(crate) groups: Groups,
 
     pub(crate) sends: Slab<SendOp>,
@@ -128,8 +130,8 @@ pub struct FabricEndpoint<D: Domain = LibfabricDomain> {
     /// How many completions of a rail, in this round, were about a probe, sent or come.
     pub(crate) probes: usize,
     pub(crate) broken: Option<String>,
-    /// Settlements heard while withdrawing: the peer, and how many pieces it ever posted for the group.
-    pub(crate) settled: Vec<(u32, u64)>,
+    /// Heard while withdrawing.
+    pub(crate) settled: Vec<Settled>,
     /// The group being withdrawn.
     pub(crate) settling: Option<u64>,
     pub(crate) credits_out: u32,
@@ -224,7 +226,8 @@ impl<D: Domain> FabricEndpoint<D> {
         while let Some(slot) = self.unposted.pop() {
             let slots = &self.staging.recv;
             let region = slots.arena.region(slot, crate::wire::HEADER + self.config.eager.max(1024));
-            match self.rails[0].recv(region, slots.mrs[0], Posted::Recv(slot).ctx()) {
+            let rail = self.staging.rail_of(slot);
+            match self.rails[rail].recv(region, slots.mrs[rail], Posted::Recv(slot).ctx()) {
                 Ok(()) => {}
                 Err(Refused::Again) => {
                     self.unposted.push(slot);

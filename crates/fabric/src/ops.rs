@@ -142,6 +142,15 @@ pub struct InGrant {
     pub dead: bool,
 }
 
+/// What a peer has said of a withdrawn group: over which rail, of how many, and how many pieces it ever posted for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Settled {
+    pub peer: u32,
+    pub rail: usize,
+    pub rails: usize,
+    pub posted: u64,
+}
+
 /// A small message that came before its receive was posted.
 #[derive(Debug)]
 pub enum Early {
@@ -184,6 +193,7 @@ pub enum Tx {
     /// To a probe: the next may be sent, and what was sent before has come or is missed (E9).
     Answer {
         peer: u32,
+        rail: usize,
     },
     Abort {
         peer: u32,
@@ -194,6 +204,8 @@ pub enum Tx {
     Settled {
         peer: u32,
         group: u64,
+        rail: usize,
+        rails: usize,
     },
     Gone {
         peer: u32,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use smddp_core::transport::MsgKey;
 
 use crate::domain::PeerAddr;
-use crate::wire::Address;
+use crate::wire::{Address, MAX_RAILS};
 
 /// Small messages a peer may send unasked before it must announce them, when there is room.
 pub const WINDOW: u32 = 16;
@@ -114,8 +114,8 @@ pub struct Peer {
     pub probe: Probe,
     /// How long the next answer is waited for.
     patience: Duration,
-    /// An answer to its probes is queued.
-    pub answering: bool,
+    /// So many answers to a probe of its are queued, one a rail.
+    pub answers: usize,
     /// Receives from any rank wait for it, in this group, since the last look; and the group of the look before.
     asked: Option<u64>,
     asked_before: Option<u64>,
@@ -132,9 +132,11 @@ pub struct Peer {
     /// Bytes of pieces in flight to it; pieces that came from it or left for it.
     pub flying: usize,
     pub pieces: u64,
-    /// Small messages and remote writes ever posted to it and come from it on rail 0 (E9).
-    pub said: u32,
-    pub heard: u32,
+    /// Small messages and remote writes ever posted to it and come from it, on each rail (E9).
+    pub said: [u32; MAX_RAILS],
+    pub heard: [u32; MAX_RAILS],
+    /// How many rails, from the first on, anything was said or written over where order is kept.
+    pub used: usize,
     /// The last large receives from it that were over without an announcement (E7).
     unannounced: VecDeque<MsgKey>,
     /// The pass over the queue in which it could take no more.
@@ -155,7 +157,7 @@ impl Peer {
             small: 0,
             probe: Probe::None,
             patience: UNANSWERED,
-            answering: false,
+            answers: 0,
             asked: None,
             asked_before: None,
             lost: None,
@@ -167,8 +169,9 @@ impl Peer {
             received: 0,
             flying: 0,
             pieces: 0,
-            said: 0,
-            heard: 0,
+            said: [0; MAX_RAILS],
+            heard: [0; MAX_RAILS],
+            used: 1,
             unannounced: VecDeque::new(),
             full_in: 0,
         }

@@ -8,7 +8,7 @@ use smddp_core::transport::Message;
 use crate::domain::{Completion, Domain};
 use crate::endpoint::FabricEndpoint;
 use crate::groups::Verdict;
-use crate::ops::{Early, Match, Posted, RecvOp, Tx, is_p2p, number};
+use crate::ops::{Early, Match, Posted, RecvOp, Settled, Tx, is_p2p, number};
 use crate::peer::WINDOW;
 use crate::slab::Handle;
 use crate::wire::{Body, Packet, decode};
@@ -88,7 +88,7 @@ impl<D: Domain> FabricEndpoint<D> {
                     self.sent_small(slot);
                 }
                 Some(Posted::Recv(slot)) => {
-                    self.arrive_small(slot, len);
+                    self.arrive_small(rail, slot, len);
                     self.unposted.push(slot);
                 }
                 Some(Posted::Piece(piece)) => self.piece_done(piece, true),
@@ -96,9 +96,9 @@ impl<D: Domain> FabricEndpoint<D> {
                 None => tracing::warn!(ctx, "completion of an unknown operation"),
             },
             Completion::Arrived { data } => {
-                if let (0, Some(g)) = (rail, self.grants.get(data)) {
-                    let from = &mut self.peers[g.peer as usize];
-                    from.heard = from.heard.wrapping_add(1);
+                if let Some(g) = self.grants.get(data) {
+                    let heard = &mut self.peers[g.peer as usize].heard[rail];
+                    *heard = heard.wrapping_add(1);
                 }
                 self.piece_arrived(data, None);
             }
@@ -138,18 +138,18 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    fn arrive_small(&mut self, slot: u32, len: usize) {
+    fn arrive_small(&mut self, rail: usize, slot: u32, len: usize) {
         // SAFETY: the slot's receive is over (D2) and it is posted again only after this function; the arena lives
         // as long as the endpoint. The slice is separate from everything `self` touches meanwhile.
         let bytes = unsafe {
             let region = self.staging.recv.arena.region(slot, len);
             std::slice::from_raw_parts(region.as_ptr().cast_const(), len)
         };
-        self.read(bytes);
+        self.read(rail, bytes);
     }
 
     /// Looks at one message, from a slot or kept of a stranger.
-    fn read(&mut self, bytes: &[u8]) {
+    fn read(&mut self, rail: usize, bytes: &[u8]) {
         let Some(packet) = decode(bytes) else {
             tracing::warn!(
                 len = bytes.len(),
@@ -159,7 +159,7 @@ impl<D: Domain> FabricEndpoint<D> {
         };
         let Some(peer) = self.by_uid.get(&packet.from).copied() else {
             if self.strangers.len() < STRANGERS {
-                self.strangers.push((packet.from, bytes.to_vec()));
+                self.strangers.push((packet.from, rail, bytes.to_vec()));
             } else {
                 tracing::warn!(from = packet.from, "too many messages of unknown processes; one was dropped");
             }
@@ -167,15 +167,15 @@ impl<D: Domain> FabricEndpoint<D> {
         };
         self.peers[peer as usize].talked = true;
         self.peers[peer as usize].credits.hear(packet.given);
-        self.count(peer, packet.number);
-        self.take(peer, &packet);
+        self.count(peer, rail, packet.number);
+        self.take(peer, rail, &packet);
     }
 
     /// Where messages come in order, notices that some did not (E9).
-    fn count(&mut self, peer: u32, number: u32) {
+    fn count(&mut self, peer: u32, rail: usize, number: u32) {
         let p = &mut self.peers[peer as usize];
-        let lost = number.wrapping_sub(p.heard) as i32;
-        p.heard = p.heard.wrapping_add(1);
+        let lost = number.wrapping_sub(p.heard[rail]) as i32;
+        p.heard[rail] = p.heard[rail].wrapping_add(1);
         if self.config.caps.ordered && lost > 0 && p.lost.is_none() {
             self.disown(peer, format!("a connection broke, and {lost} message(s) were lost with it"));
         }
@@ -183,13 +183,13 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// A process got known: what it said before counts now.
     pub(crate) fn welcome(&mut self, uid: u64) {
-        if !self.strangers.iter().any(|(from, _)| *from == uid) {
+        if !self.strangers.iter().any(|(from, ..)| *from == uid) {
             return;
         }
         let mut kept = std::mem::take(&mut self.strangers);
-        kept.retain(|(from, bytes)| {
+        kept.retain(|(from, rail, bytes)| {
             if *from == uid {
-                self.read(bytes);
+                self.read(*rail, bytes);
             }
             *from != uid
         });
@@ -207,9 +207,9 @@ impl<D: Domain> FabricEndpoint<D> {
         false
     }
 
-    fn take(&mut self, peer: u32, packet: &Packet<'_>) {
+    fn take(&mut self, peer: u32, rail: usize, packet: &Packet<'_>) {
         // Its groups must still be able to settle with it.
-        let settles = matches!(packet.body, Body::Abort { .. } | Body::Settled);
+        let settles = matches!(packet.body, Body::Abort { .. } | Body::Settled { .. });
         if self.peers[peer as usize].wild && !settles {
             return;
         }
@@ -223,9 +223,9 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Bye => return self.heard_bye(peer),
             Body::Abort { quiet, text } => return self.aborted(peer, packet.key.group, quiet, text),
-            Body::Settled => {
+            Body::Settled { rails } => {
                 if self.settling == Some(packet.key.group) {
-                    self.settled.push((peer, packet.total));
+                    self.settled.push(Settled { peer, rail, rails: rails.into(), posted: packet.total });
                 }
                 return;
             }
@@ -237,10 +237,8 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Eager { .. } | Body::Announce | Body::Permit | Body::Grant(_) | Body::Probe { .. } => {}
         }
-        if matches!(packet.body, Body::Probe { .. })
-            && !std::mem::replace(&mut self.peers[peer as usize].answering, true)
-        {
-            self.tx.push_back(Tx::Answer { peer });
+        if matches!(packet.body, Body::Probe { .. }) {
+            self.answer(peer);
         }
         let costs = matches!(packet.body, Body::Eager { permitted: false, .. });
         if costs && !self.peers[peer as usize].credits.take() {
@@ -263,6 +261,15 @@ impl<D: Domain> FabricEndpoint<D> {
                 }
                 self.disagree(packet.key.group, d);
             }
+        }
+    }
+
+    /// Over every rail that was written over: what was lost on one of them shows there alone.
+    fn answer(&mut self, peer: u32) {
+        let p = &mut self.peers[peer as usize];
+        if p.answers == 0 {
+            p.answers = p.used;
+            self.tx.extend((0..p.used).map(|rail| Tx::Answer { peer, rail }));
         }
     }
 
@@ -304,7 +311,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             Body::Grant(grant) => self.granted(id, packet, grant),
             Body::Probe { receiving } => self.probed_by(id, packet, receiving),
-            Body::Credit { .. } | Body::Abort { .. } | Body::Settled | Body::Gone | Body::Bye => {}
+            Body::Credit { .. } | Body::Abort { .. } | Body::Settled { .. } | Body::Gone | Body::Bye => {}
         }
     }
 
@@ -414,7 +421,8 @@ impl<D: Domain> FabricEndpoint<D> {
     /// A peer's group failed, or was only withdrawn (`quiet`): nothing more of ours goes to it for that group.
     fn aborted(&mut self, peer: u32, group: u64, quiet: bool, text: &str) {
         self.drop_outs(group, Some(peer));
-        self.tx.push_back(Tx::Settled { peer, group });
+        let rails = self.peers[peer as usize].used;
+        self.tx.extend((0..rails).map(|rail| Tx::Settled { peer, group, rail, rails }));
         self.early_grants.retain(|id, _| {
             let goes = id.peer == peer && id.key.group == group;
             self.peers[id.peer as usize].kept -= usize::from(goes);
@@ -481,7 +489,7 @@ mod tests {
                     6 => Body::Abort { quiet: flag, text: "why" },
                     7 => Body::Bye,
                     8 => Body::Gone,
-                    _ => Body::Settled,
+                    _ => Body::Settled { rails: flag.into() },
                 };
                 let total = if kind == 0 { data.len() as u64 } else { total };
                 let call = Call::new(Collective::AllReduce, DType::U8, count).pack();
@@ -523,7 +531,7 @@ mod tests {
         let call = Call::new(Collective::AllReduce, DType::U8, 1).pack();
         let mut bytes = vec![0; crate::wire::HEADER + 400];
         let len = encode(&Packet { from, given: 0, number: 0, key, call, total, body }, &mut bytes);
-        me.read(&bytes[..len]);
+        me.read(0, &bytes[..len]);
     }
 
     fn letter(n: u64) -> MsgKey {
@@ -620,7 +628,7 @@ mod tests {
             }
             let mut done = Vec::new();
             for (i, bytes) in said.iter().enumerate() {
-                me.read(bytes);
+                me.read(0, bytes);
                 if let Some((id, tagged)) = ids.get(i) {
                     me.piece_arrived(*id & 0x1_0003, tagged.then_some(4096));
                 }

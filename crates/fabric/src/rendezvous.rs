@@ -352,7 +352,10 @@ impl<D: Domain> FabricEndpoint<D> {
             self.groups.member(group, peer).posted += 1;
             let to = &mut self.peers[peer as usize];
             to.flying += len;
-            to.said = to.said.wrapping_add(u32::from(rail == 0 && !grant.tagged));
+            if !grant.tagged {
+                to.said[rail] = to.said[rail].wrapping_add(1);
+                to.used = to.used.max(if self.config.caps.ordered { rail + 1 } else { 1 });
+            }
             self.sends.get_mut(send)?.flying += 1;
             self.outs.get_mut(handle)?.next += 1;
         }

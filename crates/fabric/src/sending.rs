@@ -127,19 +127,21 @@ impl<D: Domain> FabricEndpoint<D> {
                 }
                 sent
             }
-            Tx::Answer { peer } => {
-                let sent = self.say(peer, NO_KEY, NO_CALL, 0, Body::Credit { answer: true });
-                self.peers[peer as usize].answering = matches!(sent, Sent::Later);
+            Tx::Answer { peer, rail } => {
+                let answer = Body::Credit { answer: true };
+                let sent = self.say_over(rail, peer, NO_KEY, NO_CALL, 0, answer);
+                self.peers[peer as usize].answers -= usize::from(!matches!(sent, Sent::Later));
                 sent
             }
             Tx::Abort { peer, group, quiet, ref text } => {
                 let key = MsgKey { group, ..NO_KEY };
                 self.say(peer, key, NO_CALL, 0, Body::Abort { quiet, text })
             }
-            Tx::Settled { peer, group } => {
+            Tx::Settled { peer, group, rail, rails } => {
                 let key = MsgKey { group, ..NO_KEY };
                 let posted = self.groups.posted(group, peer);
-                self.say(peer, key, NO_CALL, posted, Body::Settled)
+                let settled = Body::Settled { rails: rails as u8 };
+                self.say_over(rail, peer, key, NO_CALL, posted, settled)
             }
             Tx::Gone { peer, group } => {
                 let key = MsgKey { group, ..NO_KEY };
@@ -221,35 +223,48 @@ impl<D: Domain> FabricEndpoint<D> {
         sent
     }
 
-    /// Puts one packet into a slot and posts it.
     fn say(&mut self, to: u32, key: MsgKey, call: PackedCall, total: u64, body: Body<'_>) -> Sent {
+        self.say_over(0, to, key, call, total, body)
+    }
+
+    /// Puts one packet into a slot and posts it.
+    fn say_over(
+        &mut self,
+        rail: usize,
+        to: u32,
+        key: MsgKey,
+        call: PackedCall,
+        total: u64,
+        body: Body<'_>,
+    ) -> Sent {
         let peer = &mut self.peers[to as usize];
         // One that is lost here may be well, and wait.
-        let is_news = matches!(body, Body::Abort { .. } | Body::Settled | Body::Gone);
+        let is_news = matches!(body, Body::Abort { .. } | Body::Settled { .. } | Body::Gone);
         if (peer.lost.is_some() && !is_news) || (peer.left.is_some() && body != Body::Bye) {
             return Sent::Void;
         }
         let slots = &mut self.staging.send;
         let (all, free) = (slots.arena.count(), slots.arena.free());
-        let full = free <= KEPT && matches!(body, Body::Eager { .. });
-        if full || peer.full_in == self.pass || peer.small as usize >= share(all, free) {
+        let are_kept = free <= KEPT && matches!(body, Body::Eager { .. });
+        let is_full = rail == 0 && peer.full_in == self.pass;
+        if are_kept || is_full || peer.small as usize >= share(all, free) {
             return Sent::Later;
         }
         let Some(slot) = slots.arena.take() else { return Sent::Later };
         let given = peer.credits.given();
-        let packet = Packet { from: self.config.uid, given, number: peer.said, key, call, total, body };
+        let packet = Packet { from: self.config.uid, given, number: peer.said[rail], key, call, total, body };
         let room = HEADER + self.config.eager.max(1024);
         let len = encode(&packet, slots.arena.bytes_mut(slot, room));
         let probe = matches!(body, Body::Probe { .. } | Body::Credit { answer: true });
-        match self.rails[0].send(
-            peer.rails[0],
+        match self.rails[rail].send(
+            peer.rails[rail],
             slots.arena.region(slot, len),
-            slots.mrs[0],
+            slots.mrs[rail],
             Posted::Send(slot).ctx(),
         ) {
             Ok(()) => {
                 peer.small += 1;
-                peer.said = peer.said.wrapping_add(1);
+                peer.said[rail] = peer.said[rail].wrapping_add(1);
                 peer.talked = true;
                 peer.credits.told(given);
                 self.slot_owner[slot as usize] = (to, probe);
@@ -259,7 +274,9 @@ impl<D: Domain> FabricEndpoint<D> {
                 slots.arena.give(slot);
                 match refused {
                     Refused::Again => {
-                        peer.full_in = self.pass;
+                        if rail == 0 {
+                            peer.full_in = self.pass;
+                        }
                         Sent::Later
                     }
                     Refused::Peer(reason) => {

@@ -12,6 +12,9 @@ use crate::domain::{Domain, Mr};
 use crate::error::Error;
 use crate::wire::{HEADER, MAX_RAILS};
 
+/// Receive slots on each rail but the first, over which little is said: to probes, and of groups' ends.
+const SIDE_SLOTS: usize = 8;
+
 /// Bytes of one bounce slot: large enough for full bandwidth, small enough to pipeline.
 pub const BOUNCE: usize = 256 << 10;
 
@@ -44,7 +47,9 @@ struct Registered {
 #[derive(Debug)]
 pub struct Staging {
     pub send: Slots,
+    /// So many for the first rail, then [`SIDE_SLOTS`] for each other over which something is said.
     pub recv: Slots,
+    first: usize,
     /// Bounce slots, for sending and receiving apart, so that neither can starve the other.
     pub bounce: Option<(Slots, Slots)>,
     /// Slots for receiving that are not used again, and the arenas of which there was no other left.
@@ -60,8 +65,9 @@ impl Staging {
     pub fn new<D: Domain>(rails: &mut [D], eager: usize, staging: usize) -> Result<Staging, Error> {
         let slot = HEADER + eager.max(1024);
         let count = ((1 << 20) / slot).clamp(32, 128);
-        let send = Slots::new(&mut rails[..1], count, slot, false)?;
-        let recv = Slots::new(&mut rails[..1], count, slot, false)?;
+        let used = if rails[0].caps().ordered { rails.len() } else { 1 };
+        let send = Slots::new(&mut rails[..used], count, slot, false)?;
+        let recv = Slots::new(&mut rails[..used], count + (used - 1) * SIDE_SLOTS, slot, false)?;
         let bounce = if rails[0].caps().needs_local_mr {
             let each = (staging / 4 / BOUNCE).max(2);
             Some((Slots::new(rails, each, BOUNCE, false)?, Slots::new(rails, each, BOUNCE, true)?))
@@ -72,12 +78,18 @@ impl Staging {
         Ok(Staging {
             send,
             recv,
+            first: count,
             bounce,
             quarantined: 0,
             retired: Vec::new(),
             registered: Vec::new(),
             budget,
         })
+    }
+
+    /// The rail that a receive slot is for.
+    pub fn rail_of(&self, slot: u32) -> usize {
+        (slot as usize).checked_sub(self.first).map_or(0, |at| 1 + at / SIDE_SLOTS)
     }
 
     /// A bounce slot to which a lost peer may still write is not given back. After the last one nothing refers to the

@@ -91,8 +91,11 @@ pub enum Body<'a> {
     },
     /// The group was destroyed at the sender, who is asked or waited for in it. What it sent before may come later.
     Gone,
-    /// No more pieces of this group will come; the header's `total` is how many ever were posted.
-    Settled,
+    /// No more pieces of this group will come; the header's `total` is how many ever were posted. Where they keep their order, it
+    /// comes over so many rails, on each behind all that was ever written over it.
+    Settled {
+        rails: u8,
+    },
     /// The last packet of an endpoint that goes, or the answer to one (E6): nothing follows.
     Bye,
 }
@@ -103,7 +106,7 @@ pub struct Packet<'a> {
     pub from: u64,
     /// Credits the sender of this packet ever gave to its receiver, modulo 2³².
     pub given: u32,
-    /// Small messages and remote writes that the sender posted on rail 0 to its receiver before this one, modulo 2³².
+    /// Small messages and remote writes that the sender posted on this rail to its receiver before this one, modulo 2³².
     pub number: u32,
     pub key: MsgKey,
     pub call: PackedCall,
@@ -138,7 +141,7 @@ pub fn encode(packet: &Packet<'_>, out: &mut [u8]) -> usize {
         Body::Probe { receiving } => (PROBE, *receiving, 0, None),
         Body::Credit { answer } => (CREDIT, *answer, 0, None),
         Body::Abort { quiet, .. } => (ABORT, *quiet, 0, None),
-        Body::Settled => (SETTLED, false, 0, None),
+        Body::Settled { rails } => (SETTLED, false, *rails, None),
         Body::Bye => (BYE, false, 0, None),
         Body::Gone => (GONE, false, 0, None),
     };
@@ -180,7 +183,7 @@ fn payload(body: &Body<'_>, out: &mut [u8]) -> usize {
         | Body::Permit
         | Body::Probe { .. }
         | Body::Credit { .. }
-        | Body::Settled
+        | Body::Settled { .. }
         | Body::Bye
         | Body::Gone => 0,
     }
@@ -217,7 +220,7 @@ pub fn decode(bytes: &[u8]) -> Option<Packet<'_>> {
         PROBE => Body::Probe { receiving: flag },
         CREDIT => Body::Credit { answer: flag },
         ABORT => Body::Abort { quiet: flag, text: std::str::from_utf8(data).ok()? },
-        SETTLED => Body::Settled,
+        SETTLED => Body::Settled { rails: bytes[6] },
         BYE => Body::Bye,
         GONE => Body::Gone,
         _ => return None,
@@ -407,7 +410,7 @@ mod tests {
                 4 => (Body::Probe { receiving: flag }, total),
                 5 => (Body::Credit { answer: flag }, 0),
                 6 => (Body::Abort { quiet: flag, text: &text }, 0),
-                7 => (Body::Settled, total),
+                7 => (Body::Settled { rails: 3 }, total),
                 8 => (Body::Gone, 0),
                 _ => (Body::Bye, 0),
             };

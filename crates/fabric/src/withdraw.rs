@@ -13,7 +13,7 @@ use smddp_core::error::Error as CoreError;
 
 use crate::domain::Domain;
 use crate::endpoint::{FabricEndpoint, LEFT};
-use crate::ops::{Early, Posted, Tx};
+use crate::ops::{Early, Posted, Settled, Tx};
 use crate::sending::{AFTERGLOW, cut};
 use crate::slab::Handle;
 
@@ -213,12 +213,13 @@ impl<D: Domain> FabricEndpoint<D> {
 
     /// Whether the peer has settled, and nothing of what it had posted is on its way any more.
     fn has_settled(&self, group: u64, peer: u32) -> bool {
-        // Its word is behind all of that, on a connection that is read only once the one before is read out or dropped: a
+        let said: Vec<&Settled> = self.settled.iter().filter(|s| s.peer == peer).collect();
+        let Some(first) = said.first() else { return false };
+        // Its words are behind all of that, on connections that are read only once those before are read out or dropped: a
         // piece that has not come by then was lost (E9).
         let ordered = self.config.caps.ordered && self.config.rma;
-        let is_last = ordered && self.peers[peer as usize].rails.len() == 1;
-        let arrived = self.groups.arrived(group, peer);
-        self.settled.iter().any(|(p, posted)| *p == peer && (is_last || arrived >= *posted))
+        let is_last = ordered && (0..first.rails.max(1)).all(|rail| said.iter().any(|s| s.rail == rail));
+        is_last || self.groups.arrived(group, peer) >= first.posted
     }
 
     /// Who has left without a word on the group settles no more. Its goodbye was the last thing on its connection; over other

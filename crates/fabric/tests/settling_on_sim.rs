@@ -139,9 +139,17 @@ fn a_peer_that_leaves_while_it_is_waited_for_has_settled() {
 /// As when a connection breaks that had taken the last piece: what was lost never comes, and its sender says that it was the last.
 #[test]
 fn a_piece_that_was_lost_with_a_connection_costs_its_group_alone() {
-    let mut world = World::new(3, 1, SimConfig { early_completion: true, ..sockets() }, &settings(&[]));
+    for rails in 1..=3 {
+        a_piece_is_lost(rails);
+    }
+}
+
+fn a_piece_is_lost(rails: usize) {
+    let config = SimConfig { early_completion: true, ..sockets() };
+    let mut world = World::new(3, rails, config, &settings(&[("SMDDP_STRIPE", "64K")]));
     let (mut a, mut b) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
-    world.net.lose_write(1);
+    // That of its last rail.
+    world.net.lose_write(2 * rails - 1);
     world.ends[0].recv(message(key(0), 1, region(&mut b), 0)).unwrap();
     world.ends[1].send(message(key(0), 0, region(&mut a), 0)).unwrap();
     world.net.pace(Duration::from_millis(1));
