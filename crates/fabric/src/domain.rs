@@ -121,6 +121,7 @@ pub trait Domain: Send {
     fn arm(&mut self) -> Armed;
     /// A steady clock, for deadlines and intervals.
     fn now(&self) -> Duration;
-    /// Ends the endpoint: afterwards nothing touches any memory posted or registered.
-    fn close(&mut self);
+    /// Ends the endpoint: afterwards nothing touches any memory posted or registered. `stuck`: something is in flight that peers
+    /// may never take, and is not to be waited for (D1).
+    fn close(&mut self, stuck: bool);
 }

@@ -284,7 +284,7 @@ impl<D: Domain> FabricEndpoint<D> {
         if self.broken.is_none() {
             tracing::error!(reason, "fabric endpoint closed");
             for domain in &mut self.rails {
-                domain.close();
+                domain.close(true);
             }
             self.broken = Some(reason);
         }
@@ -618,8 +618,9 @@ impl<D: Domain> Drop for FabricEndpoint<D> {
                 self.sleep(BYE_NAP);
             }
         }
+        let stuck = self.staging.send.arena.free() < all || self.pieces.iter().next().is_some();
         for domain in &mut self.rails {
-            domain.close();
+            domain.close(stuck);
         }
     }
 }

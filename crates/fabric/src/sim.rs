@@ -582,7 +582,7 @@ impl Domain for SimDomain {
         self.net.lock().time
     }
 
-    fn close(&mut self) {
+    fn close(&mut self, _stuck: bool) {
         let mut net = self.net.lock();
         let end = &mut net.ends[self.end];
         end.closed = true;
