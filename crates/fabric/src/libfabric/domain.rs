@@ -591,6 +591,37 @@ mod tests {
         Some(LibfabricDomain::open(&library, nic).unwrap())
     }
 
+    /// A healthy peer may be slow; it takes the knock in, and is not kept awake by it.
+    #[test]
+    fn a_knock_leaves_nothing_behind() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let Some(mut domain) = opened() else { return };
+        let address = socket_address(domain.address()).unwrap();
+        let is_awake = |domain: &mut LibfabricDomain| {
+            let Armed::Fd(fd) = domain.arm() else { return true };
+            // SAFETY: the queue stays open.
+            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+            poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap()
+                > 0
+        };
+        for early in [true, false] {
+            let mut knock = Knock::at(address);
+            let start = Instant::now();
+            while !early && !is_awake(&mut domain) {
+                assert!(start.elapsed() < Duration::from_secs(60));
+            }
+            for _ in 0..if early { 0 } else { 10 } {
+                domain.poll(&mut Vec::new()).unwrap();
+            }
+            assert!(!knock.is_refused());
+            drop(knock);
+            while is_awake(&mut domain) {
+                assert!(start.elapsed() < Duration::from_secs(20), "early {early}");
+                domain.poll(&mut Vec::new()).unwrap();
+            }
+        }
+    }
+
     /// Closing one of EFA's may last as long as peers are stuck. (This one only goes by that name.)
     #[test]
     fn what_is_stuck_over_efa_is_left_open_without_its_memory() {

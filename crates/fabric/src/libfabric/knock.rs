@@ -41,8 +41,8 @@ fn begin(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
-    // Closed by a reset: a provider that has accepted it takes the plain end of a connection for one that is slow to speak, and
-    // looks at it again and again.
+    // Closed by a reset: the provider there reads the plain end of a connection as whatever error its thread had before, and where
+    // that was "again" it keeps the connection, and looks at it for ever.
     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
     match connect(&socket, &address) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
