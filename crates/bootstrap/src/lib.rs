@@ -23,6 +23,7 @@ pub mod exchange;
 mod host;
 mod kv;
 mod launcher;
+mod lookup;
 pub mod mpi;
 mod server;
 pub mod single;

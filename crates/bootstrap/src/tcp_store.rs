@@ -14,9 +14,8 @@
 //! where it is derived from launcher variables anybody who knows them can compute it. It is no protection against an
 //! attacker on the network: keep the ports of a training cluster closed to strangers.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +25,7 @@ use crate::descriptors;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::kv;
+use crate::lookup::{self, Lookup, Resolver};
 use crate::server::{BACKLOG, Server};
 use crate::wire::{self, Hello, MAGIC, Op, REPLY, Request, Secret, Status};
 
@@ -146,42 +146,45 @@ impl TcpStore {
     }
 
     fn reach(identity: Identity, process: u64, candidates: &[String], deadline: Instant) -> Result<TcpStore> {
+        let mut hosts = CandidateHost::all(candidates, &lookup::system())?;
+        TcpStore::reach_hosts(identity, process, &mut hosts, LONGEST_ATTEMPT, deadline)
+    }
+
+    /// `longest`: limit of a wait for a name's addresses, and then of an attempt at each port.
+    fn reach_hosts(
+        identity: Identity,
+        process: u64,
+        hosts: &mut [CandidateHost],
+        longest: Duration,
+        deadline: Instant,
+    ) -> Result<TcpStore> {
         let start = Instant::now();
         let mut pause = FIRST_PAUSE;
-        let mut patience = FIRST_ATTEMPT;
-        let mut reasons: BTreeMap<String, String> = BTreeMap::new();
+        let mut patience = FIRST_ATTEMPT.min(longest);
         loop {
-            for candidate in candidates {
-                let limit = deadline.min(Instant::now() + patience);
-                match attempt(identity, process, candidate, limit) {
-                    Ok((stream, address)) => {
-                        let idle = Mutex::new(vec![stream]);
-                        let owner = std::process::id();
-                        return Ok(TcpStore { identity, process, address, idle, server: None, owner });
-                    }
-                    Err(Attempt::Fatal(error)) => return Err(error),
-                    Err(Attempt::Again(reason)) => {
-                        // The last round may have no time left: what an earlier one learnt says more.
-                        if reason != NO_ANSWER || !reasons.contains_key(candidate) {
-                            reasons.insert(candidate.clone(), reason);
-                        }
-                    }
+            for host in &mut *hosts {
+                if let Some((stream, address)) = host.attempt(identity, process, patience, deadline)? {
+                    let idle = Mutex::new(vec![stream]);
+                    let owner = std::process::id();
+                    return Ok(TcpStore { identity, process, address, idle, server: None, owner });
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                let all = || hosts.iter().flat_map(|host| &host.candidates);
+                let addresses: Vec<&str> = all().map(|candidate| candidate.text.as_str()).collect();
                 return Err(Error::Unreachable {
                     rank: identity.rank,
-                    addresses: candidates.join(", "),
+                    addresses: addresses.join(", "),
                     waited: start.elapsed(),
-                    reason: summary(&reasons),
+                    reason: summary(all()),
                 });
             }
             // Spread the ranks, so that they do not knock together.
             let spread = Duration::from_millis(host::random_u64() % 10);
             std::thread::sleep((pause + spread).min(left));
             pause = (pause * 2).min(LONGEST_PAUSE);
-            patience = (patience * 2).min(LONGEST_ATTEMPT);
+            patience = (patience * 2).min(longest);
         }
     }
 
@@ -233,7 +236,7 @@ impl TcpStore {
         let limit = until.max(Instant::now()) + IO_TIME;
         let mut stream = match self.idle_stream() {
             Some(stream) => stream,
-            None => match attempt(self.identity, self.process, &self.address.to_string(), limit) {
+            None => match attempt_each(self.identity, self.process, &[self.address], limit) {
                 Ok((stream, _)) => stream,
                 Err(Attempt::Fatal(error)) => return Err(error),
                 Err(Attempt::Again(reason)) => return Err(self.lost(&name(), reason)),
@@ -365,8 +368,8 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 
 /// When a port is taken: by another rank 0 of this very job? Then both have to know.
 fn refuse_twin(identity: Identity, process: u64, port: u16, deadline: Instant) -> Result<()> {
-    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port).to_string();
-    match attempt(identity, process, &address, deadline.min(Instant::now() + LONGEST_ATTEMPT)) {
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+    match attempt_each(identity, process, &[address], deadline.min(Instant::now() + LONGEST_ATTEMPT)) {
         Err(Attempt::Fatal(error @ Error::Disagree { .. })) => Err(error),
         // Another program, another job, or our own last store that is ending.
         Ok(_) | Err(_) => Ok(()),
@@ -387,18 +390,83 @@ impl From<std::io::Error> for Attempt {
     }
 }
 
-/// Connects to one candidate and says hello, all within `limit`.
-fn attempt(
-    identity: Identity,
-    process: u64,
-    candidate: &str,
-    limit: Instant,
-) -> std::result::Result<(TcpStream, SocketAddr), Attempt> {
-    let addresses: Vec<SocketAddr> = candidate.to_socket_addrs()?.collect();
-    if addresses.is_empty() {
-        return Err(Attempt::Again(format!("'{candidate}' has no address")));
+/// An address rank 0's store may have.
+struct Candidate {
+    /// As it was given.
+    text: String,
+    port: u16,
+    /// Why the last attempt failed.
+    reason: String,
+}
+
+impl Candidate {
+    fn failed(&mut self, reason: &str) {
+        // The last round may have no time left: what an earlier one learnt says more.
+        if self.reason.is_empty() || ![NO_ANSWER, lookup::NOT_YET].contains(&reason) {
+            reason.clone_into(&mut self.reason);
+        }
     }
-    attempt_each(identity, process, &addresses, limit)
+}
+
+/// Candidates of one host, whose name is looked up once a round for all of them.
+struct CandidateHost {
+    lookup: Lookup,
+    candidates: Vec<Candidate>,
+}
+
+impl CandidateHost {
+    /// From "host:port" each.
+    fn all(candidates: &[String], resolver: &Resolver) -> Result<Vec<CandidateHost>> {
+        let mut hosts: Vec<CandidateHost> = Vec::new();
+        for text in candidates {
+            let (name, port) = host_and_port(text).ok_or_else(|| Error::NoWay {
+                what: format!("'{text}' is no address of a store"),
+                hint: "Give a host's name or address, a colon, and a port".to_owned(),
+            })?;
+            let candidate = Candidate { text: text.clone(), port, reason: String::new() };
+            match hosts.iter_mut().find(|host| host.lookup.name() == name) {
+                Some(host) => host.candidates.push(candidate),
+                None => hosts
+                    .push(CandidateHost { lookup: Lookup::new(name, resolver), candidates: vec![candidate] }),
+            }
+        }
+        Ok(hosts)
+    }
+
+    /// Tries each candidate for up to `patience`, after a wait for the host's addresses that is as long at most. `None`:
+    /// none of them now.
+    fn attempt(
+        &mut self,
+        identity: Identity,
+        process: u64,
+        patience: Duration,
+        deadline: Instant,
+    ) -> Result<Option<(TcpStream, SocketAddr)>> {
+        let limit = || deadline.min(Instant::now() + patience);
+        let mut addresses = match self.lookup.addresses(limit()) {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                self.candidates.iter_mut().for_each(|candidate| candidate.failed(&error.to_string()));
+                return Ok(None);
+            }
+        };
+        for candidate in &mut self.candidates {
+            addresses.iter_mut().for_each(|address| address.set_port(candidate.port));
+            match attempt_each(identity, process, &addresses, limit()) {
+                Ok(reached) => return Ok(Some(reached)),
+                Err(Attempt::Fatal(error)) => return Err(error),
+                Err(Attempt::Again(reason)) => candidate.failed(&reason),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The parts of "host:port" or "[address]:port".
+fn host_and_port(candidate: &str) -> Option<(&str, u16)> {
+    let (host, port) = candidate.rsplit_once(':')?;
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    Some((host, port.parse().ok()?))
 }
 
 /// Tries the addresses of one host in turn. Each has its share of the time that is left: one that swallows packets leaves
@@ -511,8 +579,17 @@ fn again(error: std::io::Error) -> std::io::Result<()> {
     }
 }
 
-fn summary(reasons: &BTreeMap<String, String>) -> String {
-    let list: Vec<String> = reasons.iter().map(|(address, reason)| format!("{address}: {reason}")).collect();
+/// What was wrong with each candidate; what several have in common is said once.
+fn summary<'a>(candidates: impl Iterator<Item = &'a Candidate>) -> String {
+    let mut groups: Vec<(&str, Vec<&str>)> = Vec::new();
+    for Candidate { text, reason, .. } in candidates {
+        match groups.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, texts)) => texts.push(text),
+            None => groups.push((reason, vec![text])),
+        }
+    }
+    let list: Vec<String> =
+        groups.iter().map(|(reason, texts)| format!("{}: {reason}", texts.join(", "))).collect();
     list.join("; ")
 }
 

@@ -1,4 +1,6 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 
 use super::*;
 
@@ -395,4 +397,95 @@ fn the_wildcard_of_ipv6_takes_ipv4() {
     assert!(!rustix::net::sockopt::ipv6_v6only(&listener).unwrap());
     let port = listener.local_addr().unwrap().port();
     TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+}
+
+/// Looks for the store at `candidates`, whose names `resolver` knows; attempts last `longest` at most.
+fn find(
+    candidates: &[String],
+    resolver: impl Fn(&str) -> std::io::Result<Vec<SocketAddr>> + Send + Sync + 'static,
+    longest: Duration,
+    deadline: Instant,
+) -> Result<TcpStore> {
+    let resolver: Resolver = Arc::new(resolver);
+    let mut hosts = CandidateHost::all(candidates, &resolver)?;
+    TcpStore::reach_hosts(me(1, 2), 5, &mut hosts, longest, deadline)
+}
+
+fn loopback() -> Vec<SocketAddr> {
+    vec![(Ipv4Addr::LOCALHOST, 0).into()]
+}
+
+#[test]
+fn a_lookup_longer_than_an_attempt_leaves_the_attempt_its_time() {
+    let zero = host(2);
+    let longest = Duration::from_millis(200);
+    let slow = move |_: &str| {
+        std::thread::sleep(longest * 2);
+        Ok(loopback())
+    };
+    let candidates = [format!("zero:{}", zero.port().unwrap())];
+    find(&candidates, slow, longest, soon(60)).unwrap();
+}
+
+#[test]
+fn a_lookup_without_an_answer_is_made_once_and_waited_for_to_the_deadline() {
+    let (end, until) = channel::<()>();
+    let until = Mutex::new(until);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let silent = move |name: &str| {
+        assert_eq!(name, "zero");
+        count.fetch_add(1, Ordering::Relaxed);
+        let _ = until.lock().unwrap().recv_timeout(Duration::from_secs(60));
+        Ok(Vec::new())
+    };
+    let candidates = [1, 2, 3, 4].map(|port| format!("zero:{port}"));
+    let deadline = Instant::now() + Duration::from_millis(300);
+    let error = find(&candidates, silent, Duration::from_millis(50), deadline).unwrap_err().to_string();
+    assert!(error.contains("zero:1, zero:2, zero:3, zero:4: the name service has not answered"), "{error}");
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    drop(end);
+}
+
+#[test]
+fn a_lookup_without_an_answer_does_not_keep_other_hosts_from_being_tried() {
+    let zero = host(2);
+    let (end, until) = channel::<()>();
+    let until = Mutex::new(until);
+    let silent = move |_: &str| {
+        let _ = until.lock().unwrap().recv_timeout(Duration::from_secs(120));
+        Ok(Vec::new())
+    };
+    let candidates = ["nobody:1".to_owned(), at(&zero)];
+    find(&candidates, silent, LONGEST_ATTEMPT, soon(60)).unwrap();
+    drop(end);
+}
+
+/// As where a container's name appears with the container.
+#[test]
+fn a_name_nobody_knows_yet_is_asked_for_again() {
+    let zero = host(2);
+    let asked = AtomicUsize::new(0);
+    let second = move |_: &str| match asked.fetch_add(1, Ordering::Relaxed) {
+        0 => Err(std::io::Error::other("unknown name")),
+        1 => Ok(Vec::new()),
+        _ => Ok(loopback()),
+    };
+    let candidates = [format!("zero:{}", zero.port().unwrap())];
+    find(&candidates, second, LONGEST_ATTEMPT, soon(60)).unwrap();
+    let unknown = |_: &str| Err(std::io::Error::other("unknown name"));
+    let error = find(&candidates, unknown, LONGEST_ATTEMPT, soon(1)).unwrap_err().to_string();
+    assert!(error.contains(&format!("{}: unknown name", candidates[0])), "{error}");
+}
+
+#[test]
+fn candidates_are_a_host_and_a_port() {
+    assert_eq!(host_and_port("algo-1:29811"), Some(("algo-1", 29811)));
+    assert_eq!(host_and_port("[2001:db8::1]:80"), Some(("2001:db8::1", 80)));
+    assert_eq!(host_and_port("fe80::1%eth0:80"), Some(("fe80::1%eth0", 80)));
+    for wrong in ["algo-1", "algo-1:", "algo-1:70000", ""] {
+        assert_eq!(host_and_port(wrong), None);
+        let error = TcpStore::connect(me(1, 2), &[wrong.to_owned()], soon(60)).unwrap_err();
+        assert!(matches!(&error, Error::NoWay { .. }), "{error}");
+    }
 }
