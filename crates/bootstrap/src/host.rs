@@ -1,7 +1,7 @@
 //! What this host tells: its identity, the addresses others reach it by, free ports, and the process that
 //! launched us.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -71,32 +71,40 @@ fn source_towards(peer: SocketAddr) -> Option<IpAddr> {
     (!ip.is_loopback() && !ip.is_unspecified()).then_some(ip)
 }
 
-fn resolve(host: &str) -> Vec<SocketAddr> {
-    // The port is only there because std resolves pairs.
-    let found: Vec<SocketAddr> = (host, 9).to_socket_addrs().map(Iterator::collect).unwrap_or_default();
-    let (four, six): (Vec<_>, Vec<_>) = found.into_iter().partition(SocketAddr::is_ipv4);
-    four.into_iter().chain(six).collect()
+/// How many addresses of a host are worth telling.
+pub(crate) const MOST_ADDRESSES: usize = 8;
+
+/// This host's own addresses, by the routes that leave it.
+pub(crate) fn addresses() -> Vec<IpAddr> {
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    distinct(route_targets(&routes).into_iter().filter_map(source_towards))
 }
 
-/// Addresses of this host for processes on hosts named `peers`, the likeliest first, IPv4 before IPv6:
-/// the source addresses of the routes to the peers, what our own name resolves to, then one address of each route.
-pub(crate) fn reachable_addresses(peers: &[String]) -> Vec<IpAddr> {
-    const ENOUGH: usize = 8;
-    let own = name();
-    let mut found: Vec<IpAddr> = Vec::new();
-    let mut push = |ip: IpAddr| {
-        if !ip.is_loopback() && !ip.is_unspecified() && !found.contains(&ip) {
+/// The addresses in `own`, which is this host's, in the order in which hosts with the addresses `peers` are likely to reach
+/// them: first those that our routes to the peers start from. No name service is asked: it may be slow, or know nothing.
+pub(crate) fn reachable_addresses(own: &[IpAddr], peers: &[&[IpAddr]]) -> Vec<IpAddr> {
+    reachable_by(own, peers, source_towards)
+}
+
+fn reachable_by(
+    own: &[IpAddr],
+    peers: &[&[IpAddr]],
+    source: impl Fn(SocketAddr) -> Option<IpAddr>,
+) -> Vec<IpAddr> {
+    // An address that we have too is one of a network that each host has for itself (bridges, NAT): it leads nowhere.
+    let theirs = peers.iter().copied().flatten().filter(|ip| !own.contains(ip));
+    let sources = theirs.filter_map(|&ip| source(SocketAddr::new(ip, 9)));
+    distinct(sources.chain(own.iter().copied()))
+}
+
+fn distinct(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut found = Vec::new();
+    for ip in addresses {
+        if !found.contains(&ip) {
             found.push(ip);
         }
-    };
-    // A few peers show the interface; asking the name service for thousands would take minutes.
-    for peer in peers.iter().filter(|p| **p != own).take(2) {
-        resolve(peer).into_iter().filter_map(source_towards).for_each(&mut push);
     }
-    resolve(&own).iter().map(SocketAddr::ip).for_each(&mut push);
-    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
-    route_targets(&routes).into_iter().filter_map(source_towards).for_each(&mut push);
-    found.truncate(ENOUGH);
+    found.truncate(MOST_ADDRESSES);
     found
 }
 
@@ -249,6 +257,23 @@ mod tests {
         if cfg!(target_endian = "little") {
             assert_eq!(route_targets(table), expected);
         }
+    }
+
+    #[test]
+    fn the_addresses_that_routes_to_the_peers_start_from_come_first() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        // Each host has the same address towards its own NAT.
+        let own = [ip("10.0.2.15"), ip("172.16.0.1"), ip("192.168.56.11")];
+        let (two, three) = ([ip("10.0.2.15"), ip("192.168.56.12")], [ip("10.0.2.15"), ip("192.168.56.13")]);
+        let source = |peer: SocketAddr| match peer.ip().to_string().as_str() {
+            "192.168.56.12" | "192.168.56.13" => Some(ip("192.168.56.11")),
+            other => panic!("{other} is ours"),
+        };
+        let found = reachable_by(&own, &[&two, &three], source);
+        assert_eq!(found, [ip("192.168.56.11"), ip("10.0.2.15"), ip("172.16.0.1")]);
+        assert_eq!(reachable_by(&own, &[&two], |_| None), own);
+        let many: Vec<IpAddr> = (0..20).map(|i| IpAddr::from([10, 0, 0, i])).collect();
+        assert_eq!(reachable_by(&many, &[], |_| None), many[..MOST_ADDRESSES]);
     }
 
     #[test]

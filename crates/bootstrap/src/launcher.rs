@@ -126,7 +126,7 @@ fn ask_mpi(settings: &Settings, dirs: &[PathBuf], vars: &Vars, env: &Env) -> Res
             Some(addr) => addr.clone(),
             None if one => "127.0.0.1".to_owned(),
             None => {
-                let found = host::reachable_addresses(&mpi::host_names(&records));
+                let found = mpi::addresses_of_zero(&records);
                 found.first().ok_or_else(|| no_master("rank 0 finds no address of its own"))?.to_string()
             }
         };

@@ -199,7 +199,7 @@ fn join_by_mpi(world: &mpi::World, env: &Env, deadline: Instant) -> Result<Job> 
 /// Addresses at which other hosts may reach rank 0: what the user says first.
 fn addresses_for(records: &[mpi::Record], env: &Env) -> Vec<String> {
     let mut all: Vec<String> = env.master_addr.iter().filter(|a| !is_loopback(a)).cloned().collect();
-    all.extend(host::reachable_addresses(&mpi::host_names(records)).iter().map(IpAddr::to_string));
+    all.extend(mpi::addresses_of_zero(records).iter().map(IpAddr::to_string));
     if all.is_empty() {
         all.push(host::name());
     }

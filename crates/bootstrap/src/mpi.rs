@@ -8,6 +8,7 @@
 //! 4. What one rank decides for all is decided after an exchange, by all alike, or sent by rank 0 with its error if
 //!    it failed: no rank is left waiting in an MPI call another will not make.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
@@ -19,7 +20,7 @@ use smddp_mpi_sys::{Abi, Family, Mpi, Search};
 
 use crate::env::{Env, Launcher, Vars};
 use crate::error::{Error, Result};
-use crate::host;
+use crate::host::{self, MOST_ADDRESSES};
 
 /// The MPI of this process, once it was used.
 struct Loaded {
@@ -260,21 +261,38 @@ pub(crate) struct Record {
     pub(crate) network: [u8; 16],
     /// The rank the launcher's variables give, if any.
     pub(crate) claimed: Option<usize>,
+    /// See [`host::addresses`].
+    pub(crate) addresses: Vec<IpAddr>,
     pub(crate) host: String,
 }
 
-const RECORD: usize = 16 + 8 + 1 + 255;
+const RECORD: usize = 16 + 8 + 1 + 16 * MOST_ADDRESSES + 1 + 255;
 /// What rank 0 tells all: status, length, text.
 const WORD: usize = 1024;
 
 impl Record {
     fn of_this(env: &Env) -> Record {
-        Record { network: host::loopback_identity(), claimed: env.rank, host: host::name() }
+        Record {
+            network: host::loopback_identity(),
+            claimed: env.rank,
+            addresses: host::addresses(),
+            host: host::name(),
+        }
     }
 
     fn encode(&self) -> Vec<u8> {
         let mut out = self.network.to_vec();
         out.extend(self.claimed.map_or(u64::MAX, |r| r as u64).to_le_bytes());
+        // IPv4 as mapped into IPv6.
+        let addresses = &self.addresses[..self.addresses.len().min(MOST_ADDRESSES)];
+        out.push(addresses.len() as u8);
+        for address in addresses {
+            let address = match address {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                IpAddr::V6(ip) => *ip,
+            };
+            out.extend(address.octets());
+        }
         let name = &self.host.as_bytes()[..self.host.len().min(255)];
         out.push(name.len() as u8);
         out.extend(name);
@@ -285,11 +303,15 @@ impl Record {
     fn decode(bytes: &[u8]) -> Option<Record> {
         let (network, rest) = bytes.split_first_chunk::<16>()?;
         let (claimed, rest) = rest.split_first_chunk::<8>()?;
+        let (&count, rest) = rest.split_first()?;
+        let (addresses, rest) = rest.split_at_checked(usize::from(count) * 16)?;
+        let address = |bytes: &[u8]| Some(IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical());
         let (&length, rest) = rest.split_first()?;
         let claimed = u64::from_le_bytes(*claimed);
         Some(Record {
             network: *network,
             claimed: (claimed != u64::MAX).then_some(claimed as usize),
+            addresses: addresses.chunks_exact(16).filter_map(address).collect(),
             host: String::from_utf8_lossy(rest.get(..usize::from(length))?).into_owned(),
         })
     }
@@ -369,15 +391,17 @@ pub(crate) fn one_network(records: &[Record]) -> bool {
     records.windows(2).all(|pair| pair[0].network == pair[1].network)
 }
 
-/// The names of rank 0's hosts and all others', each once.
-pub(crate) fn host_names(records: &[Record]) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
+/// Addresses of rank 0 for the other hosts, the likeliest first. For rank 0.
+pub(crate) fn addresses_of_zero(records: &[Record]) -> Vec<IpAddr> {
+    let own = &records[0].addresses;
+    let mut peers: Vec<&[IpAddr]> = Vec::new();
     for record in records {
-        if !names.contains(&record.host) {
-            names.push(record.host.clone());
+        // Two peers show the interface, as thousands would.
+        if peers.len() < 2 && record.addresses != *own && !peers.contains(&record.addresses.as_slice()) {
+            peers.push(&record.addresses);
         }
     }
-    names
+    host::reachable_addresses(own, &peers)
 }
 
 #[cfg(test)]
@@ -386,7 +410,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn record(network: u8, host: &str) -> Record {
-        Record { network: [network; 16], claimed: None, host: host.to_owned() }
+        Record { network: [network; 16], claimed: None, addresses: Vec::new(), host: host.to_owned() }
     }
 
     #[test]
@@ -395,7 +419,6 @@ mod tests {
         let locals: Vec<_> = (0..5).map(|r| local(&records, r)).collect();
         assert_eq!(locals, [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]);
         assert!(!one_network(&records) && one_network(&records[..1]));
-        assert_eq!(host_names(&records), ["a", "b"]);
     }
 
     #[test]
@@ -421,9 +444,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn records_read_back(network: [u8; 16], claimed in prop::option::of(0usize..1000), host in "[a-z.]{0,300}") {
-            let record = Record { network, claimed, host: host[..host.len().min(255)].to_owned() };
-            prop_assert_eq!(Record::decode(&Record { host, ..record.clone() }.encode()), Some(record));
+        fn records_read_back(
+            network: [u8; 16],
+            claimed in prop::option::of(0usize..1000),
+            mut addresses: Vec<IpAddr>,
+            host in "[a-z.]{0,300}",
+        ) {
+            // Of all IPv6 addresses those that stand for IPv4 come back as such.
+            addresses.iter_mut().for_each(|ip| *ip = ip.to_canonical());
+            let given = Record { network, claimed, addresses, host };
+            let mut kept = given.clone();
+            kept.addresses.truncate(MOST_ADDRESSES);
+            kept.host.truncate(255);
+            prop_assert_eq!(given.encode().len(), RECORD);
+            prop_assert_eq!(Record::decode(&given.encode()), Some(kept));
         }
 
         #[test]
