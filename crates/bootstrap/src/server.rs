@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl};
 
 use crate::kv::Table;
 use crate::wire::{self, HELLO, Hello, Op, Request, Secret, Status};
@@ -35,6 +36,31 @@ const MOST_PER_RANK: usize = 256;
 const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// Pending connections the kernel keeps: a whole job may come at once.
 pub(crate) const BACKLOG: i32 = 4096;
+
+/// How long a connection may be silent before the kernel asks whether the other side is there, and how often it asks again.
+/// Linux's own 2 hours are too long for firewalls, many of which forget a silent connection after some minutes.
+const KEEP_ALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
+
+/// Keeps a connection that is silent for hours of training in the memory of firewalls. Without it, it still works where
+/// there are none.
+pub(crate) fn keep_alive(stream: &TcpStream) {
+    let kept = set_socket_keepalive(stream, true)
+        .and_then(|()| set_tcp_keepidle(stream, KEEP_ALIVE_IDLE))
+        .and_then(|()| set_tcp_keepintvl(stream, KEEP_ALIVE_EVERY));
+    if let Err(error) = kept {
+        tracing::debug!("a connection of the store is not kept alive: {error}");
+    }
+}
+
+/// What [`keep_alive`] has set.
+#[cfg(test)]
+pub(crate) fn assert_kept_alive(stream: &TcpStream) {
+    use rustix::net::sockopt::{socket_keepalive, tcp_keepidle, tcp_keepintvl};
+    assert!(socket_keepalive(stream).unwrap());
+    assert_eq!(tcp_keepidle(stream).unwrap(), Duration::from_secs(60));
+    assert_eq!(tcp_keepintvl(stream).unwrap(), Duration::from_secs(15));
+}
 
 /// The running server. Dropping it without [`Server::stop`] ends it at once.
 #[derive(Debug)]
@@ -317,7 +343,7 @@ impl State {
                         continue;
                     }
                     let _ = stream.set_nodelay(true);
-                    let _ = rustix::net::sockopt::set_socket_keepalive(&stream, true);
+                    keep_alive(&stream);
                     self.make_room();
                     self.conns.insert(
                         self.next,
@@ -642,5 +668,23 @@ impl State {
         if member.connections == 0 && conn.asked && !member.left && !self.ready {
             self.fail(format!("rank {rank} at {} ended before every rank had come", conn.address));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_connection_is_kept_in_the_firewalls_memory() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut state = State::new(1, [0; 16], Arc::new(Mutex::new(None)));
+        let limit = Instant::now() + Duration::from_secs(60);
+        while state.conns.is_empty() && Instant::now() < limit {
+            state.accept(&listener);
+        }
+        assert_kept_alive(&state.conns[&0].stream);
     }
 }

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::kv;
 use crate::lookup::{self, Lookup, Resolver};
-use crate::server::{BACKLOG, Server};
+use crate::server::{BACKLOG, Server, keep_alive};
 use crate::wire::{self, Hello, MAGIC, Op, REPLY, Request, Secret, Status};
 
 /// Longest time a request that does not wait may take, and what a waiting one may take beyond its deadline.
@@ -502,8 +502,7 @@ fn greet(
     limit: Instant,
 ) -> std::result::Result<(), Attempt> {
     stream.set_nodelay(true)?;
-    // A firewall may forget a connection that is silent for hours of training.
-    let _ = rustix::net::sockopt::set_socket_keepalive(&*stream, true);
+    keep_alive(stream);
     let (rank, size) = (identity.rank as u32, identity.size as u32);
     send(stream, &Hello { secret: identity.secret, size, rank, process }.encode(), limit)?;
     let mut magic = [0; MAGIC.len()];

@@ -489,3 +489,9 @@ fn candidates_are_a_host_and_a_port() {
         assert!(matches!(&error, Error::NoWay { .. }), "{error}");
     }
 }
+
+#[test]
+fn a_silent_connection_is_kept_in_the_firewalls_memory() {
+    let store = host(1);
+    crate::server::assert_kept_alive(&store.idle.lock().unwrap()[0]);
+}
