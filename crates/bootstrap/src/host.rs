@@ -1,7 +1,7 @@
 //! What this host tells: its identity, the addresses others reach it by, free ports, and the process that
 //! launched us.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -64,20 +64,25 @@ pub(crate) fn name() -> String {
 /// The local address from which `peer` is reached, by the routing table; nothing is sent.
 fn source_towards(peer: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr =
-        if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+        if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
     socket.connect(peer).ok()?;
     let ip = socket.local_addr().ok()?.ip();
-    (!ip.is_loopback() && !ip.is_unspecified()).then_some(ip)
+    // An address of the link alone says nothing on another host, which has links of its own.
+    let of_link = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    (!ip.is_loopback() && !ip.is_unspecified() && !of_link).then_some(ip)
 }
 
 /// How many addresses of a host are worth telling.
 pub(crate) const MOST_ADDRESSES: usize = 8;
 
-/// This host's own addresses, by the routes that leave it.
+/// This host's own addresses, by the routes that leave it, IPv4 before IPv6.
 pub(crate) fn addresses() -> Vec<IpAddr> {
-    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
-    distinct(route_targets(&routes).into_iter().filter_map(source_towards))
+    // Where the kernel lacks a protocol, its file is missing.
+    let table = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let mut targets = route_targets(&table("/proc/net/route"));
+    targets.extend(ipv6_route_targets(&table("/proc/net/ipv6_route")));
+    distinct(targets.into_iter().filter_map(source_towards))
 }
 
 /// The addresses in `own`, which is this host's, in the order in which hosts with the addresses `peers` are likely to reach
@@ -123,6 +128,31 @@ fn route_targets(table: &str) -> Vec<SocketAddr> {
         Some(SocketAddr::new(Ipv4Addr::from(ip).into(), 9))
     };
     table.lines().skip(1).filter_map(target).collect()
+}
+
+/// One address behind each IPv6 route of `/proc/net/ipv6_route` that leaves this host, that of the default route first.
+fn ipv6_route_targets(table: &str) -> Vec<SocketAddr> {
+    // Of the kernel's linux/route.h and linux/ipv6_route.h.
+    const UP: u32 = 0x1;
+    const REJECT: u32 = 0x200;
+    const LOCAL: u32 = 0x8000_0000;
+    // Any host's: a router is usually known by an address of the link alone.
+    const ANYWHERE: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
+    let target = |line: &str| -> Option<(bool, SocketAddr)> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [destination, length, _, _, _, _, _, _, flags, interface] = fields[..] else { return None };
+        let flags = u32::from_str_radix(flags, 16).ok()?;
+        let ip = Ipv6Addr::from_bits(u128::from_str_radix(destination, 16).ok()? | 1);
+        let leaves = interface != "lo" && flags & (UP | REJECT | LOCAL) == UP;
+        if !leaves || ip.is_unicast_link_local() || ip.is_multicast() {
+            return None;
+        }
+        let default = u8::from_str_radix(length, 16).ok()? == 0;
+        Some((default, SocketAddr::new(if default { ANYWHERE } else { ip }.into(), 9)))
+    };
+    let (defaults, others): (Vec<_>, Vec<_>) =
+        table.lines().filter_map(target).partition(|&(default, _)| default);
+    defaults.into_iter().chain(others).map(|(_, target)| target).collect()
 }
 
 /// Ports that few kernels give to outgoing connections: what lies below the usual range of those.
@@ -257,6 +287,24 @@ mod tests {
         if cfg!(target_endian = "little") {
             assert_eq!(route_targets(table), expected);
         }
+    }
+
+    #[test]
+    fn ipv6_routes_that_leave_the_host_give_targets_the_default_first() {
+        let table = "\
+20010db8000500000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001     eth0
+fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000002 00000000 00000001     eth0
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 fe800000000000000000000000000001 00000400 00000003 00000000 00000003     eth0
+00000000000000000000000000000001 80 00000000000000000000000000000000 00 00000000000000000000000000000000 00000000 00000004 00000000 80200001       lo
+20010db8000500000000000000000007 80 00000000000000000000000000000000 00 00000000000000000000000000000000 00000000 00000004 00000000 80200001     eth0
+ff000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000003 00000000 00000001     eth0
+20010db8000900000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 ffffffff 00000001 00000000 00000200       lo
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 00000000000000000000000000000000 ffffffff 00000001 00000000 00200200       lo
+garbage";
+        let expected: Vec<SocketAddr> =
+            vec!["[2000::1]:9".parse().unwrap(), "[2001:db8:5::1]:9".parse().unwrap()];
+        assert_eq!(ipv6_route_targets(table), expected);
+        assert!(ipv6_route_targets("").is_empty());
     }
 
     #[test]
