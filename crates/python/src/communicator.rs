@@ -300,11 +300,6 @@ impl Communicator {
     fn describe(&self) -> String {
         self.inner.describe()
     }
-
-    /// (peer, bytes sent, bytes received) over the fabric, per peer of this process.
-    fn traffic(&self) -> Vec<(u32, u64, u64)> {
-        self.inner.traffic()
-    }
 }
 
 impl Communicator {

@@ -46,7 +46,7 @@ mod _core {
     #[pymodule_export]
     use super::torch::{AllReduce, reads_options, use_torch};
     #[pymodule_export]
-    use super::world::{World, launcher_variables, settings_table};
+    use super::world::{World, launcher_variables};
 
     use super::*;
 

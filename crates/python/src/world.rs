@@ -92,12 +92,6 @@ impl Drop for World {
     }
 }
 
-/// (variable, default, meaning) of every setting.
-#[pyfunction]
-pub fn settings_table() -> Vec<(&'static str, &'static str, &'static str)> {
-    smddp_core::settings::TABLE.iter().map(|row| (row.name, row.default, row.meaning)).collect()
-}
-
 /// Those of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT that are missing and that the
 /// launcher of this process tells; empty without a launcher.
 #[pyfunction]
