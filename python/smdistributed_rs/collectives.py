@@ -498,7 +498,8 @@ class Collectives:
             return work
         span = sent_span(tensor)
         code, _ = mover(tensor)
-        return self._message("send", span, tensors, lambda: self._comm.start_send(to, tag, code, span.memory, span))
+        start = lambda: self._comm.start_message_of(True, to, tag, code, span.memory, span)  # noqa: E731
+        return self._message("send", span, tensors, start)
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> Work:
         """Receives one tensor of any dtype from rank `src`."""
@@ -511,7 +512,8 @@ class Collectives:
             return work
         span = received_span(tensor)
         code, _ = mover(tensor)
-        return self._message("recv", span, tensors, lambda: self._comm.start_recv(of, tag, code, span.memory, span))
+        start = lambda: self._comm.start_message_of(False, of, tag, code, span.memory, span)  # noqa: E731
+        return self._message("recv", span, tensors, start)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
         """Receives one tensor of any dtype from whichever rank's message of `tag` comes first."""

@@ -238,7 +238,8 @@ class Communicator:
     ) -> Handle | None:
         """Sends `array` to rank `to`, which receives as many elements under the same tag (from 0). Any dtype."""
         one = view("send", "array", array, written=False)
-        handle = self._inner.start_send(self._root("send", to, "to"), tag, one.mover()[0], one.memory, one)
+        peer = self._root("send", to, "to")
+        handle = self._inner.start_message_of(True, peer, tag, one.mover()[0], one.memory, one)
         return _ended(handle, async_op, timeout)
 
     def recv(
@@ -246,7 +247,8 @@ class Communicator:
     ) -> Handle | None:
         """Receives into `array` what rank `source` sends under the same tag."""
         one = view("recv", "array", array, written=True)
-        handle = self._inner.start_recv(self._root("recv", source, "source"), tag, one.mover()[0], one.memory, one)
+        peer = self._root("recv", source, "source")
+        handle = self._inner.start_message_of(False, peer, tag, one.mover()[0], one.memory, one)
         return _ended(handle, async_op, timeout)
 
     def abort(self, reason: str = "abort() was called") -> None:

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use smddp::{DType, GroupOptions, Request, Settings, Store};
+use smddp::{DType, GroupOptions, Region, Request, Settings, Store};
 
 use crate::arguments::{Numbers, counts, region, seconds};
 use crate::dlpack;
@@ -213,51 +213,24 @@ impl Communicator {
     ) -> PyResult<Option<Handle>> {
         let dense = dlpack::describe(py, tensor).filter(|dense| dense.device.is_none());
         let Some(dense) = dense else { return Ok(None) };
-        let (memory, dtype) = (region(dense.memory()), dense.dtype);
-        // SAFETY: P2: the handle holds the tensor.
-        let started = py.detach(|| unsafe {
-            if sends {
-                self.inner.start_send(peer, tag, dtype, memory)
-            } else {
-                self.inner.start_recv(peer, tag, dtype, memory)
-            }
-        });
-        let keep = [Some(tensor.clone().unbind()), None];
-        Ok(Some(Handle::new(raise(py, started)?, keep, &self.inner)))
+        let keep = Some(tensor.clone().unbind());
+        self.message(py, sends, peer, tag, dense.dtype, region(dense.memory()), keep).map(Some)
     }
 
-    /// Starts sending `memory` to rank `to`.
-    #[pyo3(signature = (to, tag, dtype, memory, keep=None))]
-    fn start_send(
+    /// Starts sending `memory` to `peer`, or receiving into it from there.
+    #[pyo3(signature = (sends, peer, tag, dtype, memory, keep=None))]
+    fn start_message_of(
         &self,
         py: Python<'_>,
-        to: usize,
+        sends: bool,
+        peer: usize,
         tag: u64,
         dtype: u8,
         memory: (usize, usize),
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Handle> {
-        let dtype = known_dtype(py, "send", dtype)?;
-        // SAFETY: P2; see `region`.
-        let started = py.detach(|| unsafe { self.inner.start_send(to, tag, dtype, region(memory)) });
-        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
-    }
-
-    /// Starts receiving into `memory` from rank `from_rank`.
-    #[pyo3(signature = (from_rank, tag, dtype, memory, keep=None))]
-    fn start_recv(
-        &self,
-        py: Python<'_>,
-        from_rank: usize,
-        tag: u64,
-        dtype: u8,
-        memory: (usize, usize),
-        keep: Option<Py<PyAny>>,
-    ) -> PyResult<Handle> {
-        let dtype = known_dtype(py, "recv", dtype)?;
-        // SAFETY: P2; see `region`.
-        let started = py.detach(|| unsafe { self.inner.start_recv(from_rank, tag, dtype, region(memory)) });
-        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
+        let dtype = known_dtype(py, if sends { "send" } else { "recv" }, dtype)?;
+        self.message(py, sends, peer, tag, dtype, region(memory), keep)
     }
 
     /// Starts receiving into `memory` from whichever rank's message of `tag` comes first.
@@ -344,6 +317,27 @@ impl Communicator {
             let _ = py.detach(|| handle.wait(None));
         }
         result
+    }
+
+    fn message(
+        &self,
+        py: Python<'_>,
+        sends: bool,
+        peer: usize,
+        tag: u64,
+        dtype: DType,
+        memory: Region,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Handle> {
+        // SAFETY: P2: the handle holds `keep`, whose memory this is; see `region`.
+        let started = py.detach(|| unsafe {
+            if sends {
+                self.inner.start_send(peer, tag, dtype, memory)
+            } else {
+                self.inner.start_recv(peer, tag, dtype, memory)
+            }
+        });
+        Ok(Handle::new(raise(py, started)?, [keep, None], &self.inner))
     }
 
     fn launch(&self, py: Python<'_>, request: Request, keep: Keep) -> PyResult<Handle> {
