@@ -1,10 +1,14 @@
 //! What the command line may say, and the messages for what it may not.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use smddp::{Collective, DType, ReduceOp};
 use smddp_core::settings::parse_bytes;
+
+use crate::report::csv_name;
+use crate::workload::shape;
 
 /// Measures collectives in the manner of nccl-tests, shows the plans behind them, and what this machine offers.
 #[derive(Parser, Debug)]
@@ -161,9 +165,9 @@ pub struct PlanArgs {
     /// The collective, e.g. all_reduce
     #[arg(value_parser = parse_collective)]
     pub collective: Collective,
-    /// Number of nodes
-    #[arg(long, default_value = "2", value_parser = parse_count)]
-    pub nodes: usize,
+    /// Number of nodes; 2 unless --local has a list
+    #[arg(long, value_parser = parse_count)]
+    pub nodes: Option<usize>,
     /// Ranks on each node; a comma-separated list gives each node its own number
     #[arg(long, default_value = "2", value_delimiter = ',', value_parser = parse_count)]
     pub local: Vec<usize>,
@@ -199,11 +203,11 @@ pub struct CompareArgs {
     /// Files written by --csv; rows of all of them are compared
     #[arg(required = true, value_name = "FILE.csv")]
     pub files: Vec<PathBuf>,
-    /// Only this collective, as the CSV names it (allreduce, allgather, reduce_scatter, broadcast, ...)
-    #[arg(long)]
+    /// Only this collective, such as all_reduce, or as the CSV names it (allreduce, allreduce_max, ...)
+    #[arg(long, value_parser = parse_csv_op)]
     pub op: Option<String>,
-    /// Only this element type, as the CSV names it (float32, bfloat16, ...)
-    #[arg(long)]
+    /// Only this element type, such as f32, or as the CSV names it (float32, bfloat16, ...)
+    #[arg(long, value_parser = parse_csv_dtype)]
     pub dtype: Option<String>,
     /// Only this number of ranks
     #[arg(long)]
@@ -276,8 +280,21 @@ impl Bench {
         if self.device == Device::Cuda && has_none {
             return Err(format!("--device cuda: {collective} is measured on the CPU only"));
         }
-        if let Some(dtype) = self.dtype.iter().find(|d| self.max < d.size()) {
-            return Err(format!("--max {} holds no element of {dtype} ({} bytes)", self.max, dtype.size()));
+        let measured =
+            |dtype: DType| self.sizes(dtype).any(|bytes| shape(collective, dtype, bytes, world).is_some());
+        if let Some(&dtype) = self.dtype.iter().find(|d| collective != Collective::Barrier && !measured(**d))
+        {
+            if self.max < dtype.size() {
+                return Err(format!(
+                    "--max {} holds no element of {dtype} ({} bytes)",
+                    self.max,
+                    dtype.size()
+                ));
+            }
+            return Err(format!(
+                "no size from --min {} to --max {} holds an element of {dtype} for each of {world} ranks: raise --max",
+                self.min, self.max
+            ));
         }
         if collective.reduces() {
             for op in &self.op {
@@ -289,6 +306,12 @@ impl Bench {
             }
         }
         Ok(())
+    }
+
+    /// The sizes to measure, in bytes.
+    pub fn sizes(&self, dtype: DType) -> impl Iterator<Item = usize> {
+        let larger = |bytes: &usize| bytes.checked_mul(self.factor);
+        std::iter::successors(Some(self.min.max(dtype.size())), larger).take_while(|&bytes| bytes <= self.max)
     }
 }
 
@@ -353,8 +376,23 @@ fn parse_op(text: &str) -> Result<ReduceOp, String> {
 }
 
 fn parse_collective(text: &str) -> Result<Collective, String> {
-    Collective::from_name(text)
-        .ok_or_else(|| format!("expected one of {}", Collective::ALL.map(Collective::name).join(", ")))
+    if text == "sendrecv" {
+        // As the command that measures it is called. What a plan cannot be of is said there.
+        return Ok(Collective::SendRecv);
+    }
+    Collective::from_name(text).ok_or_else(|| {
+        let planned = Collective::ALL.into_iter().filter(|&c| c != Collective::SendRecv);
+        format!("expected one of {}", planned.map(Collective::name).collect::<Vec<_>>().join(", "))
+    })
+}
+
+/// What a CSV calls the collective; what is no name of ours may be another library's.
+fn parse_csv_op(text: &str) -> Result<String, Infallible> {
+    Ok(Collective::from_name(text).map_or_else(|| text.to_owned(), |known| csv_name(known).to_owned()))
+}
+
+fn parse_csv_dtype(text: &str) -> Result<String, Infallible> {
+    Ok(parse_dtype(text).map_or_else(|_| text.to_owned(), |known| known.name().to_owned()))
 }
 
 #[cfg(test)]

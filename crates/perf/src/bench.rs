@@ -67,12 +67,18 @@ fn check(collective: Collective, options: &Bench, world: usize) -> Result<(), St
             Err(format!("--np {np}, but the launcher started {world} ranks: leave --np out under a launcher"))
         }
         _ => options.check(collective, world),
+    }?;
+    if options.nodes > 1 && !options.started {
+        return Err("--nodes is for ranks that --np starts: leave it out under a launcher, where SMDDP_NODE_ID tells a \
+                    rank's node"
+            .to_owned());
     }
+    Ok(())
 }
 
 fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result<(), Failure> {
     let jobs = jobs(collective, options);
-    let mut header = header(world);
+    let mut header = header(world, options);
     let gpu = match options.device {
         Device::Cpu => None,
         Device::Cuda => Some(Gpu::open(world, options.driver.as_deref())?),
@@ -121,17 +127,13 @@ fn jobs(collective: Collective, options: &Bench) -> Vec<(Kind, DType, usize)> {
     let mut jobs = Vec::new();
     for &op in ops {
         for &dtype in &options.dtype {
-            let mut bytes = options.min.max(dtype.size());
-            while bytes <= options.max {
-                jobs.push((kind(op), dtype, bytes));
-                bytes = bytes.saturating_mul(options.factor);
-            }
+            jobs.extend(options.sizes(dtype).map(|bytes| (kind(op), dtype, bytes)));
         }
     }
     jobs
 }
 
-fn header(world: &World) -> Header {
+fn header(world: &World, options: &Bench) -> Header {
     Header {
         world: world.size(),
         shape: world.shape().to_string(),
@@ -141,8 +143,24 @@ fn header(world: &World) -> Header {
         },
         transports: world.describe(),
         cpu: info::cpu_line(),
+        data: use_of_data(options),
         device: String::new(),
     }
+}
+
+/// In what the calls differ from those on inputs that nobody writes in between.
+fn use_of_data(options: &Bench) -> String {
+    let mut told = Vec::new();
+    if options.shared {
+        told.push("data that other ranks read lies in memory that the ranks of a node share");
+    }
+    if options.fresh || options.used {
+        told.push("inputs are written anew before each call");
+    }
+    if options.used {
+        told.push("a call ends when each rank looks at its result");
+    }
+    told.join("; ")
 }
 
 /// Where rank 0's results go; the other ranks have one that does nothing.
@@ -184,7 +202,10 @@ impl<'a> Output<'a> {
             let open = File::options().append(true).create(true).open(path);
             open.map_err(|e| Failure::file(path, e))?;
         }
-        Ok(())
+        match &self.options.csv {
+            Some(path) if self.speaks => report::check_csv(path),
+            _ => Ok(()),
+        }
     }
 
     /// JSON on standard output takes the table's place.

@@ -1,12 +1,12 @@
 //! CSV files of several libraries, side by side: Markdown tables or one drawing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::args::CompareArgs;
 use crate::chart::{self, Panel, Series, size_label};
-use crate::report::CSV_HEADER;
+use crate::report::{CSV_HEADER, foreign_csv};
 use crate::{Failure, print};
 
 /// One line of a CSV file.
@@ -57,9 +57,18 @@ pub fn run(options: &CompareArgs) -> Result<(), Failure> {
     }
     let table = Table::new(&lines, options);
     if table.groups.is_empty() {
-        return Err(Failure::Usage(
-            "no line of these files matches --op, --dtype, --world and --from".to_owned(),
-        ));
+        return Err(Failure::Usage(format!(
+            "no line matches --op, --dtype, --world and --from; these files hold {}",
+            held(&lines)
+        )));
+    }
+    for label in options.ratio.iter().flat_map(|(a, b)| [a, b]).chain(&options.against) {
+        if !table.labels.contains(label) {
+            eprintln!(
+                "smddp-perf: no line is labelled '{label}'; the labels are {}",
+                table.labels.join(", ")
+            );
+        }
     }
     match &options.svg {
         Some(path) => std::fs::write(path, table.svg(options)?).map_err(|e| Failure::file(path, e)),
@@ -67,13 +76,16 @@ pub fn run(options: &CompareArgs) -> Result<(), Failure> {
     }
 }
 
+/// The collectives, types and numbers of ranks of `lines`, each once.
+fn held(lines: &[Line]) -> String {
+    let each: BTreeSet<String> = lines.iter().map(|l| format!("{} {} {}", l.op, l.dtype, l.world)).collect();
+    if each.is_empty() { "no results".to_owned() } else { Vec::from_iter(each).join(", ") }
+}
+
 fn parse(path: &Path, text: &str) -> Result<Vec<Line>, Failure> {
     let mut rows = text.lines();
     if rows.next() != Some(CSV_HEADER) {
-        return Err(Failure::file(
-            path,
-            format!("not a benchmark's CSV: the first line is not \"{CSV_HEADER}\""),
-        ));
+        return Err(foreign_csv(path));
     }
     let mut lines = Vec::new();
     for (number, row) in rows.enumerate() {

@@ -37,9 +37,13 @@ fn what(options: &PlanArgs) -> Result<(GroupShape, CallShape, Tuning), Failure> 
     if options.collective == Collective::SendRecv {
         return usage("send/recv is a message, not a plan".to_owned());
     }
-    let group = match options.local.as_slice() {
-        [every] => GroupShape::even(options.nodes, *every),
-        each => GroupShape::uneven(each),
+    let group = match (options.local.as_slice(), options.nodes) {
+        ([every], nodes) => GroupShape::even(nodes.unwrap_or(2), *every),
+        (each, Some(nodes)) if nodes != each.len() => {
+            let named = each.len();
+            return usage(format!("--local names {named} nodes, --nodes {nodes}: leave --nodes out"));
+        }
+        (each, _) => GroupShape::uneven(each),
     };
     let size = group.size();
     if size > SHOWN_RANKS {

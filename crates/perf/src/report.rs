@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use smddp::Collective;
+use smddp::{Collective, ReduceOp};
 
 use crate::Failure;
 use crate::device::OnDevice;
@@ -23,6 +23,8 @@ pub struct Header {
     /// Transports, provider, rails.
     pub transports: String,
     pub cpu: String,
+    /// See [`crate::args::Bench`]'s `shared`, `fresh` and `used`; empty: none of them.
+    pub data: String,
     /// How calls on CUDA memory go; empty: they were on the CPU's.
     pub device: String,
 }
@@ -35,6 +37,9 @@ impl Header {
         }
         let _ = writeln!(t, "# found each other by {}", self.bootstrap);
         let _ = writeln!(t, "# {}", self.cpu);
+        if !self.data.is_empty() {
+            let _ = writeln!(t, "# {}", self.data);
+        }
         if !self.device.is_empty() {
             let _ = writeln!(t, "# {}", self.device);
             t.push_str("# host: the host's part of a call; copies: those to and from pinned memory alone, both ways at once;\n");
@@ -117,14 +122,16 @@ pub fn as_json(header: &Header, rows: &[Row]) -> Value {
         .collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"), "ranks": header.world, "shape": header.shape,
-        "bootstrap": header.bootstrap, "transports": header.transports, "cpu": header.cpu, "device": header.device, "rows": rows,
+        "bootstrap": header.bootstrap, "transports": header.transports, "cpu": header.cpu, "data": header.data,
+        "device": header.device, "rows": rows,
     })
 }
 
 /// Columns shared with the benchmarks of other libraries (`benches/`), so that one table can hold all.
 pub const CSV_HEADER: &str = "label,op,dtype,world,bytes,iters,median_us,min_us,algbw_GBps,busbw_GBps,check";
 
-fn csv_name(collective: Collective) -> &'static str {
+/// The collective in the column `op`, which goes on with the reduction where that is not the sum.
+pub fn csv_name(collective: Collective) -> &'static str {
     match collective {
         Collective::AllReduce => "allreduce",
         Collective::AllGather => "allgather",
@@ -140,8 +147,12 @@ fn csv_name(collective: Collective) -> &'static str {
 }
 
 pub fn csv_line(label: &str, row: &Row) -> String {
+    let op = match row.op {
+        op if row.collective.reduces() && op != ReduceOp::Sum => format!("_{op}"),
+        _ => String::new(),
+    };
     format!(
-        "{label},{},{},{},{},{},{:.2},{:.2},{:.4},{:.4},{}",
+        "{label},{}{op},{},{},{},{},{:.2},{:.2},{:.4},{:.4},{}",
         csv_name(row.collective),
         row.dtype.name(),
         row.world,
@@ -153,6 +164,23 @@ pub fn csv_line(label: &str, row: &Row) -> String {
         row.busbw(),
         if row.right == Some(false) { "WRONG" } else { "ok" }
     )
+}
+
+/// A file that [`append_csv`] may append to: one of ours, or an empty one.
+pub fn check_csv(path: &Path) -> Result<(), Failure> {
+    let mut first = String::new();
+    let read = File::open(path).and_then(|file| BufReader::new(file).read_line(&mut first));
+    match read {
+        Ok(0) => Ok(()),
+        Ok(_) if first.trim_end() == CSV_HEADER => Ok(()),
+        // Text in no encoding of ours is another file, too.
+        Err(e) if e.kind() != std::io::ErrorKind::InvalidData => Err(Failure::file(path, e)),
+        Ok(_) | Err(_) => Err(foreign_csv(path)),
+    }
+}
+
+pub fn foreign_csv(path: &Path) -> Failure {
+    Failure::file(path, format!("not a benchmark's CSV: the first line is not \"{CSV_HEADER}\""))
 }
 
 /// Appends; writes the header line when the file is new. A label has no comma, quote or line end.
@@ -174,7 +202,7 @@ pub fn append_csv(path: &Path, label: &str, rows: &[Row]) -> Result<(), Failure>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use smddp::{DType, ReduceOp};
+    use smddp::DType;
 
     fn row() -> Row {
         Row {

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -150,6 +151,103 @@ fn files_are_written_and_compared() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+/// A folder that goes with the test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("smddp-perf-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // The system's own cleaning takes what this leaves.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn reductions_are_kept_apart_in_a_csv_and_found_by_either_name() {
+    let folder = Folder::new("ops");
+    let csv = folder.0.join("r.csv");
+    let line =
+        format!("all_reduce --np 2 --op sum,max --max 4 --budget 0.001 --limit 60 --csv {}", csv.display());
+    let output = run(&line);
+    assert!(output.status.success(), "{}", text(&output));
+    let written = std::fs::read_to_string(&csv).unwrap();
+    assert!(written.contains("\nsmddp,allreduce,float32,2,4,"), "{written}");
+    assert!(written.contains("\nsmddp,allreduce_max,float32,2,4,"), "{written}");
+    // As the CSV names them, and as the command line of a measurement does.
+    for (named, shown, other) in [
+        ("--op allreduce --dtype float32", "**allreduce, float32, 2 ranks**", "allreduce_max"),
+        ("--op all_reduce --dtype f32", "**allreduce, float32, 2 ranks**", "allreduce_max"),
+        ("--op allreduce_max", "**allreduce_max, float32, 2 ranks**", "**allreduce,"),
+    ] {
+        let output = run(&format!("compare {} {named}", csv.display()));
+        assert!(
+            text(&output).contains(shown) && !text(&output).contains(other),
+            "{named}: {}",
+            text(&output)
+        );
+    }
+    let output = run(&format!("compare {} --op all_gather", csv.display()));
+    let held = "these files hold allreduce float32 2, allreduce_max float32 2";
+    assert!(output.status.code() == Some(2) && text(&output).contains(held), "{}", text(&output));
+    let output = run(&format!("compare {} --ratio smddp/gloo --against smdpp", csv.display()));
+    for typo in ["gloo", "smdpp"] {
+        let said = format!("no line is labelled '{typo}'; the labels are smddp");
+        assert!(output.status.success() && text(&output).contains(&said), "{}", text(&output));
+    }
+}
+
+#[test]
+fn only_a_csv_of_ours_is_appended_to() {
+    let folder = Folder::new("foreign");
+    let notes = folder.0.join("notes.csv");
+    std::fs::write(&notes, "a,b\n1,2\n").unwrap();
+    let output = run(&format!("all_reduce --np 2 --max 4 --limit 60 --csv {}", notes.display()));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("not a benchmark's CSV"), "{}", text(&output));
+    assert_eq!(std::fs::read_to_string(&notes).unwrap(), "a,b\n1,2\n");
+}
+
+#[test]
+fn results_tell_how_their_data_was_used() {
+    for (given, told) in [
+        ("", ""),
+        (" --fresh", "inputs are written anew before each call"),
+        (" --used", "each rank looks at its result"),
+        (" --shared", "lies in memory that the ranks of a node share"),
+    ] {
+        let line = format!("all_reduce --np 2 --min 64K --max 64K{given}");
+        let data = json(&line)["data"].as_str().unwrap().to_owned();
+        assert!(data.contains(told) && data.is_empty() == told.is_empty(), "{line}: {data}");
+        let table = run(&format!("{line} --budget 0.001 --limit 60"));
+        assert!(text(&table).contains(&data), "{line}: {}", text(&table));
+    }
+}
+
+/// A launcher's ranks are where it has put them.
+#[test]
+fn nodes_are_emulated_for_ranks_of_our_own_alone() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = port.local_addr().unwrap().port().to_string();
+    let line = "all_reduce --nodes 2 --max 4 --budget 0.001";
+    let ranks = ["0", "1"].map(|rank| {
+        let mut command = command(line);
+        command.env("RANK", rank).env("WORLD_SIZE", "2");
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &number);
+        std::thread::spawn(move || finish(&mut command, line))
+    });
+    let [zero, one] = ranks.map(|rank| rank.join().unwrap());
+    assert_eq!((zero.status.code(), one.status.code()), (Some(2), Some(2)), "{}", text(&zero));
+    assert!(text(&zero).contains("--nodes is for ranks that --np starts"), "{}", text(&zero));
+    assert_eq!(text(&one), "");
+}
+
 #[test]
 fn fresh_inputs_are_measured_for_every_collective() {
     for collective in WITH_DATA {
@@ -188,7 +286,15 @@ fn what_cannot_be_done_is_said_with_a_status() {
         ("all_reduce --np 2 --label a,b", 2, "a label holds no comma"),
         ("barrier --np 2 --device cuda", 2, "on the CPU only"),
         ("all_reduce --np 2 --device cuda --driver /nonexistent/libcuda.so", 1, "/nonexistent/libcuda.so"),
+        (
+            "all_gather --np 3 --min 8 --max 20",
+            2,
+            "no size from --min 8 to --max 20 holds an element of float32 for each of 3 ranks",
+        ),
         ("plan all_reduce --algorithm magic", 2, "known here"),
+        ("plan all_reduce --nodes 3 --local 2,3", 2, "--local names 2 nodes, --nodes 3"),
+        ("plan sendrecv", 2, "a message, not a plan"),
+        ("plan magic", 2, "all_to_all, broadcast, reduce, gather, scatter, barrier\n"),
         ("compare /nonexistent.csv", 1, "/nonexistent.csv"),
         ("all_reduce --np 2 --max 16 --limit 60 --json /nonexistent/x.json", 1, "/nonexistent/x.json"),
         ("all_reduce --np 2 --min 64M --max 64M --budget 1000 --limit 1", 1, "did not end within 1 s"),
