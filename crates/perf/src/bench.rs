@@ -13,7 +13,7 @@ use crate::device::Gpu;
 use crate::measure::{Row, measure};
 use crate::report::{self, Header};
 use crate::workload::Kind;
-use crate::{Failure, chart, info, launch, print};
+use crate::{FAILED, Failure, USAGE, chart, info, launch, print};
 
 /// An operation of a benchmark that takes longer has failed, unless SMDDP_TIMEOUT says otherwise.
 const OPERATION_LIMIT: &str = "120";
@@ -46,7 +46,7 @@ fn rank(collective: Collective, options: &Bench) -> Result<(), Failure> {
     let world = World::init_with(settings, &[])?;
     let speaks = world.rank() == 0;
     if let Err(text) = check(collective, options, world.size()) {
-        return Err(if speaks { Failure::Usage(text) } else { Failure::SaidByRank0 });
+        return Err(if speaks { Failure::Usage(text) } else { Failure::SaidByRank0(USAGE) });
     }
     let outcome = measure_all(&world, collective, options);
     if let Err(failure) = &outcome
@@ -56,7 +56,7 @@ fn rank(collective: Collective, options: &Bench) -> Result<(), Failure> {
     }
     world.shutdown();
     match outcome {
-        Err(Failure::Wrong { .. }) if !speaks => Err(Failure::SaidByRank0),
+        Err(Failure::Wrong { .. }) if !speaks => Err(Failure::SaidByRank0(FAILED)),
         other => other,
     }
 }

@@ -130,17 +130,12 @@ impl Gpu {
         budget: f64,
     ) -> Result<(Row, OnDevice)> {
         let mut work = Workload::<T>::new(world, kind, count, block)?;
-        work.fill();
         let (x, y) = work.regions();
         let (on_x, on_y) = (self.buffer(x.len())?, self.buffer(y.len())?);
         let call = call_of::<T>(kind, (count, block), on_x.memory, on_y.memory);
-        self.up(&on_x, x)?;
-        self.up(&on_y, y)?;
-        self.start(&call)?;
-        self.down(&on_x, x)?;
-        self.down(&on_y, y)?;
-        let right = work.check();
+        let first = self.checked(&mut work, &call, (&on_x, &on_y))?;
         work.clear();
+        let (x, y) = work.regions();
         self.up(&on_x, x)?;
         self.up(&on_y, y)?;
 
@@ -156,6 +151,7 @@ impl Gpu {
         }
         slowest(world, &mut hosts)?;
         slowest(world, &mut wholes)?;
+        let last = self.checked(&mut work, &call, (&on_x, &on_y))?;
         hosts.sort_by(f64::total_cmp);
         wholes.sort_by(f64::total_cmp);
         let row = Row {
@@ -169,11 +165,28 @@ impl Gpu {
             calls: calls * batches,
             median: wholes[batches / 2],
             fastest: wholes[0],
-            right: Some(measure::all_right(world, right)?),
+            right: Some(measure::all_right(world, first && last)?),
             algorithm: way(self.group.path()).to_owned(),
             device: None,
         };
         Ok((row, OnDevice { host: hosts[batches / 2], copies: None, on_host: None }))
+    }
+
+    /// Makes a call on fresh data: whether its result on this rank is right.
+    fn checked<T: Sample>(
+        &self,
+        work: &mut Workload<'_, T>,
+        call: &DeviceCall,
+        (on_x, on_y): (&Buffer<'_>, &Buffer<'_>),
+    ) -> Result<bool> {
+        work.fill();
+        let (x, y) = work.regions();
+        self.up(on_x, x)?;
+        self.up(on_y, y)?;
+        self.start(call)?;
+        self.down(on_x, x)?;
+        self.down(on_y, y)?;
+        Ok(work.check())
     }
 
     /// Seconds a call, of the host and until the device has done them, over `calls` calls behind a barrier.

@@ -21,6 +21,10 @@ use clap::error::ErrorKind;
 
 use args::{Cli, Command};
 
+/// What the program ends with when its arguments cannot be done, and when what it did went wrong.
+const USAGE: u8 = 2;
+const FAILED: u8 = 1;
+
 /// Why the program ends without having done its work.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -39,9 +43,9 @@ pub enum Failure {
     File { path: String, reason: String },
     #[error("{wrong} of {rows} results are wrong")]
     Wrong { wrong: usize, rows: usize },
-    /// All ranks found the same, and rank 0 says it.
+    /// All ranks found the same, and rank 0 says it; all end with its status, of which a launcher reports one.
     #[error("see rank 0")]
-    SaidByRank0,
+    SaidByRank0(u8),
     #[error(transparent)]
     Smddp(#[from] smddp::Error),
 }
@@ -60,12 +64,12 @@ fn main() -> ExitCode {
             // As clap prints its own, so that all bad arguments look alike.
             let error = clap::Error::raw(ErrorKind::ValueValidation, format!("{text}\n"));
             let _ = error.print();
-            ExitCode::from(2)
+            ExitCode::from(USAGE)
         }
-        Err(Failure::SaidByRank0) => ExitCode::from(2),
+        Err(Failure::SaidByRank0(status)) => ExitCode::from(status),
         Err(failure) => {
             eprintln!("smddp-perf: {failure}");
-            ExitCode::FAILURE
+            ExitCode::from(FAILED)
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How a time is taken.
 //!
-//! Fresh data is checked first. Then batches of about a millisecond of back-to-back calls on zeros; each batch starts
+//! Fresh data is checked first, and once more behind all timed calls: what goes wrong may do so late. Between, batches of about a millisecond of back-to-back calls on zeros; each batch starts
 //! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has inputs written just before it:
 //! data that nobody writes between calls ends up in the reader's cache, as no real program's does. Such calls begin at a
 //! moment that the ranks of a node agree on, since a barrier lets go of one rank before another, by up to a third of a small
@@ -111,9 +111,7 @@ fn timed<T: Sample>(
     budget: f64,
 ) -> Result<Times> {
     let mut work = Workload::<T>::new(comm, kind, count, block)?;
-    work.fill();
-    work.call()?;
-    let right = work.check();
+    let first = checked(&mut work)?;
     let algorithm = comm.last_algorithm();
     work.clear();
 
@@ -128,14 +126,22 @@ fn timed<T: Sample>(
         *time = batch(comm, &mut work, calls)?;
     }
     slowest(comm, &mut times)?;
+    let last = checked(&mut work)?;
     times.sort_by(f64::total_cmp);
     Ok(Times {
         calls: calls * batches,
         median: times[batches / 2],
         fastest: times[0],
-        right: all_right(comm, right)?,
+        right: all_right(comm, first && last)?,
         algorithm,
     })
+}
+
+/// Makes a call on fresh data: whether its result on this rank is right.
+fn checked<T: Sample>(work: &mut Workload<'_, T>) -> Result<bool> {
+    work.fill();
+    work.call()?;
+    Ok(work.check())
 }
 
 pub fn all_right(comm: &Communicator, mine: bool) -> Result<bool> {
