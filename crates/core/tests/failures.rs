@@ -36,11 +36,29 @@ fn is_told(result: Result<()>) -> bool {
     matches!(result, Err(Error::Aborted { reason, .. }) if reason.contains("the group failed before"))
 }
 
+/// Who only knows that another node's rank has not come waits a little longer, for the word of one that knows more: so do the calls
+/// behind that one, which would be blamed for it else.
+#[test]
+fn the_call_that_is_stuck_gets_the_timeout_not_one_behind_it() {
+    let limit = Duration::from_millis(400);
+    for shape in [GroupShape::even(1, 2), GroupShape::even(2, 1)] {
+        let groups = groups(&shape, 1, &Tuning::default());
+        let mut data = [[1f32; 4]; 2];
+        // SAFETY: `data` outlives the work.
+        let [first, second] =
+            data.each_mut().map(|data| unsafe { groups[0].start(&sum(data, limit)) }.unwrap());
+        let error = first.wait(None).unwrap_err();
+        assert!(matches!(&error, Error::Timeout { site, .. } if site.seq == 0), "{error}");
+        assert!(is_told(second.wait(None)));
+    }
+}
+
 /// Limits are each call's own, however many wait before it.
 #[test]
 fn the_call_whose_limit_passes_gets_the_timeout() {
-    for queued in 0..3 {
-        let groups = groups(&GroupShape::even(1, 2), 1, &Tuning::default());
+    let shapes = [GroupShape::even(1, 2), GroupShape::even(2, 1)];
+    for (shape, queued) in shapes.iter().flat_map(|shape| (0..3).map(move |queued| (shape, queued))) {
+        let groups = groups(shape, 1, &Tuning::default());
         let mut data = [[1f32; 4]; 4];
         let [last, before @ ..] = &mut data;
         // SAFETY: `data` outlives the work.
@@ -84,7 +102,7 @@ fn requests_that_would_be_misread_are_refused() {
         assert!(refused(Request::new(collective, DType::F32, 2, a, b)), "{collective}");
     }
     // As many as one altogether, where numbers wrap around.
-    let counts = Some([usize::MAX, 2].into());
+    let counts = Some([2, usize::MAX].into());
     let gather = Request::new(Collective::AllGather, DType::U8, 0, a.slice(0, 2), b.slice(0, 1));
     assert!(refused(Request { counts, ..gather }));
     assert!(

@@ -447,14 +447,15 @@ impl<L: NodeLocal> Group<L> {
 
     /// The operation that has waited past its time limit, if any.
     pub fn overdue(&self, now: Instant) -> Option<Arc<OpState>> {
-        let running = self.active.iter().map(|a| (&a.op, self.hearsay(a)));
-        // Limits are each call's own: one in the queue may be over before those of all before it.
-        let others = self.messages.iter().flatten().chain(&self.queue).map(|op| (op, 0));
-        running.chain(others).find(|(op, shares)| op.overdue(now, *shares)).map(|(op, _)| Arc::clone(op))
+        let shares = self.active.as_ref().map_or(0, |active| self.hearsay(active));
+        // Limits are each call's own: one in the queue may be over before those of all before it. It waits for whom the running one waits.
+        let calls = self.active.iter().map(|active| &active.op).chain(&self.queue).map(|op| (op, shares));
+        let messages = self.messages.iter().flatten().map(|op| (op, 0));
+        calls.chain(messages).find(|(op, shares)| op.overdue(now, *shares)).map(|(op, _)| Arc::clone(op))
     }
 
-    /// How many shares of `HEARSAY` the running call waits beyond its limit, because the rank it waits for may itself
-    /// be waiting, and then knows better who is missing.
+    /// How many shares of `HEARSAY` the running call, and those behind it, wait beyond its limit, because the rank it waits for may
+    /// itself be waiting, and then knows better who is missing.
     ///
     /// First-hand is who has not seen the ranks of its own node come to the call. Ranks of other nodes may be stuck for
     /// want of a rank of theirs; and a rank of this node that has come, or that only passes on what comes from
