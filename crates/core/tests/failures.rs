@@ -4,8 +4,8 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{groups, on_all};
@@ -18,7 +18,7 @@ use smddp_core::request::Request;
 use smddp_core::settings::Settings;
 use smddp_core::shared::Shared;
 use smddp_core::testing::{MemoryFabric, MemoryNode};
-use smddp_core::transport::{Bell, Ctx, Message, MsgKey, NodeLocal, PhaseRun, Transports};
+use smddp_core::transport::{Bell, Ctx, Gone, Message, MsgKey, NodeLocal, PhaseRun, Transports};
 use smddp_core::{Collective, DType, Error, GroupShape, Region, Result};
 
 const LONG: Duration = Duration::from_secs(3600);
@@ -135,11 +135,20 @@ fn truth_values_that_come_are_truth_values() {
     });
 }
 
-/// A node whose polls panic when they are told to.
+/// What becomes of a [`Frail`].
+#[derive(Default)]
+struct Fate {
+    polls_panic: AtomicBool,
+    /// Whom work waits for in vain.
+    lost: Mutex<Option<usize>>,
+    /// It has told its peers.
+    aborted: AtomicBool,
+}
+
+/// A node that does as it is told.
 struct Frail {
     node: MemoryNode,
-    panics: Arc<AtomicBool>,
-    aborted: Arc<AtomicBool>,
+    fate: Arc<Fate>,
 }
 
 impl NodeLocal for Frail {
@@ -159,7 +168,7 @@ impl NodeLocal for Frail {
         self.node.has_come(peer, key)
     }
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
-        assert!(!self.panics.load(Ordering::Relaxed), "as it happens");
+        assert!(!self.fate.polls_panic.load(Ordering::Relaxed), "as it happens");
         self.node.poll(done)
     }
     fn arm(&mut self) {
@@ -174,8 +183,11 @@ impl NodeLocal for Frail {
     fn waiting_for(&self) -> Vec<usize> {
         self.node.waiting_for()
     }
+    fn lost_peer(&mut self) -> Option<(usize, Gone)> {
+        self.fate.lost.lock().unwrap().map(|peer| (peer, Gone::Ended))
+    }
     fn abort(&mut self, why: &Error) {
-        self.aborted.store(true, Ordering::Relaxed);
+        self.fate.aborted.store(true, Ordering::Relaxed);
         self.node.abort(why);
     }
 }
@@ -187,33 +199,97 @@ impl Transports for FrailTransports {
     type Fabric = MemoryFabric;
 }
 
-/// One rank of two, whose peer is never heard of; what makes it panic; and whether it has told its peers.
-fn frail() -> (Communicator<FrailTransports>, Arc<AtomicBool>, Arc<AtomicBool>) {
-    let shape = Arc::new(GroupShape::even(1, 2));
-    let (panics, aborted) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
-    let node = MemoryNode::new(2, 6).remove(0);
-    let local = Frail { node, panics: Arc::clone(&panics), aborted: Arc::clone(&aborted) };
-    let routes = (0..2).map(Route::Local).collect();
+/// One rank of several of a node, whose peers are never heard of.
+fn frail(ranks: usize) -> (Communicator<FrailTransports>, Arc<Fate>) {
+    let shape = Arc::new(GroupShape::even(1, ranks));
+    let fate = Arc::<Fate>::default();
+    let local = Frail { node: MemoryNode::new(ranks, 6).remove(0), fate: Arc::clone(&fate) };
+    let routes = (0..ranks as u32).map(Route::Local).collect();
     let seat = Seat { id: 7, name: "test".into(), rank: 0, shape, local, routes };
     let engine = Arc::new(Engine::new(&Settings::default()).unwrap());
-    (Communicator::new(engine, seat, Tuning::default(), LONG).unwrap(), panics, aborted)
+    (Communicator::new(engine, seat, Tuning::default(), LONG).unwrap(), fate)
+}
+
+/// Of messages that the rank lost may have sent, and of no other.
+#[test]
+fn messages_with_a_rank_that_is_lost_fail_for_it() {
+    let mut data = [0u8; 32];
+    // SAFETY: `data` outlives the work.
+    let region = unsafe { Region::of(&mut data) };
+    let (group, fate) = frail(4);
+    // SAFETY: as above.
+    let recv =
+        |from, at, len| unsafe { group.start_recv(from, 0, DType::U8, region.slice(at, len)) }.unwrap();
+    let others = [recv(1, 0, 4), recv(3, 4, 8)];
+    // SAFETY: as above.
+    let any = unsafe { group.start_recv_any(5, DType::U8, region.slice(12, 4)) }.unwrap();
+    let lost = recv(2, 16, 8);
+    *fate.lost.lock().unwrap() = Some(2);
+    for handle in [&lost, &any] {
+        let error = handle.wait(None).unwrap_err();
+        assert!(matches!(error, Error::PeerLost { peer: 2, .. }), "{error}");
+    }
+    assert!(others.into_iter().all(|handle| is_told(handle.wait(None))));
+}
+
+/// One that has the group fail as a whole names an operation that waits for the rank.
+#[test]
+fn the_failure_of_a_group_names_what_waits_for_the_rank_that_is_lost() {
+    let mut data = [0u8; 12];
+    // SAFETY: `data` outlives the work.
+    let region = unsafe { Region::of(&mut data) };
+    let (group, fate) = frail(3);
+    // SAFETY: as above.
+    let recv =
+        |from, at, len| unsafe { group.start_recv(from, 0, DType::U8, region.slice(at, len)) }.unwrap();
+    let (other, lost) = (recv(1, 0, 4), recv(2, 4, 8));
+    *fate.lost.lock().unwrap() = Some(2);
+    let error = lost.wait(None).unwrap_err();
+    assert_eq!(group.failure(), Some(error));
+    assert!(is_told(other.wait(None)));
+}
+
+/// Messages have the same name where they have the same number and length: with other ranks, of another tag, the other way.
+#[test]
+fn the_message_whose_limit_passes_gets_the_timeout() {
+    let mut data = [[0u8; 4]; 4];
+    // SAFETY: `data` outlives the work.
+    let [a, b, c, d] = data.each_mut().map(|data| unsafe { Region::of(data) });
+    let groups = groups(&GroupShape::even(1, 3), 8, &Tuning::default());
+    let group = &groups[0];
+    // SAFETY: as above.
+    let (others, late) = unsafe {
+        let others = [
+            group.start_recv(1, 0, DType::U8, a).unwrap(),
+            group.start_recv(2, 1, DType::U8, b).unwrap(),
+            group.start_send(2, 0, DType::U8, c).unwrap(),
+        ];
+        (others, group.start_recv(2, 0, DType::U8, d).unwrap())
+    };
+    late.set_timeout(SHORT);
+    let error = late.wait(None).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    for handle in others {
+        let result = handle.wait(None);
+        assert!(is_told(result.clone()), "{result:?}");
+    }
 }
 
 /// E7: whoever drives, nobody has his memory back before the peers have been told.
 #[test]
 fn a_panic_fails_what_is_under_way_after_peers_were_told() {
     for by_caller in [true, false] {
-        let (group, panics, aborted) = frail();
+        let (group, fate) = frail(2);
         let (mut data, mut more) = ([1f32; 4], [1f32; 4]);
         // SAFETY: `data` outlives the work.
         let handle = unsafe { group.start(&sum(&mut data, LONG)) }.unwrap();
         let told = Arc::<AtomicBool>::default();
-        let (tell, by_then) = (Arc::clone(&told), Arc::clone(&aborted));
+        let (tell, by_then) = (Arc::clone(&told), Arc::clone(&fate));
         handle.on_done(Box::new(move |result: &Result<()>| {
-            assert!(result.is_err() && by_then.load(Ordering::Relaxed));
+            assert!(result.is_err() && by_then.aborted.load(Ordering::Relaxed));
             tell.store(true, Ordering::Relaxed);
         }));
-        panics.store(true, Ordering::Relaxed);
+        fate.polls_panic.store(true, Ordering::Relaxed);
         let wait = || handle.wait(Some(LONG));
         if by_caller {
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(wait));

@@ -49,7 +49,7 @@ impl Rank {
             self.group.lost_peer(Some(&mut self.fabric)).map_or(Ok(()), Err)
         });
         if let Err(error) = result {
-            self.group.fail(&error, Some(&mut self.fabric), &mut self.staging, &mut finished);
+            self.group.fail(&error, None, Some(&mut self.fabric), &mut self.staging, &mut finished);
         }
     }
 }
@@ -305,8 +305,8 @@ fn a_lost_message_leaves_the_call_waiting_for_its_sender() {
         let (first, others) = job.ranks.split_at_mut(1);
         std::thread::scope(|scope| {
             let r = &mut first[0];
-            let failing =
-                scope.spawn(|| r.group.fail(&error, Some(&mut r.fabric), &mut r.staging, &mut Vec::new()));
+            let failing = scope
+                .spawn(|| r.group.fail(&error, None, Some(&mut r.fabric), &mut r.staging, &mut Vec::new()));
             while !failing.is_finished() {
                 others.iter_mut().for_each(Rank::turn);
             }
@@ -353,7 +353,7 @@ fn a_receive_from_any_rank_hears_of_an_abort() {
     let op = job.receive_any(0, &mut data);
     let r = &mut job.ranks[1];
     let why = Error::Internal("out of paper".to_owned());
-    r.group.fail(&why, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
+    r.group.fail(&why, None, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
     assert!(job.finish(&[Arc::clone(&op)]));
     let result = op.result();
     let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };

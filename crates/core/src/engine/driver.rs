@@ -84,7 +84,7 @@ impl<T: Transports> Driver<T> {
             if group.is_busy() {
                 let error =
                     Error::Aborted { site: group.site(), reason: "the group was destroyed".to_owned() };
-                group.fail(&error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
+                group.fail(&error, None, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
             } else if group.failure().is_none() {
                 group.withdraw(self.fabric.as_mut(), None);
             }
@@ -116,21 +116,22 @@ impl<T: Transports> Driver<T> {
 
     /// Fails all groups on every rank.
     pub fn give_up(&mut self, error: &Error) {
-        (0..self.groups.len()).for_each(|index| self.fail(index, error));
+        (0..self.groups.len()).for_each(|index| self.fail(index, error, None));
     }
 
     /// Fails the group on every rank.
     pub fn abort(&mut self, key: GroupKey, error: &Error) {
         if self.group(key).is_some() {
-            self.fail(key.index, error);
+            self.fail(key.index, error, None);
         }
     }
 
-    fn fail(&mut self, index: usize, error: &Error) {
+    /// `of` is the operation whose error it is, where that is known.
+    fn fail(&mut self, index: usize, error: &Error, of: Option<&Arc<OpState>>) {
         process::note_failure();
         if let Some(group) = self.groups.get_mut(index).and_then(Option::as_mut) {
             self.has_news = true;
-            group.fail(error, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
+            group.fail(error, of, self.fabric.as_mut(), &mut self.staging, &mut self.finished);
         }
     }
 
@@ -145,12 +146,12 @@ impl<T: Transports> Driver<T> {
             }
             return;
         };
-        let result = group.start(op, self.fabric.as_mut(), &mut self.finished);
+        let result = group.start(Arc::clone(&op), self.fabric.as_mut(), &mut self.finished);
         if group.is_busy() && !self.busy.contains(&index) {
             self.busy.push(index);
         }
         if let Err(error) = result {
-            self.fail(index, &error);
+            self.fail(index, &error, Some(&op));
         }
     }
 
@@ -164,7 +165,7 @@ impl<T: Transports> Driver<T> {
             self.busy.push(index);
         }
         if let Err(error) = result {
-            self.fail(index, &error);
+            self.fail(index, &error, None);
         }
         tried
     }
@@ -218,7 +219,7 @@ impl<T: Transports> Driver<T> {
             }
             match group.advance(self.fabric.as_mut(), &mut self.staging, &mut self.finished) {
                 Ok(m) => moved |= m,
-                Err(error) => self.fail(index, &error),
+                Err(error) => self.fail(index, &error, None),
             }
         }
         moved
@@ -242,7 +243,7 @@ impl<T: Transports> Driver<T> {
         }
         self.done.clear();
         if let Some((owner, error)) = failed {
-            self.fail(owner, &error);
+            self.fail(owner, &error, None);
         }
         moved
     }
@@ -271,13 +272,13 @@ impl<T: Transports> Driver<T> {
     fn fabric_failed(&mut self, failure: &FabricFailure) {
         match failure.group {
             Some(id) => match self.by_id.get(&id) {
-                Some(&index) => self.fail(index, &failure.error),
+                Some(&index) => self.fail(index, &failure.error, None),
                 None => tracing::debug!(error = %failure.error, "failure of a group that is gone"),
             },
             None => {
                 for index in 0..self.groups.len() {
                     if self.groups[index].as_ref().is_some_and(|g| g.seat.shape.node_count() > 1) {
-                        self.fail(index, &failure.error);
+                        self.fail(index, &failure.error, None);
                     }
                 }
             }
@@ -292,12 +293,12 @@ impl<T: Transports> Driver<T> {
             let index = self.busy[at];
             let Some(group) = self.groups[index].as_mut() else { continue };
             let lost = if liveness { group.lost_peer(self.fabric.as_mut()) } else { None };
-            let error = match (lost, group.overdue(now)) {
-                (Some(error), _) => error,
-                (None, Some(op)) => op.timeout_error(group.missing(self.fabric.as_ref())),
+            let (error, of) = match (lost, group.overdue(now)) {
+                (Some(error), _) => (error, None),
+                (None, Some(op)) => (op.timeout_error(group.missing(self.fabric.as_ref())), Some(op)),
                 (None, None) => continue,
             };
-            self.fail(index, &error);
+            self.fail(index, &error, of.as_ref());
         }
         if liveness {
             self.looked = now;
@@ -381,7 +382,7 @@ mod tests {
         // Together they are not.
         driver.start(receive(&mut memory[..1], 1));
         assert_eq!(driver.left(), Some(When::Now));
-        driver.fail(0, &Error::Internal("test".to_owned()));
+        driver.fail(0, &Error::Internal("test".to_owned()), None);
         driver.turn();
         assert_eq!(driver.left(), None);
     }

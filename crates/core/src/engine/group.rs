@@ -445,13 +445,19 @@ impl<L: NodeLocal> Group<L> {
         Ok(Active { op, execution, loan })
     }
 
-    /// The operation that has waited past its time limit, if any.
+    /// What is under way, the running call first, and then what is queued.
+    fn operations(&self) -> impl Iterator<Item = &Arc<OpState>> {
+        let running = self.active.iter().map(|active| &active.op);
+        running.chain(self.messages.iter().flatten()).chain(&self.queue)
+    }
+
+    /// The operation that has waited past its time limit, if any. Limits are each call's own: one in the queue may be over before those
+    /// of all before it.
     pub fn overdue(&self, now: Instant) -> Option<Arc<OpState>> {
-        let shares = self.active.as_ref().map_or(0, |active| self.hearsay(active));
-        // Limits are each call's own: one in the queue may be over before those of all before it. It waits for whom the running one waits.
-        let calls = self.active.iter().map(|active| &active.op).chain(&self.queue).map(|op| (op, shares));
-        let messages = self.messages.iter().flatten().map(|op| (op, 0));
-        calls.chain(messages).find(|(op, shares)| op.overdue(now, *shares)).map(|(op, _)| Arc::clone(op))
+        // Who is queued waits for whom the running call waits.
+        let of_calls = self.active.as_ref().map_or(0, |active| self.hearsay(active));
+        let shares = |op: &OpState| if matches!(op.work, Work::Collective { .. }) { of_calls } else { 0 };
+        self.operations().find(|op| op.overdue(now, shares(op))).cloned()
     }
 
     /// How many shares of `HEARSAY` the running call, and those behind it, wait beyond its limit, because the rank it waits for may
@@ -521,47 +527,55 @@ impl<L: NodeLocal> Group<L> {
         Error::PeerLost { site: Site::unknown(), peer, node, reason: reason.to_owned() }
     }
 
-    /// G3. Tells the other members.
+    /// G3. Tells the other members. `of` is the operation whose error it is, where that is known.
     pub fn fail<F: Fabric>(
         &mut self,
         error: &Error,
+        of: Option<&Arc<OpState>>,
         fabric: Option<&mut F>,
         staging: &mut Staging,
         finished: &mut Vec<Arc<OpState>>,
     ) {
-        if self.failed.get().is_none() {
-            let site = match (&self.active, self.messages.iter().flatten().next()) {
-                (Some(active), _) => active.op.site(),
-                (None, Some(op)) => op.site(),
-                (None, None) => self.site(),
-            };
-            let error = error.clone().at(&site);
-            tracing::debug!(%error, "group failed");
-            self.seat.local.abort(&error);
-            self.withdraw(fabric, Some(&error));
-            // The only place that sets it, by the holder of the driver's lock (E1).
-            let _ = self.failed.set(error);
+        if self.failed.get().is_some() {
+            return;
         }
-        let Some(why) = self.failed.get().cloned() else { return };
-        let active = self.active.take().map(|active| {
+        let ended: Vec<Arc<OpState>> = self.operations().cloned().collect();
+        let own = self.owners(error, of, &ended);
+        let first = of.or_else(|| ended.iter().zip(&own).find(|(_, own)| **own).map(|(op, _)| op));
+        let why = error.clone().at(&first.map_or_else(|| self.site(), |op| op.site()));
+        tracing::debug!(error = %why, "group failed");
+        self.seat.local.abort(&why);
+        self.withdraw(fabric, Some(&why));
+        // The only place that sets it, by the holder of the driver's lock (E1).
+        let _ = self.failed.set(why.clone());
+        if let Some(active) = self.active.take() {
             self.spare = active.execution.into_workspace();
             staging.give_back(active.loan);
-            active.op
-        });
-        let unnamed = if active.is_some() { 1 } else { self.messages_left };
-        let messages = self.messages.iter_mut().filter_map(Option::take);
-        let ended: Vec<Arc<OpState>> =
-            active.into_iter().chain(messages).chain(self.queue.drain(..)).collect();
-        (self.messages_left, self.weight) = (0, 0);
+        }
+        self.messages.clear();
+        self.queue.clear();
         self.open.clear();
-        // The operation that failed the group gets its own error; the others learn that they failed with it. Where a transport cannot
-        // tell which it was, or that one is over here, it is the running call's, or that of all messages.
-        let named = ended.iter().any(|op| is_of(&why, op));
-        for (at, op) in ended.iter().enumerate() {
-            let own = if named { is_of(&why, op) } else { at < unnamed };
+        (self.messages_left, self.weight) = (0, 0);
+        for (op, own) in ended.iter().zip(own) {
             let result = if own { error.clone().at(&op.site()) } else { after(&why, op.site()) };
             conclude(op, Err(result), finished);
         }
+    }
+
+    /// Whose own error it is, of all [operations](Self::operations); the others learn that they failed with it.
+    fn owners(&self, error: &Error, of: Option<&Arc<OpState>>, all: &[Arc<OpState>]) -> Vec<bool> {
+        if let Some(of) = of {
+            return all.iter().map(|op| Arc::ptr_eq(op, of)).collect();
+        }
+        let running = usize::from(self.active.is_some());
+        let under_way = running + self.messages_left;
+        let mut own: Vec<bool> =
+            all.iter().enumerate().map(|(at, op)| at < under_way && is_of(error, op)).collect();
+        if !own.contains(&true) {
+            // It names none, or one that is over here: it is the running call's, or that of all messages.
+            own[..if running > 0 { running } else { under_way }].fill(true);
+        }
+        own
     }
 
     pub fn withdraw<F: Fabric>(&mut self, fabric: Option<&mut F>, why: Option<&Error>) {
@@ -600,18 +614,22 @@ impl<L: NodeLocal> Group<L> {
     }
 }
 
-/// Whether an error is that of `op`.
-fn is_of(why: &Error, op: &OpState) -> bool {
-    let peer = match why {
-        Error::Mismatch { peer, .. } | Error::PeerLost { peer, .. } => Some(*peer),
-        _ => None,
+/// Whether a transport's error may be that of `op`, which is under way. Transports know no operations: they name the peer, and of a
+/// mismatch the call and its number, which messages with that peer may have in common.
+fn is_of(error: &Error, op: &OpState) -> bool {
+    // With whom it may have to do; none: with all.
+    let (is_message, with) = match &op.work {
+        Work::Collective { .. } => (false, None),
+        Work::Message { peer, .. } => (true, Some(*peer)),
+        Work::ReceiveAny { source, .. } => (true, source.get().copied()),
     };
-    let with_it = match (&op.work, peer) {
-        // Messages with several peers may have the same name.
-        (Work::Message { peer, .. }, Some(other)) => *peer == other,
-        _ => true,
-    };
-    with_it && why.site().is_some_and(|site| *site == op.site())
+    let site = op.site();
+    let is_named = || error.clone().at(&site).site().is_none_or(|named| *named == site);
+    match error {
+        Error::PeerLost { peer, .. } => with.is_none_or(|with| with == *peer),
+        Error::Mismatch { peer, .. } if is_message => with == Some(*peer) && is_named(),
+        _ => !is_message && is_named(),
+    }
 }
 
 /// What an operation gets that was started, or queued, when the group had failed already.
