@@ -196,7 +196,8 @@ pub trait NodeLocal: Send {
     /// take in what that peer sends.
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool;
 
-    /// Makes progress; appends the marks of what is done. True when anything moved.
+    /// Makes progress; appends the marks of what is done. True when anything moved. An error is the group's: the caller
+    /// [aborts](Self::abort) before anybody has his memory back.
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool>;
 
     /// Announces that this rank is about to sleep on its bell, so that peers ring it. The caller polls once more

@@ -113,9 +113,9 @@ impl ShmNode {
         }
     }
 
-    /// Remembers why, so that nothing is touched again.
+    /// Remembers why, so that nothing is touched again. Peers are told, and the door is closed, by [`abort`](NodeLocal::abort), which the
+    /// engine calls before anybody has his memory back: a door that closes with no reason raised makes its rank a lost one.
     fn fail(&mut self, error: Error) -> Error {
-        self.close_door(Why::Failed);
         self.phases.clear();
         self.messages.clear();
         self.failed = Some(error.clone());
@@ -148,9 +148,9 @@ impl ShmNode {
         let has_ended = self.peers.has_ended(peer);
         match door::is_closed(&*self.segment, peer) {
             _ if peer == self.me => None,
+            // The next poll hears why the group has failed, which is what counts: whoever is lost is named there.
+            _ if abort::is_raised(&*self.segment) => None,
             Some(Why::Left) => Some(Gone::Left),
-            // The next poll hears why: it need not have failed by itself, and whoever it lost is to be named.
-            Some(Why::Failed) if abort::is_raised(&*self.segment) => None,
             Some(Why::Failed) => Some(Gone::Failed),
             None => has_ended.then_some(Gone::Ended),
         }
@@ -432,6 +432,7 @@ impl NodeLocal for ShmNode {
     fn abort(&mut self, why: &Error) {
         abort::raise(&*self.segment, self.me, &why.to_string());
         doorbell::ring_all(&*self.segment, self.me, self.ranks.len());
+        self.close_door(Why::Failed);
         self.fail(why.clone());
     }
 }
@@ -439,8 +440,8 @@ impl NodeLocal for ShmNode {
 impl Drop for ShmNode {
     fn drop(&mut self) {
         self.disarm();
-        if self.failed.is_none() {
-            self.close_door(Why::Left);
+        if door::is_closed(&*self.segment, self.me).is_none() {
+            self.close_door(if self.failed.is_some() { Why::Failed } else { Why::Left });
         }
     }
 }
@@ -546,6 +547,49 @@ mod tests {
         assert_eq!(first.lost_peer(), None);
         let error = first.poll(&mut vec![]).unwrap_err();
         assert!(error.to_string().contains("rank 7"), "{error}");
+    }
+
+    /// Until it has said why, nobody takes it for lost: its record is raised before its door closes.
+    #[test]
+    fn who_has_just_failed_is_not_lost() {
+        let [mut first, mut second] = pair();
+        let mut memory = [[0u8; 8]; 3];
+        let [sent, wanted, waits] = &mut memory;
+        first.send(message(1, 1, sent)).unwrap();
+        first.poll(&mut vec![]).unwrap();
+        first.recv(message(1, 1, waits)).unwrap();
+        second.recv(message(0, 1, &mut wanted[..4])).unwrap();
+        let error = second.poll(&mut vec![]).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        assert_eq!((first.waiting_for(), first.lost_peer()), (vec![1], None));
+        second.abort(&error);
+        assert_eq!(first.lost_peer(), None);
+        let heard = first.poll(&mut vec![]).unwrap_err();
+        assert!(heard.to_string().contains("ranks disagree"), "{heard}");
+    }
+
+    /// One that heard of it, say, and left: why the group has failed is what counts.
+    #[test]
+    fn who_leaves_a_group_that_has_failed_is_not_lost() {
+        let [mut first, second] = pair();
+        let mut memory = [0u8; 8];
+        first.recv(message(1, 1, &mut memory)).unwrap();
+        abort::raise(&*first.segment, 0, "enough");
+        drop(second);
+        assert_eq!((first.lost_peer(), first.gone(1)), (None, None));
+    }
+
+    #[test]
+    fn who_fails_and_is_dropped_closes_its_door() {
+        let [mut first, mut second] = pair();
+        let mut memory = [[0u8; 8]; 2];
+        let [sent, wanted] = &mut memory;
+        first.send(message(1, 1, sent)).unwrap();
+        second.recv(message(0, 1, &mut wanted[..4])).unwrap();
+        first.poll(&mut vec![]).unwrap();
+        second.poll(&mut vec![]).unwrap_err();
+        drop(second);
+        assert_eq!(door::is_closed(&*first.segment, 1), Some(Why::Failed));
     }
 
     /// One that says nothing of it, not yet or never, is.
