@@ -305,5 +305,9 @@ fn a_panic_fails_what_is_under_way_after_peers_were_told() {
         // SAFETY: as above.
         let later = unsafe { group.start(&sum(&mut more, LONG)) };
         assert!(later.is_err() || later.is_ok_and(|handle| handle.wait(None).is_err()));
+        group.shutdown();
+        assert!(group.failure().is_some());
+        // The group's transport has gone with it, though there are handles yet.
+        assert_eq!(Arc::strong_count(&fate), 1);
     }
 }

@@ -21,11 +21,12 @@ impl Transports for HostTransports {
 /// Ends with the last group; a later group starts a new one.
 static ENGINE: Mutex<Weak<Engine<HostTransports>>> = Mutex::new(Weak::new());
 
-/// The process's engine, started now if there is none (or if the one there belongs to the process we were forked from).
+/// The process's engine, started now if there is none, or if the one there is of no use: it belongs to the process we were forked from,
+/// or has died of a panic, and whoever keeps one of its groups or operations keeps it.
 pub fn engine(settings: &Settings) -> Result<Arc<Engine<HostTransports>>> {
     let mut place =
         ENGINE.lock().map_err(|_| Error::Internal("starting the engine panicked before".to_owned()))?;
-    if let Some(engine) = place.upgrade().filter(|e| e.is_ours()) {
+    if let Some(engine) = place.upgrade().filter(|engine| engine.is_ours() && !engine.is_dead()) {
         return Ok(engine);
     }
     start_log(settings)?;
@@ -56,7 +57,22 @@ fn start_log(settings: &Settings) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
+
+    /// Whoever still holds an operation of the engine that has died keeps nobody from a new group.
+    #[test]
+    fn after_a_panic_the_next_group_gets_a_new_engine() {
+        let settings = Settings::default();
+        let dead = engine(&settings).unwrap();
+        assert!(Arc::ptr_eq(&dead, &engine(&settings).unwrap()));
+        let open = || dead.with_fabric(|| panic!("as it happens"), |_| Ok(()));
+        assert!(catch_unwind(AssertUnwindSafe(open)).is_err());
+        dead.with_fabric_if_any(|_| Ok(())).unwrap_err();
+        let next = engine(&settings).unwrap();
+        next.with_fabric_if_any(|_| Ok(())).unwrap();
+    }
 
     #[test]
     fn a_log_filter_that_makes_no_sense_is_refused() {

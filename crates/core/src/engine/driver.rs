@@ -74,11 +74,10 @@ impl<T: Transports> Driver<T> {
         Ok(key)
     }
 
-    /// Takes the group away; what was under way fails. Its memory is free afterwards.
-    pub fn remove(&mut self, key: GroupKey) {
-        if self.group(key).is_some()
-            && let Some(mut group) = self.groups[key.index].take()
-        {
+    /// Takes the group away; what was under way fails. Its memory is free afterwards. Why it had failed, if it had.
+    pub fn remove(&mut self, key: GroupKey) -> Option<Error> {
+        let failure = self.group(key)?.failure().cloned();
+        if let Some(mut group) = self.groups[key.index].take() {
             self.by_id.remove(&group.seat.id);
             self.busy.retain(|&b| b != key.index);
             if group.is_busy() {
@@ -89,6 +88,7 @@ impl<T: Transports> Driver<T> {
                 group.withdraw(self.fabric.as_mut(), None);
             }
         }
+        failure
     }
 
     #[inline]

@@ -132,6 +132,11 @@ impl<T: Transports> Engine<T> {
         self.process == process::id()
     }
 
+    /// Whether a driver has panicked: nothing works here any more (E7).
+    pub fn is_dead(&self) -> bool {
+        self.shared.is_dead.load(Ordering::Relaxed)
+    }
+
     /// Ranks of this node outnumber its cores: nobody may spin.
     pub fn set_crowded(&self) {
         self.shared.spins.store(0, Ordering::Relaxed);
@@ -190,16 +195,17 @@ impl<T: Transports> Engine<T> {
                     !d.group(group).is_some_and(|g| g.is_busy()) || Instant::now() > until
                 };
                 self.shared.drive(driver, &mut ended, Some(until), CALLER);
-                ended(driver).then(|| {
-                    let failure = driver.group(group).and_then(|g| g.failure().cloned());
-                    driver.remove(group);
-                    failure
-                })
+                ended(driver).then(|| driver.remove(group))
             });
             match round {
                 Ok(None) => {}
                 Ok(Some(failure)) => return failure,
-                Err(_) => return None,
+                Err(forked) if !self.is_ours() => return Some(forked),
+                Err(panicked) => {
+                    // Nothing of the group is under way (E7).
+                    let mut driver = self.shared.driver.lock().unwrap_or_else(PoisonError::into_inner);
+                    return driver.remove(group).or(Some(panicked));
+                }
             }
         }
     }
