@@ -12,7 +12,7 @@ use common::{groups, on_all};
 use smddp_core::communicator::Communicator;
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
-use smddp_core::engine::group::Seat;
+use smddp_core::engine::group::{GroupKey, Seat};
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
 use smddp_core::settings::Settings;
@@ -139,6 +139,7 @@ fn truth_values_that_come_are_truth_values() {
 #[derive(Default)]
 struct Fate {
     polls_panic: AtomicBool,
+    receives_panic: AtomicBool,
     /// Whom work waits for in vain.
     lost: Mutex<Option<usize>>,
     /// It has told its peers.
@@ -162,6 +163,11 @@ impl NodeLocal for Frail {
         self.node.send(message)
     }
     fn recv(&mut self, message: Message) -> Result<()> {
+        if self.fate.receives_panic.load(Ordering::Relaxed) {
+            // By then whoever was called to this work has found that the seat is taken.
+            std::thread::sleep(SHORT);
+            panic!("as it happens");
+        }
         self.node.recv(message)
     }
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
@@ -200,14 +206,14 @@ impl Transports for FrailTransports {
 }
 
 /// One rank of several of a node, whose peers are never heard of.
-fn frail(ranks: usize) -> (Communicator<FrailTransports>, Arc<Fate>) {
+fn frail(ranks: usize) -> (Communicator<FrailTransports>, Arc<Fate>, Arc<Engine<FrailTransports>>) {
     let shape = Arc::new(GroupShape::even(1, ranks));
     let fate = Arc::<Fate>::default();
     let local = Frail { node: MemoryNode::new(ranks, 6).remove(0), fate: Arc::clone(&fate) };
     let routes = (0..ranks as u32).map(Route::Local).collect();
     let seat = Seat { id: 7, name: "test".into(), rank: 0, shape, local, routes };
     let engine = Arc::new(Engine::new(&Settings::default()).unwrap());
-    (Communicator::new(engine, seat, Tuning::default(), LONG).unwrap(), fate)
+    (Communicator::new(Arc::clone(&engine), seat, Tuning::default(), LONG).unwrap(), fate, engine)
 }
 
 /// Of messages that the rank lost may have sent, and of no other.
@@ -216,7 +222,7 @@ fn messages_with_a_rank_that_is_lost_fail_for_it() {
     let mut data = [0u8; 32];
     // SAFETY: `data` outlives the work.
     let region = unsafe { Region::of(&mut data) };
-    let (group, fate) = frail(4);
+    let (group, fate, _) = frail(4);
     // SAFETY: as above.
     let recv =
         |from, at, len| unsafe { group.start_recv(from, 0, DType::U8, region.slice(at, len)) }.unwrap();
@@ -238,7 +244,7 @@ fn the_failure_of_a_group_names_what_waits_for_the_rank_that_is_lost() {
     let mut data = [0u8; 12];
     // SAFETY: `data` outlives the work.
     let region = unsafe { Region::of(&mut data) };
-    let (group, fate) = frail(3);
+    let (group, fate, _) = frail(3);
     // SAFETY: as above.
     let recv =
         |from, at, len| unsafe { group.start_recv(from, 0, DType::U8, region.slice(at, len)) }.unwrap();
@@ -275,11 +281,37 @@ fn the_message_whose_limit_passes_gets_the_timeout() {
     }
 }
 
+/// E7, where work that was left to who has the seat panics as it is taken up.
+#[test]
+fn a_panic_as_work_is_taken_up_fails_it_too() {
+    let mut data = [0u8; 8];
+    // SAFETY: `data` outlives the work.
+    let region = unsafe { Region::of(&mut data) };
+    // The progress thread is faster now and then.
+    for _ in 0..10 {
+        let (group, fate, engine) = frail(2);
+        fate.receives_panic.store(true, Ordering::Relaxed);
+        // SAFETY: as above.
+        let recv = |at| unsafe { group.start_recv(1, 0, DType::U8, region.slice(at, 4)) };
+        let (tell, told) = std::sync::mpsc::channel();
+        engine
+            .with_local(GroupKey { index: 0, id: 7 }, |_| {
+                let left = std::thread::scope(|scope| scope.spawn(|| recv(0)).join().unwrap()).unwrap();
+                left.on_done(Box::new(move |result| tell.send(result.clone()).unwrap()));
+                Ok(())
+            })
+            .unwrap();
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| recv(4)));
+        let result = told.recv_timeout(Duration::from_secs(60)).expect("nobody was told");
+        assert!(result.is_err() && fate.aborted.load(Ordering::Relaxed));
+    }
+}
+
 /// E7: whoever drives, nobody has his memory back before the peers have been told.
 #[test]
 fn a_panic_fails_what_is_under_way_after_peers_were_told() {
     for by_caller in [true, false] {
-        let (group, fate) = frail(2);
+        let (group, fate, _) = frail(2);
         let (mut data, mut more) = ([1f32; 4], [1f32; 4]);
         // SAFETY: `data` outlives the work.
         let handle = unsafe { group.start(&sum(&mut data, LONG)) }.unwrap();

@@ -254,9 +254,15 @@ impl<T: Transports> Engine<T> {
         Ok(what(&mut driver))
     }
 
-    /// The seat, if nobody has it or waits for it.
+    /// The seat, if nobody has it or waits for it: calls without a pause would keep it from them. What lies in the inbox was submitted
+    /// before, and is started.
     fn free_seat(&self) -> Option<Seated<'_, T>> {
-        self.shared.free_seat().map(|driver| self.seated(driver))
+        if self.shared.wanted.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        let mut driver = self.seated(self.shared.driver.try_lock().ok()?);
+        self.shared.take_inbox(&mut driver);
+        Some(driver)
     }
 
     #[inline]
@@ -418,7 +424,8 @@ impl<T: Transports> Engine<T> {
     }
 }
 
-/// The driver's seat, taken by a caller. Who drops it has left it as E2 asks.
+/// The driver's seat, taken by a caller. Who drops it has left it as E2 asks, or in a panic as E7 does: nothing is asked of a driver
+/// but through this, or by the progress thread.
 struct Seated<'a, T: Transports> {
     engine: &'a Engine<T>,
     driver: ManuallyDrop<MutexGuard<'a, Driver<T>>>,
@@ -448,8 +455,7 @@ impl<T: Transports> Drop for Seated<'_, T> {
         if self.is_unwinding || !std::thread::panicking() {
             self.engine.leave(driver);
         } else {
-            let mut driver = driver;
-            self.engine.shared.give_up(&mut driver);
+            self.engine.shared.give_up(driver);
         }
     }
 }
@@ -500,17 +506,6 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    /// The driver's seat if nobody has it or waits for it: calls without a pause would keep it from them. What lies in the inbox
-    /// was submitted before, and is started.
-    fn free_seat(&self) -> Option<MutexGuard<'_, Driver<T>>> {
-        if self.wanted.load(Ordering::Relaxed) > 0 {
-            return None;
-        }
-        let mut driver = self.driver.try_lock().ok()?;
-        self.take_inbox(&mut driver);
-        Some(driver)
-    }
-
     /// The driver's seat, taken from the progress thread if need be.
     fn seat(&self) -> Result<MutexGuard<'_, Driver<T>>> {
         self.wanted.fetch_add(1, Ordering::SeqCst);
@@ -522,14 +517,14 @@ impl<T: Transports> Shared<T> {
 
     /// What is to be said of a driver that panicked, once that is settled (E7).
     #[cold]
-    fn poisoned(&self, mut driver: MutexGuard<'_, Driver<T>>) -> Error {
-        self.give_up(&mut driver);
+    fn poisoned(&self, driver: MutexGuard<'_, Driver<T>>) -> Error {
+        self.give_up(driver);
         panicked()
     }
 
-    /// E7.
+    /// E7. Leaves the seat before callbacks run (E4).
     #[cold]
-    fn give_up(&self, driver: &mut Driver<T>) {
+    fn give_up(&self, mut driver: MutexGuard<'_, Driver<T>>) {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_dead.swap(true, Ordering::Relaxed) {
             return;
@@ -541,7 +536,7 @@ impl<T: Transports> Shared<T> {
             // Peers may go on writing into memory whose owners have it back.
             std::process::abort();
         }
-        let mut finished = std::mem::take(&mut driver.finished);
+        let mut finished = Shared::leave(driver);
         finished.extend(waiting.into_iter().filter(|op| op.finish(Err(panicked()))));
         self.hand_over(finished);
     }
@@ -669,7 +664,7 @@ impl<T: Transports> Shared<T> {
 fn run_progress<T: Transports>(shared: &Shared<T>) {
     // The panic has been reported by its hook; what waits is told.
     if catch_unwind(AssertUnwindSafe(|| progress(shared))).is_err() {
-        shared.give_up(&mut shared.driver.lock().unwrap_or_else(PoisonError::into_inner));
+        shared.give_up(shared.driver.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }
 
