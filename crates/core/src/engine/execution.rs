@@ -161,8 +161,7 @@ impl Execution {
         };
         let plan = self.ready.plan(round.number);
         match plan.steps.get(step as usize).map(|s| &s.op) {
-            Some(Op::Send { to, .. }) => self.left_fabric(*to as usize),
-            Some(Op::Recv { from, .. }) => self.left_fabric(*from as usize),
+            Some(Op::Send { .. } | Op::Recv { .. }) => self.on_fabric = self.on_fabric.saturating_sub(1),
             Some(Op::Phase(_)) => self.phases_done += 1,
             Some(Op::Reduce { .. } | Op::Copy { .. }) | None => {
                 return Err(Error::Internal(format!("completion {low:#x} names no message or phase")));
@@ -170,10 +169,6 @@ impl Execution {
         }
         self.finish_step(slot, step);
         Ok(())
-    }
-
-    fn left_fabric(&mut self, _peer: usize) {
-        self.on_fabric = self.on_fabric.saturating_sub(1);
     }
 
     /// X3.
