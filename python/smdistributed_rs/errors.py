@@ -97,7 +97,7 @@ class TimeoutError(SmddpError, builtins.TimeoutError):
 
 
 class PeerLostError(SmddpError, ConnectionError):
-    """A rank died or its link closed: attributes rank, group, op, seq, peer, node, reason."""
+    """A rank that a call waits for is gone, as reason says: attributes rank, group, op, seq, peer, node, reason."""
 
     rank: int
     group: str
