@@ -609,15 +609,15 @@ impl<T: Transports> Shared<T> {
         }
     }
 
-    /// The progress thread has nothing to do until it is woken, or it is time to look for news (E5): true.
-    fn rest(&self) -> bool {
-        if !self.listens.load(Ordering::Relaxed) {
-            self.summons.park(None);
-            return false;
-        }
-        let start = Instant::now();
-        self.summons.park(Some(idle::LISTEN));
-        start.elapsed() >= idle::LISTEN
+    /// The progress thread has nothing to do until it is called, or is to listen.
+    fn rest(&self, listened: Instant) {
+        let listens = self.listens.load(Ordering::Relaxed);
+        self.summons.park(listens.then(|| idle::LISTEN.saturating_sub(listened.elapsed())));
+    }
+
+    /// Whether the progress thread, which has `listened` then, is to look for news (E5).
+    fn is_to_listen(&self, listened: Instant) -> bool {
+        self.listens.load(Ordering::Relaxed) && listened.elapsed() >= idle::LISTEN
     }
 
     fn hear_nothing(&self, sleep: impl FnOnce()) {
@@ -670,19 +670,20 @@ fn run_progress<T: Transports>(shared: &Shared<T>) {
 
 /// The progress thread.
 fn progress<T: Transports>(shared: &Shared<T>) {
-    let mut nap = Nap::default();
+    let (mut nap, mut listened) = (Nap::default(), Instant::now());
     while !shared.stop.load(Ordering::Acquire) {
-        let mut is_time = false;
-        match shared.summons.take() {
+        let called = shared.summons.take();
+        match called {
             None => {
                 nap = Nap::default();
-                is_time = shared.rest();
-                if !is_time {
-                    continue;
-                }
+                shared.rest(listened);
             }
             Some(When::Later) => nap.take(),
             Some(When::Now) => {}
+        }
+        let is_time = shared.is_to_listen(listened);
+        if called.is_none() && !is_time {
+            continue;
         }
         let driver = match shared.driver.try_lock() {
             Ok(driver) => Ok(driver),
@@ -699,6 +700,7 @@ fn progress<T: Transports>(shared: &Shared<T>) {
         }
         shared.thread_drives.store(true, Ordering::Release);
         driver.listen();
+        listened = Instant::now();
         // Callers who take the seat again and again look for nobody's time limit but their own.
         driver.look_around();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
@@ -717,4 +719,45 @@ fn progress<T: Transports>(shared: &Shared<T>) {
 
 fn panicked() -> Error {
     Error::Internal("a thread panicked while it drove progress".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::execution::Route;
+    use crate::testing::{MemoryFabric, MemoryNode, MemoryTransports};
+    use crate::topology::GroupShape;
+
+    /// E5.
+    #[test]
+    fn a_peer_is_heard_beside_brief_calls_without_a_pause() {
+        let mut fabrics = MemoryFabric::new(2, 1);
+        let mut peer = fabrics.remove(1);
+        let engine = Engine::<MemoryTransports>::new(&Settings::default()).unwrap();
+        engine.with_fabric(|| Ok(fabrics.remove(0)), |_| Ok(())).unwrap();
+        let seat = Seat {
+            id: 7,
+            name: "test".into(),
+            rank: 0,
+            shape: Arc::new(GroupShape::even(2, 1)),
+            local: MemoryNode::new(1, 1).remove(0),
+            routes: vec![Route::Local(0), Route::Fabric(1)],
+        };
+        let (_, failure) = engine.add(seat).unwrap();
+        let begun = Instant::now();
+        for call in 0.. {
+            if let Some(seat) = engine.free_seat() {
+                std::thread::sleep(idle::LISTEN / 5);
+                drop(seat);
+            }
+            engine.call_thread(When::Later);
+            if call == 5 {
+                peer.withdraw(7, &[0], Some(&Error::Internal("enough".to_owned())));
+            }
+            if failure.get().is_some() {
+                return;
+            }
+            assert!(begun.elapsed() < 100 * idle::LISTEN, "it was not heard");
+        }
+    }
 }
