@@ -13,6 +13,7 @@ use smddp_core::communicator::Communicator;
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::{GroupKey, Seat};
+use smddp_core::engine::idle::LIVENESS;
 use smddp_core::plan::select::Tuning;
 use smddp_core::request::Request;
 use smddp_core::settings::Settings;
@@ -140,8 +141,8 @@ fn truth_values_that_come_are_truth_values() {
 struct Fate {
     polls_panic: AtomicBool,
     receives_panic: AtomicBool,
-    /// Whom work waits for in vain.
-    lost: Mutex<Option<usize>>,
+    /// Local ranks that are gone.
+    gone: Mutex<Vec<(usize, Gone)>>,
     /// It has told its peers.
     aborted: AtomicBool,
 }
@@ -190,7 +191,11 @@ impl NodeLocal for Frail {
         self.node.waiting_for()
     }
     fn lost_peer(&mut self) -> Option<(usize, Gone)> {
-        self.fate.lost.lock().unwrap().map(|peer| (peer, Gone::Ended))
+        let waited_for = self.node.waiting_for();
+        self.fate.gone.lock().unwrap().iter().copied().find(|(peer, _)| waited_for.contains(peer))
+    }
+    fn gone(&mut self, peer: usize) -> Option<Gone> {
+        self.fate.gone.lock().unwrap().iter().find(|(gone, _)| *gone == peer).map(|(_, how)| *how)
     }
     fn abort(&mut self, why: &Error) {
         self.fate.aborted.store(true, Ordering::Relaxed);
@@ -230,7 +235,7 @@ fn messages_with_a_rank_that_is_lost_fail_for_it() {
     // SAFETY: as above.
     let any = unsafe { group.start_recv_any(5, DType::U8, region.slice(12, 4)) }.unwrap();
     let lost = recv(2, 16, 8);
-    *fate.lost.lock().unwrap() = Some(2);
+    fate.gone.lock().unwrap().push((2, Gone::Ended));
     for handle in [&lost, &any] {
         let error = handle.wait(None).unwrap_err();
         assert!(matches!(error, Error::PeerLost { peer: 2, .. }), "{error}");
@@ -249,10 +254,27 @@ fn the_failure_of_a_group_names_what_waits_for_the_rank_that_is_lost() {
     let recv =
         |from, at, len| unsafe { group.start_recv(from, 0, DType::U8, region.slice(at, len)) }.unwrap();
     let (other, lost) = (recv(1, 0, 4), recv(2, 4, 8));
-    *fate.lost.lock().unwrap() = Some(2);
+    fate.gone.lock().unwrap().push((2, Gone::Ended));
     let error = lost.wait(None).unwrap_err();
     assert_eq!(group.failure(), Some(error));
     assert!(is_told(other.wait(None)));
+}
+
+/// G2.
+#[test]
+fn receives_from_any_rank_fail_when_nobody_is_left_to_send() {
+    for (last, reason) in [(Gone::Left, "no rank is left"), (Gone::Ended, "its process has ended")] {
+        let mut data = [0u8; 4];
+        let (group, fate, _) = frail(3);
+        // SAFETY: `data` outlives the work.
+        let any = unsafe { group.start_recv_any(0, DType::U8, Region::of(&mut data)) }.unwrap();
+        fate.gone.lock().unwrap().push((1, Gone::Left));
+        let waits = any.wait(Some(4 * LIVENESS));
+        assert!(matches!(waits, Err(Error::Timeout { .. })) && !any.is_done(), "rank 2 may send yet");
+        fate.gone.lock().unwrap().push((2, last));
+        let error = any.wait(None).unwrap_err();
+        assert!(matches!(&error, Error::PeerLost { reason: r, .. } if r.contains(reason)), "{error}");
+    }
 }
 
 /// Messages have the same name where they have the same number and length: with other ranks, of another tag, the other way.
