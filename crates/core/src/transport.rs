@@ -258,6 +258,13 @@ pub trait Fabric: Send {
         Ok(true)
     }
 
+    /// Why a peer has said that the group failed, where nothing was posted here that would fail: asked while other work of the
+    /// group waits. Once.
+    fn aborted(&mut self, group: u64) -> Option<Error> {
+        let _ = group;
+        None
+    }
+
     /// Makes progress; appends the marks of what is done. An error here concerns one group when it says so in
     /// [`FabricFailure::group`], else every group that uses the fabric.
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure>;

@@ -389,8 +389,8 @@ impl<D: Domain> FabricEndpoint<D> {
         if let Some(d) = self.groups.post(m.key, m.call, m.peer, m.peer_rank) {
             self.disagree(m.key.group, d);
         }
-        if let Some((_, text)) = self.groups.get_mut(m.key.group).and_then(|g| g.abort.take()) {
-            self.fail_group(m.key.group, CoreError::Aborted { site: Site::unknown(), reason: text });
+        if let Some(error) = self.aborted(m.key.group) {
+            self.fail_group(m.key.group, error);
         }
         Ok(())
     }
@@ -528,8 +528,8 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
 
     fn can_come(&mut self, group: u64, peer: u32, rank: u32) -> Result<bool> {
         // As `admit` does for messages that are posted.
-        if let Some((_, reason)) = self.groups.get_mut(group).and_then(|g| g.abort.take()) {
-            return Err(CoreError::Aborted { site: Site::unknown(), reason });
+        if let Some(error) = self.aborted(group) {
+            return Err(error);
         }
         let is_destroyed = self.groups.over_since(group, peer).is_some();
         let p = &mut self.peers[peer as usize];
@@ -543,6 +543,11 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
         let says_bye = self.config.caps.sockets && p.talked;
         let done = p.left.is_some() || is_destroyed || !(says_bye || p.wild);
         if done { Ok(false) } else { Err(self.lost_error(peer, rank)) }
+    }
+
+    fn aborted(&mut self, group: u64) -> Option<CoreError> {
+        let (_, reason) = self.groups.get_mut(group)?.abort.take()?;
+        Some(CoreError::Aborted { site: Site::unknown(), reason })
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> std::result::Result<bool, FabricFailure> {

@@ -360,6 +360,29 @@ fn a_receive_from_any_rank_hears_of_an_abort() {
     assert!(reason.contains("out of paper"), "{reason}");
 }
 
+/// What waits for a rank of its own node posts nothing over the network.
+#[test]
+fn a_receive_from_a_rank_of_the_node_hears_of_an_abort_elsewhere() {
+    let mut job = Job::new(&GroupShape::even(2, 2), SimConfig::default(), Tuning::default());
+    let mut data = [0u8; 4];
+    // SAFETY: the data outlives the operation, as in `start`.
+    let region = unsafe { Region::of(&mut data) };
+    let key = MsgKey { group: 9, seq: MsgKey::P2P, tag: 3 };
+    let work = Work::Message { peer: 1, key, region, send: false };
+    let call = Call::new(Collective::SendRecv, DType::U8, 4);
+    let op =
+        Arc::new(OpState::new(call, work, job.ranks[0].key(), "sim".into(), 0, Duration::from_secs(3600)));
+    let r = &mut job.ranks[0];
+    r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
+    let r = &mut job.ranks[2];
+    let why = Error::Internal("out of paper".to_owned());
+    r.group.fail(&why, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
+    assert!(job.finish(&[Arc::clone(&op)]));
+    let result = op.result();
+    let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };
+    assert!(reason.contains("out of paper"), "{reason}");
+}
+
 #[test]
 fn a_receive_from_any_rank_hears_of_a_death() {
     let config = SimConfig { sockets: true, ..SimConfig::default() };

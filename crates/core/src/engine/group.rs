@@ -498,7 +498,11 @@ impl<L: NodeLocal> Group<L> {
     }
 
     /// Why what is under way will never end, if that is known: ranks that it waits for are gone.
-    pub fn lost_peer<F: Fabric>(&mut self, fabric: Option<&mut F>) -> Option<Error> {
+    pub fn lost_peer<F: Fabric>(&mut self, mut fabric: Option<&mut F>) -> Option<Error> {
+        let aborted = fabric.as_deref_mut().and_then(|fabric| fabric.aborted(self.seat.id));
+        if aborted.is_some() {
+            return aborted;
+        }
         match self.seat.local.lost_peer() {
             Some((local, gone)) => Some(self.lost(self.rank_of(local)?, gone)),
             None => self.look_for_senders(fabric).err(),
