@@ -31,6 +31,8 @@ const MEETING: &str = "meeting the other ranks";
 const FAREWELL: Duration = Duration::from_secs(5);
 /// The same where graphs hold its calls (K4): as long as one needs whose graphs are no more.
 const BRIEF_FAREWELL: Duration = Duration::from_millis(500);
+/// How long a call that does not hang may take.
+const SOON: Duration = Duration::from_millis(50);
 
 /// How long a call that goes on without its caller is looked at as often as can be, and then every so long.
 const BRIEF: Duration = Duration::from_micros(200);
@@ -226,9 +228,10 @@ impl NcclComm {
         sys::shown(self.nccl.version)
     }
 
-    /// An error NCCL found beside the calls, such as a lost peer; none is found while a call is being made.
+    /// An error NCCL found beside the calls, such as a lost peer. Who else asks, or makes a call, is done soon; none is found
+    /// while one hangs (K3).
     pub(crate) fn health(&self) -> Result<()> {
-        let Some(_turn) = try_turn(&self.turn) else { return Ok(()) };
+        let Some(_turn) = turn_within(&self.turn, SOON) else { return Ok(()) };
         if self.ended.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -466,12 +469,7 @@ impl NcclComm {
             let raw = raw;
             // Who looks after a call that does not block lets go now. One that hangs in the library is ended by an abort from
             // another thread, and by nothing else (K3).
-            let until = Instant::now() + FAREWELL;
-            let mut turn = try_turn(&turns);
-            while turn.is_none() && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(1));
-                turn = try_turn(&turns);
-            }
+            let turn = turn_within(&turns, FAREWELL);
             let failed = failed || turn.is_none();
             // Who waits may have given up.
             let _ = tell.send(());
@@ -519,11 +517,15 @@ impl Ending {
     }
 }
 
-fn try_turn(turn: &Mutex<()>) -> Option<MutexGuard<'_, ()>> {
-    match turn.try_lock() {
-        Ok(turn) => Some(turn),
-        Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
+fn turn_within(turn: &Mutex<()>, limit: Duration) -> Option<MutexGuard<'_, ()>> {
+    let since = Instant::now();
+    loop {
+        match turn.try_lock() {
+            Ok(turn) => return Some(turn),
+            Err(TryLockError::Poisoned(turn)) => return Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) if since.elapsed() >= limit => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+        }
     }
 }
 

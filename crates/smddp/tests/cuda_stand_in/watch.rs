@@ -420,6 +420,32 @@ fn a_kernel_that_fails_in_a_node_is_told_by_the_call() {
     a_kernel_that_fails_is_told_by_the_call(test, &[2], 1);
 }
 
+/// Those who ask NCCL at once find each other asking.
+#[test]
+fn a_kernel_that_fails_is_told_to_all_who_wait() {
+    let nodes = &[2];
+    children("watch::a_kernel_that_fails_is_told_to_all_who_wait", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        rank.barrier("made");
+        if rank.rank == 0 {
+            job.control.fail("nccl", 1, 1);
+        }
+        let begun = sum(&job, 1000).begin(&job, &group);
+        if rank.rank == 0 {
+            let (started, device) = (&begun.unwrap().1, &group.device);
+            let told: Vec<_> = std::thread::scope(|threads| {
+                let wait = || threads.spawn(|| device.wait(started, Duration::from_secs(20)));
+                let waiting: Vec<_> = (0..16).map(|_| wait()).collect();
+                waiting.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(told.iter().all(Result::is_err), "{told:?}");
+        }
+        assert!(job.comes_to_rest(), "the stream still waits");
+        rank.barrier("over");
+    });
+}
+
 /// The exchange between nodes, which comes before it, goes well.
 #[test]
 fn a_last_kernel_that_fails_is_told_by_the_call() {
