@@ -376,7 +376,7 @@ fn a_receive_from_a_rank_of_the_node_hears_of_an_abort_elsewhere() {
     r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
     let r = &mut job.ranks[2];
     let why = Error::Internal("out of paper".to_owned());
-    r.group.fail(&why, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
+    r.group.fail(&why, None, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
     assert!(job.finish(&[Arc::clone(&op)]));
     let result = op.result();
     let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };
