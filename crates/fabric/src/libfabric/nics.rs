@@ -347,12 +347,27 @@ fn one_address_each(found: &[NicInfo]) -> Vec<usize> {
 
 /// The interface of the default route.
 fn default_route() -> Option<String> {
-    let table = std::fs::read_to_string("/proc/net/route").ok()?;
-    table.lines().skip(1).find_map(|line| {
+    // Where the kernel lacks a protocol, its file is missing.
+    let table = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    default_interface(&table("/proc/net/route"), &table("/proc/net/ipv6_route"))
+}
+
+/// Of these texts of `/proc/net/route` and `/proc/net/ipv6_route`: many hosts have IPv6 alone.
+fn default_interface(ipv4: &str, ipv6: &str) -> Option<String> {
+    let by_ipv4 = ipv4.lines().skip(1).find_map(|line| {
         let mut words = line.split_whitespace();
         let (name, to) = (words.next()?, words.next()?);
-        (to == "00000000").then(|| name.to_owned())
-    })
+        (to == "00000000").then_some(name)
+    });
+    let by_ipv6 = || {
+        ipv6.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            let (to, length, name) = (words.next()?, words.next()?, words.last()?);
+            // Loopback's refuse what no other route takes.
+            (length == "00" && to.bytes().all(|digit| digit == b'0') && name != "lo").then_some(name)
+        })
+    };
+    by_ipv4.or_else(by_ipv6).map(str::to_owned)
 }
 
 fn no_nic(provider: &str, offered: &[String], wanted: &str) -> Error {
@@ -380,6 +395,22 @@ mod tests {
         assert_eq!(provider("", "shm", false), "shm");
         assert_eq!(provider("", "^shm", true), "efa");
         assert_eq!(provider("", "", false), "tcp");
+    }
+
+    #[test]
+    fn the_default_route_may_be_of_ipv6_alone() {
+        let head = "Iface\tDestination\tGateway \tFlags\n";
+        let ipv4 = format!("{head}eth1\t0000000A\t00000000\t0001\neth0\t00000000\t0100000A\t0003\n");
+        let zeros = "0".repeat(32);
+        let route = |to: &str, length, name| {
+            format!("{to} {length} {zeros} 00 {zeros} 00000400 00000001 00000000 00000003 {name:>8}\n")
+        };
+        let lo = route(&zeros, "00", "lo");
+        let ipv6 =
+            route("20010db8000500000000000000000000", "40", "eth3") + &lo + &route(&zeros, "00", "eth2");
+        assert_eq!(default_interface(&ipv4, &ipv6).as_deref(), Some("eth0"));
+        assert_eq!(default_interface(head, &ipv6).as_deref(), Some("eth2"));
+        assert_eq!(default_interface("", &lo), None);
     }
 
     fn nic(name: &str, address: &str) -> NicInfo {
