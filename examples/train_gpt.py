@@ -143,6 +143,8 @@ class CommunicationClock:
         self.device = device
         self.last_bucket: float | torch.cuda.Event | None = None
         self.waits: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        """since `waited` was asked last"""
+        self.before = 0.0
 
     def now(self) -> float | torch.cuda.Event:
         if self.device.type == "cpu":
@@ -164,9 +166,12 @@ class CommunicationClock:
     def waited(self) -> float:
         """Seconds so far; waits for the GPU."""
         if self.device.type == "cpu":
-            return sum(end - start for start, end in self.waits)
-        torch.cuda.synchronize(self.device)
-        return sum(start.elapsed_time(end) for start, end in self.waits) / 1e3
+            self.before += sum(end - start for start, end in self.waits)
+        else:
+            torch.cuda.synchronize(self.device)
+            self.before += sum(start.elapsed_time(end) for start, end in self.waits) / 1e3
+        self.waits.clear()
+        return self.before
 
 
 class Progress:

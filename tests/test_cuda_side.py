@@ -137,6 +137,23 @@ def test_a_tensor_on_another_device_is_refused(side: CudaSide) -> None:
         side.message("send", _message(1, True, device=1))
 
 
+def test_a_group_whose_end_was_interrupted_can_be_ended_again(side: CudaSide) -> None:
+    tried: list[str] = []
+
+    def interrupted() -> None:
+        tried.append("shutdown")
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+
+    native: Any = side._native
+    native.shutdown = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        side.shutdown()
+    side.shutdown()
+    side.shutdown()
+    assert tried == ["shutdown", "shutdown"]
+
+
 def test_a_sender_must_be_named(side: CudaSide) -> None:
     class OnDevice(torch.Tensor):
         is_cuda = True

@@ -63,8 +63,12 @@ def scalars_are_read_and_never_written(world: object) -> None:
     gathered = world.all_gather(mean)
     assert (gathered == expected).all()
     for call in (world.all_reduce, lambda x: world.broadcast(x, 0), lambda x: world.recv(x, 0)):
-        for scalar in (np.float64(1), np.zeros(1, [("a", "i4")])[0]):
+        for scalar in (np.float64(1), np.void(b"four")):
             raises(lambda call=call, scalar=scalar: call(scalar), "scalar", "numpy.array(x)")
+    # One that is part of an array is no copy.
+    records = np.full(2, 7 + world.rank, "i4").view([("a", "i4")])
+    world.broadcast(records[1], 0)
+    assert records["a"].tolist() == [7 + world.rank, 7]
 
 
 @case

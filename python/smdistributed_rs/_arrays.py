@@ -71,7 +71,9 @@ def _from_interface(op: str, argument: str, array: Any, interface: dict[str, Any
     address, read_only = interface["data"]
     if read_only and written:
         _refuse(op, argument, "a writable array", "a read-only one", "Pass a copy")
-    if written and isinstance(array, getattr(sys.modules.get("numpy"), "generic", ())):
+    is_scalar = isinstance(array, getattr(sys.modules.get("numpy"), "generic", ()))
+    # A record has a base where it is part of an array.
+    if written and is_scalar and array.base is None:
         hint = "Make an array of it with numpy.array(x), and pass that"
         _refuse(op, argument, "an array, which can be written to", f"a scalar, {type(array).__name__}", hint)
     if interface.get("strides") is not None:

@@ -252,7 +252,12 @@ class CudaSide:
             self._ended = reason
             native, self._native = self._native, None
             if native is not None:
-                how(native)
+                try:
+                    how(native)
+                except BaseException:
+                    # A signal has ended the wait for what is under way: the next try waits for it again.
+                    self._native = native
+                    raise
             self._foreign.clear()
             if self._rail is not None:
                 self._rail.shutdown()

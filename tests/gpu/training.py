@@ -112,7 +112,7 @@ SIZE = ["--steps", "12", "--batch", "8", "--length", "32", "--layers", "2", "--w
 
 def _run(program: str, *arguments: str, env: dict[str, str] | None = None) -> None:
     command = [sys.executable, str(EXAMPLES / program), *arguments]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=40, check=False)
     assert ended.returncode == 0, f"{program} ended with {ended.returncode}: {ended.stdout}{ended.stderr}"
 
 
