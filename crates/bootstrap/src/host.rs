@@ -86,20 +86,44 @@ pub(crate) fn addresses() -> Vec<IpAddr> {
 }
 
 /// The addresses in `own`, which is this host's, in the order in which hosts with the addresses `peers` are likely to reach
-/// them: first those that our routes to the peers start from. No name service is asked: it may be slow, or know nothing.
+/// them: first those that our routes to the peers start from, and of these first the ones in networks that we are in ourselves: a
+/// gateway may let nothing through. No name service is asked: it may be slow, or know nothing.
 pub(crate) fn reachable_addresses(own: &[IpAddr], peers: &[&[IpAddr]]) -> Vec<IpAddr> {
-    reachable_by(own, peers, source_towards)
+    let networks = networks(&std::fs::read_to_string("/proc/net/route").unwrap_or_default());
+    reachable_by(own, peers, &networks, source_towards)
 }
 
 fn reachable_by(
     own: &[IpAddr],
     peers: &[&[IpAddr]],
+    networks: &[(Ipv4Addr, Ipv4Addr)],
     source: impl Fn(SocketAddr) -> Option<IpAddr>,
 ) -> Vec<IpAddr> {
+    let is_near = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => networks.iter().any(|(network, mask)| ip & mask == *network),
+        IpAddr::V6(_) => false,
+    };
     // An address that we have too is one of a network that each host has for itself (bridges, NAT): it leads nowhere.
     let theirs = peers.iter().copied().flatten().filter(|ip| !own.contains(ip));
-    let sources = theirs.filter_map(|&ip| source(SocketAddr::new(ip, 9)));
+    let (near, far): (Vec<_>, Vec<_>) = theirs.partition(|ip| is_near(ip));
+    let sources = near.into_iter().chain(far).filter_map(|&ip| source(SocketAddr::new(ip, 9)));
     distinct(sources.chain(own.iter().copied()))
+}
+
+/// (network, mask) of the routes of `/proc/net/route` that need no gateway.
+fn networks(table: &str) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+    let network = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, destination, gateway, _, _, _, _, mask, ..] = fields[..] else { return None };
+        let (network, gateway, mask) = (ipv4(destination)?, ipv4(gateway)?, ipv4(mask)?);
+        (gateway.is_unspecified() && !mask.is_unspecified()).then_some((network, mask))
+    };
+    table.lines().skip(1).filter_map(network).collect()
+}
+
+/// As `/proc/net/route` writes it: numbers are in the machine's order, addresses lie in the network's.
+fn ipv4(hex: &str) -> Option<Ipv4Addr> {
+    u32::from_str_radix(hex, 16).ok().map(|number| Ipv4Addr::from(number.to_ne_bytes()))
 }
 
 fn distinct(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
@@ -121,11 +145,9 @@ fn route_targets(table: &str) -> Vec<SocketAddr> {
         if interface == "lo" {
             return None;
         }
-        // Numbers are written in the machine's order, addresses lie in the network's.
-        let read = |hex: &str| u32::from_str_radix(hex, 16).ok().map(|n| u32::from_be_bytes(n.to_ne_bytes()));
-        let (destination, gateway) = (read(destination)?, read(gateway)?);
-        let ip = if gateway != 0 { gateway } else { destination | 1 };
-        Some(SocketAddr::new(Ipv4Addr::from(ip).into(), 9))
+        let (destination, gateway) = (ipv4(destination)?, ipv4(gateway)?);
+        let first = Ipv4Addr::from_bits(destination.to_bits() | 1);
+        Some(SocketAddr::new(if gateway.is_unspecified() { first } else { gateway }.into(), 9))
     };
     table.lines().skip(1).filter_map(target).collect()
 }
@@ -317,11 +339,26 @@ garbage";
             "192.168.56.12" | "192.168.56.13" => Some(ip("192.168.56.11")),
             other => panic!("{other} is ours"),
         };
-        let found = reachable_by(&own, &[&two, &three], source);
+        let found = reachable_by(&own, &[&two, &three], &[], source);
         assert_eq!(found, [ip("192.168.56.11"), ip("10.0.2.15"), ip("172.16.0.1")]);
-        assert_eq!(reachable_by(&own, &[&two], |_| None), own);
+        assert_eq!(reachable_by(&own, &[&two], &[], |_| None), own);
         let many: Vec<IpAddr> = (0..20).map(|i| IpAddr::from([10, 0, 0, i])).collect();
-        assert_eq!(reachable_by(&many, &[], |_| None), many[..MOST_ADDRESSES]);
+        assert_eq!(reachable_by(&many, &[], &[], |_| None), many[..MOST_ADDRESSES]);
+    }
+
+    /// Hosts with an interface of the internet's, which may let nothing in, and one of their own network.
+    #[test]
+    fn a_network_that_hosts_share_comes_before_a_gateway() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let table = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
+            eth0\t00000000\t017100CB\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
+            eth0\t007100CB\t00000000\t0001\t0\t0\t0\tC0FFFFFF\t0\t0\t0\n\
+            eth1\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
+        let (own, peer) = ([ip("203.0.113.7"), ip("10.0.0.7")], [ip("203.0.113.200"), ip("10.0.0.8")]);
+        let source = |to: SocketAddr| Some(own[usize::from(to.ip() == peer[1])]);
+        let found = reachable_by(&own, &[&peer], &networks(table), source);
+        assert_eq!(found, [own[1], own[0]]);
+        assert_eq!(reachable_by(&own, &[&peer], &[], source), own);
     }
 
     #[test]

@@ -283,11 +283,21 @@ impl<D: Domain> FabricEndpoint<D> {
     pub(crate) fn break_down(&mut self, reason: String) {
         if self.broken.is_none() {
             tracing::error!(reason, "fabric endpoint closed");
-            for domain in &mut self.rails {
-                domain.close(true);
-            }
+            self.close();
             self.broken = Some(reason);
         }
+    }
+
+    fn close(&mut self) {
+        let stuck = self.is_unsent() || self.pieces.iter().next().is_some();
+        for domain in &mut self.rails {
+            domain.close(stuck);
+        }
+    }
+
+    /// Whether small messages are in the hands of the provider.
+    fn is_unsent(&self) -> bool {
+        self.staging.send.arena.free() < self.staging.send.arena.count()
     }
 
     fn broken_error(reason: &str) -> CoreError {
@@ -527,10 +537,6 @@ impl<D: Domain> Fabric for FabricEndpoint<D> {
     }
 
     fn can_come(&mut self, group: u64, peer: u32, rank: u32) -> Result<bool> {
-        // As `admit` does for messages that are posted.
-        if let Some(error) = self.aborted(group) {
-            return Err(error);
-        }
         let is_destroyed = self.groups.over_since(group, peer).is_some();
         let p = &mut self.peers[peer as usize];
         if !p.is_gone() {
@@ -608,13 +614,12 @@ impl<D: Domain> Drop for FabricEndpoint<D> {
     /// closes the domains before the memory they were given goes.
     fn drop(&mut self) {
         let start = self.rails[0].now();
-        let all = self.staging.send.arena.count();
         if self.config.caps.sockets {
             (0..self.peers.len() as u32).for_each(|peer| self.tell_bye(peer));
         }
         loop {
             let waited = self.rails[0].now().saturating_sub(start);
-            let unsent = self.staging.send.arena.free() < all || !self.tx.is_empty();
+            let unsent = self.is_unsent() || self.tx.iter().any(|news| self.is_awaited(news));
             let expected = self.peers.iter().any(Peer::owes_bye);
             if self.broken.is_some() || !(unsent && waited < LINGER || expected && waited < PARTING) {
                 break;
@@ -623,10 +628,7 @@ impl<D: Domain> Drop for FabricEndpoint<D> {
                 self.sleep(BYE_NAP);
             }
         }
-        let stuck = self.staging.send.arena.free() < all || self.pieces.iter().next().is_some();
-        for domain in &mut self.rails {
-            domain.close(stuck);
-        }
+        self.close();
     }
 }
 

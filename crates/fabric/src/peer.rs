@@ -125,7 +125,7 @@ pub struct Peer {
     /// Whether it was told that nothing more goes to it, and since when it has said so itself (E6).
     pub told_bye: bool,
     pub left: Option<Duration>,
-    /// Lost for what it said, not by its connection: it may still be there, and write.
+    /// Lost, and perhaps still there, so that it may write: it was lost for what it said, or has been reached since.
     pub wild: bool,
     pub sent: u64,
     pub received: u64,

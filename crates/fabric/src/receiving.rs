@@ -574,6 +574,18 @@ mod tests {
         assert!(me.early.is_empty() && me.peers[0].left.is_none());
     }
 
+    /// It may write again into what the endpoint has not taken back.
+    #[test]
+    fn a_lost_peer_that_is_reached_again_has_to_settle() {
+        let (mut me, _net) = among(2);
+        me.lose(0, "its connection is gone".to_owned());
+        me.lose(1, "its connection is gone".to_owned());
+        assert!(me.peers.iter().all(|p| !p.wild));
+        me.withdraw(5, &[0], Some(&CoreError::Internal("over".to_owned())));
+        me.poll(&mut Vec::new()).unwrap();
+        assert!(me.peers[0].wild && !me.peers[1].wild);
+    }
+
     /// The peer's memory is its own again as soon as it has our word; a grant that was overtaken by the abort is void.
     #[test]
     fn a_grant_that_its_abort_overtook_is_void_however_many_groups_there_are() {

@@ -266,6 +266,8 @@ impl<D: Domain> FabricEndpoint<D> {
                 peer.small += 1;
                 peer.said[rail] = peer.said[rail].wrapping_add(1);
                 peer.talked = true;
+                // The connection that was lost is there again.
+                peer.wild |= peer.lost.is_some();
                 peer.credits.told(given);
                 self.slot_owner[slot as usize] = (to, probe);
                 Sent::Yes

@@ -183,10 +183,16 @@ impl<D: Domain> FabricEndpoint<D> {
         }
     }
 
-    /// Whether news of the group's end is to be posted. To those that cannot be reached it may go at any time, or never.
+    /// Whether news of the group's end is to be posted.
     fn has_news(&self, group: u64) -> bool {
-        let is_well = |peer: u32| self.peers[peer as usize].lost.is_none() || self.peers[peer as usize].wild;
-        self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, peer, .. } if *g == group && is_well(*peer)))
+        self.tx.iter().any(|t| matches!(t, Tx::Abort { group: g, .. } if *g == group) && self.is_awaited(t))
+    }
+
+    /// Whether it is worth waiting until that is posted: to those that cannot be reached it may go at any time, or never.
+    pub(crate) fn is_awaited(&self, news: &Tx) -> bool {
+        let Tx::Abort { peer, .. } = news else { return true };
+        let peer = &self.peers[*peer as usize];
+        peer.lost.is_none() || peer.wild
     }
 
     /// How many operations of the group are left, and how many pieces have ever moved between us and their peers: other groups'

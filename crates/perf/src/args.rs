@@ -380,10 +380,8 @@ fn parse_collective(text: &str) -> Result<Collective, String> {
         // As the command that measures it is called. What a plan cannot be of is said there.
         return Ok(Collective::SendRecv);
     }
-    Collective::from_name(text).ok_or_else(|| {
-        let planned = Collective::ALL.into_iter().filter(|&c| c != Collective::SendRecv);
-        format!("expected one of {}", planned.map(Collective::name).collect::<Vec<_>>().join(", "))
-    })
+    Collective::from_name(text)
+        .ok_or_else(|| format!("expected one of {}", Collective::PLANNED.map(Collective::name).join(", ")))
 }
 
 /// What a CSV calls the collective; what is no name of ours may be another library's.
