@@ -48,17 +48,22 @@ def run_suite(suite: Suite) -> dict[str, Any]:
     start()
     found = {}
     for name, function in suite.items():
-        try:
-            function()
-            synchronize()
-            found[name] = ""
-        except Exception:  # noqa: BLE001
-            found[name] = traceback.format_exc()
+        found[name] = outcome(function)
         print(name, "ok" if not found[name] else "FAILED", flush=True)
     figures = {"group": dist.group.WORLD.describe()}
     dist.barrier()
     dist.destroy_process_group()
     return {"cases": found, "figures": figures}
+
+
+def outcome(function: Callable[[], None]) -> str:
+    """Nothing where all went well, else what went wrong."""
+    try:
+        function()
+        synchronize()
+    except Exception:  # noqa: BLE001
+        return traceback.format_exc()
+    return ""
 
 
 def synchronize() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gpu.common import ON_GPU, choose_device, full, is_all, refused, start, still_works, synchronize, total
+from gpu.common import ON_GPU, choose_device, full, is_all, outcome, refused, start, still_works, synchronize, total
 from torch_versions import TORCH
 
 
@@ -21,8 +20,8 @@ def messages() -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)
     rank, size = dist.get_rank(), dist.get_world_size()
-    found = {}
-    try:
+
+    def run() -> None:
         assert dist.group.WORLD._get_backend(device).supports_coalescing
         for count in (1, 1000, 3_000_001):
             for step in range(1, size):
@@ -53,10 +52,8 @@ def messages() -> dict[str, Any]:
         for work in dist.batch_isend_irecv(batch):
             work.wait()
         is_all(there, (rank - 1) % size)
-        found["messages"] = ""
-    except Exception:  # noqa: BLE001
-        found["messages"] = traceback.format_exc()
-    synchronize()
+
+    found = {"messages": outcome(run)}
     dist.destroy_process_group()
     return {"cases": found}
 
@@ -66,8 +63,9 @@ def messages_natively() -> dict[str, Any]:
     if not ON_GPU:
         return {"cases": {}}
     start()
-    rank, size, found = dist.get_rank(), dist.get_world_size(), {}
-    try:
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def run() -> None:
         still_works()  # which connects the devices
         group: Any = dist.group.WORLD
         native = group._cuda._native
@@ -100,9 +98,7 @@ def messages_natively() -> dict[str, Any]:
                 lambda wrong=wrong: native.exchange(current.cuda_stream, None, [(wrong, True, tensor.data_ptr(), 4)])
             )
         still_works()
-        found["messages"] = ""
-    except Exception:  # noqa: BLE001
-        found["messages"] = traceback.format_exc()
-    synchronize()
+
+    found = {"messages": outcome(run)}
     dist.destroy_process_group()
     return {"cases": found}

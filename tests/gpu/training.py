@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpu.common import DEVICE, Suite, case, run_suite
+from gpu.common import DEVICE, Suite, case, outcome, run_suite
 
 TRAINING: Suite = {}
 
@@ -147,9 +147,5 @@ def examples() -> dict[str, Any]:
     found = {}
     for function in (_gpt_trains_as_one_process_does, _fsdp_saves_its_weights):
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                function(Path(folder))
-                found[function.__name__] = ""
-            except Exception:  # noqa: BLE001
-                found[function.__name__] = traceback.format_exc()
+            found[function.__name__] = outcome(functools.partial(function, Path(folder)))
     return {"cases": found}

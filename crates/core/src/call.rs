@@ -40,6 +40,12 @@ impl Collective {
         planned
     };
 
+    /// Those of them that move data.
+    pub const MOVING: [Collective; 8] = {
+        let [moving @ .., Collective::Barrier] = Self::PLANNED else { unreachable!() };
+        moving
+    };
+
     pub const fn name(self) -> &'static str {
         match self {
             Collective::AllReduce => "all_reduce",

@@ -6,17 +6,6 @@ use smddp_core::plan::select::{self, CallShape, Override, Tuning};
 use smddp_core::plan::{Buf, Op, Plan, Span, Who};
 use smddp_core::{Collective, GroupShape};
 
-const COLLECTIVES: [Collective; 8] = [
-    Collective::AllReduce,
-    Collective::ReduceScatter,
-    Collective::AllGather,
-    Collective::AllToAll,
-    Collective::Broadcast,
-    Collective::Reduce,
-    Collective::Gather,
-    Collective::Scatter,
-];
-
 /// What a plan writes and reads, on behalf of local rank `local`.
 fn touched(plan: &Plan, local: u32) -> (Vec<Span>, Vec<Span>) {
     let (mut written, mut read) = (Vec::new(), Vec::new());
@@ -80,7 +69,7 @@ fn every_byte_beyond_four_gigabytes_has_its_place() {
         GroupShape::uneven(&[3, 1, 2]),
     ];
     for shape in &shapes {
-        for collective in COLLECTIVES {
+        for collective in Collective::MOVING {
             for algorithm in select::candidates(collective, shape.node_count()) {
                 for count in [(1 << 31) - 1, 1 << 31, (1 << 31) + 3, 5 << 29] {
                     let overrides = Override::parse_all(&format!("{collective}={algorithm}")).unwrap();

@@ -351,10 +351,14 @@ fn a_receive_from_any_rank_hears_of_an_abort() {
     let mut job = Job::new(&GroupShape::even(2, 1), SimConfig::default(), Tuning::default());
     let mut data = [0u8; 4];
     let op = job.receive_any(0, &mut data);
-    let r = &mut job.ranks[1];
+    hears_of_an_abort(&mut job, &op, 1);
+}
+
+fn hears_of_an_abort(job: &mut Job, op: &Arc<OpState>, by: usize) {
+    let r = &mut job.ranks[by];
     let why = Error::Internal("out of paper".to_owned());
     r.group.fail(&why, None, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
-    assert!(job.finish(&[Arc::clone(&op)]));
+    assert!(job.finish(&[Arc::clone(op)]));
     let result = op.result();
     let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };
     assert!(reason.contains("out of paper"), "{reason}");
@@ -374,13 +378,7 @@ fn a_receive_from_a_rank_of_the_node_hears_of_an_abort_elsewhere() {
         Arc::new(OpState::new(call, work, job.ranks[0].key(), "sim".into(), 0, Duration::from_secs(3600)));
     let r = &mut job.ranks[0];
     r.group.start(Arc::clone(&op), Some(&mut r.fabric), &mut Vec::new()).unwrap();
-    let r = &mut job.ranks[2];
-    let why = Error::Internal("out of paper".to_owned());
-    r.group.fail(&why, None, Some(&mut r.fabric), &mut r.staging, &mut Vec::new());
-    assert!(job.finish(&[Arc::clone(&op)]));
-    let result = op.result();
-    let Some(Err(Error::Aborted { reason, .. })) = &result else { panic!("{result:?}") };
-    assert!(reason.contains("out of paper"), "{reason}");
+    hears_of_an_abort(&mut job, &op, 2);
 }
 
 #[test]

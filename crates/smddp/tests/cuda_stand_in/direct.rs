@@ -53,7 +53,7 @@ fn every_collective_of(ranks: Children, nodes: &[usize], gpudirect: &str, ways: 
         let edge = ranks * (EAGER / 4);
         let mut calls = Vec::new();
         for count in [1, EAGER / 4, edge, edge + ranks, 5_000, HALF / ranks + 1, 4 * HALF + 3] {
-            for collective in crate::reference::COLLECTIVES {
+            for collective in Collective::MOVING {
                 for dtype in [DType::F32, DType::I64] {
                     calls.push(Case::of(collective, dtype, count, count % job.size(), &job));
                 }

@@ -6,7 +6,7 @@ use smddp::cuda::{DeviceCall, DeviceMessage, Memory};
 use smddp::{Collective, DType, Error, ReduceOp};
 
 use crate::job::{Group, Job, children};
-use crate::reference::{COLLECTIVES, Case, Placed};
+use crate::reference::{Case, Placed};
 
 /// A group that a refused call has left as it was.
 fn still_works(job: &Job, group: &Group) {
@@ -128,7 +128,7 @@ fn memory_of_the_wrong_length(test: &str, nodes: &[usize]) {
         let room = job.memory(&[0; 4096]);
         let bytes = |bytes: usize| Memory { bytes, ..room };
         let (count, size) = (100, job.size());
-        for collective in COLLECTIVES {
+        for collective in Collective::MOVING {
             let (block, all) = (4 * count, 4 * count * size);
             let (input, output) = match collective {
                 Collective::AllGather | Collective::Gather => (block, all),

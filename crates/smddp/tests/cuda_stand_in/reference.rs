@@ -5,17 +5,6 @@ use smddp::{Collective, DType, ReduceOp, Result, StartedOnDevice};
 
 use crate::job::{Group, Job};
 
-pub const COLLECTIVES: [Collective; 8] = [
-    Collective::AllReduce,
-    Collective::ReduceScatter,
-    Collective::AllGather,
-    Collective::AllToAll,
-    Collective::Broadcast,
-    Collective::Reduce,
-    Collective::Gather,
-    Collective::Scatter,
-];
-
 /// What stands in outputs before: no result holds it.
 const BEFORE: i64 = -77;
 
