@@ -131,7 +131,7 @@ def _seated(seat: Seat, new: NewGroup, others: dict[str, Other], name: str) -> S
         kind = MixedProcessGroup
     if HAS_BACKENDS and _hooks_must_see_calls():
         kind = HookedProcessGroup
-    return kind(seat, new.devices, others, _wrapper(seat, name))
+    return kind(seat, new.devices, others, _wrapper(seat, name), split)
 
 
 def _hooks_must_see_calls() -> bool:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ class Seat:
     """what torch was given as `device_id`"""
 
 
+class Split(Protocol):
+    """Makes the group of some members of another, this rank among them, for some of its device types."""
+
+    def __call__(
+        self,
+        seat: Seat,
+        devices: list[str],
+        others: dict[str, Other],
+        ranks: list[int],
+        limit: timedelta,
+        name: str,
+        text: str,
+    ) -> SmddpProcessGroup: ...
+
+
 class SmddpBackend(Collectives, _TorchBackend):
     """The backend of one group, as torch's C++ half calls it."""
 
@@ -93,9 +108,11 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
     """A group of its own, so that `torch.distributed` calls these methods without a detour. Its backend serves those
     who ask for the backend of a device; both are over one communicator."""
 
-    def __init__(self, seat: Seat, devices: list[str], others: dict[str, Other], wrap: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, seat: Seat, devices: list[str], others: dict[str, Other], wrap: Callable[[Any], Any], split: Split
+    ) -> None:
         """devices: types served here; others: by the device types they serve; wrap: makes of our backend the one to be
-        registered."""
+        registered; split: makes a group of some of the members."""
         size = (seat.communicator.rank, seat.communicator.size)
         if HAS_BACKENDS:
             ProcessGroup.__init__(self, seat.store, *size)
@@ -103,6 +120,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
             ProcessGroup.__init__(self, *size)
         Collectives.__init__(self, seat.communicator, seat.cuda)
         self._seat = seat
+        self._make_part = split
         self._devices = frozenset(devices)
         self._others = others
         self._served = self._devices.union(others)
@@ -207,8 +225,6 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
     ) -> ProcessGroup | None:
         """A group of some of this group's ranks; None on those who are none of its members. All ranks call this.
         device_types: those it serves; all of this group's if none are named."""
-        from .backend import split
-
         limit, name, text = timeout or self._seat.timeout, str(group_name), group_desc or ""
         wanted = self._served if device_types is None else {device.type for device in device_types}
         theirs = [entry for entry in self._registered if entry[0] in wanted.intersection(self._others)]
@@ -223,7 +239,7 @@ class SmddpProcessGroup(Collectives, ProcessGroup):
             return child
         part = lambda device: child._get_backend(torch.device(device))  # noqa: E731
         others = {device: Other(kind, part(device)) for device, kind, _ in theirs} if child else {}
-        return split(self._seat, ours, others, ranks, limit, name, text)
+        return self._make_part(self._seat, ours, others, ranks, limit, name, text)
 
 
 class MixedProcessGroup(SmddpProcessGroup):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, Work
 
 from .errors import ArgumentError, UnsupportedError
 from .tensors import copy_back
 
-if TYPE_CHECKING:
-    from .collectives import Collectives
-
 _GIVE_UP = "sparse tensors can be summed only; convert them with .to_dense() for other reductions"
 
 
-def all_reduce_sparse(group: Collectives, tensor: Tensor, op: object, size: int, opts: object) -> None:
+class Gathers(Protocol):
+    """What is needed of a group."""
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: object) -> Work: ...
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> Work: ...
+
+
+def all_reduce_sparse(group: Gathers, tensor: Tensor, op: object, size: int, opts: object) -> None:
     """Sums `tensor` over all ranks, in place; the result is coalesced. Entries and their places may differ by rank;
     shapes and numbers of sparse dimensions may not. Blocks: the sizes have to be known before entries can move."""
     if op != ReduceOp.SUM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from .tensors import current
 
 if TYPE_CHECKING:
     from ._core import Handle
-    from .cuda import CudaWork
     from .tensors import Once
 
 NO_LIMIT = timedelta(0)
@@ -28,7 +27,15 @@ graphs_may_wait: Callable[[], bool] = getattr(_c10d, "_allow_inflight_collective
 """Whether compiled graphs may be given tensors of calls under way (`allow_inflight_collective_as_graph_input_ctx`)."""
 
 
-def register(work: SmddpWork | CudaWork) -> None:
+class WithResults(Protocol):
+    """A work of ours, whichever device it is on."""
+
+    _results: list[Tensor]
+
+    def for_graphs(self) -> Work: ...
+
+
+def register(work: WithResults) -> None:
     """Tells torch whose tensors they are, so that a graph's `wait_tensor` waits for the call. Torch's own group does so
     where a method is not overridden."""
     kept = work.for_graphs()

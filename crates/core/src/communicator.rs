@@ -12,13 +12,12 @@ use crate::call::{Call, Collective};
 use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::engine::graph::Ready;
-use crate::engine::group::{GroupKey, Immediate, Seat, Tried};
+use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
-use crate::engine::op::{Callback, OpState, Work, nanos};
+use crate::engine::op::{Callback, GroupKey, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
-use crate::far::FarCall;
 use crate::memory::{Owner, Region};
-use crate::plan::select::{self, CallShape, Tuning};
+use crate::plan::{CallShape, Tuning, schedule};
 use crate::request::{Blocks, Request};
 use crate::shared::{OwnParts, Shared};
 use crate::topology::GroupShape;
@@ -465,7 +464,7 @@ impl<T: Transports> Communicator<T> {
 
     fn collective(&self, request: &Request, ready: Arc<Ready>) -> OpState {
         let call = request.call(ready.is_shared);
-        let far = FarCall::of(request, self.size(), self.inner.rank);
+        let far = request.far_call(self.size(), self.inner.rank);
         let work = Work::Collective { ready, input: request.input, output: request.output, far };
         let mut op = self.op(call, work, request.timeout);
         op.gate.clone_from(&request.gate);
@@ -490,8 +489,7 @@ impl<T: Transports> Communicator<T> {
         let ready = match plans.made.get(&key) {
             Some(ready) => Arc::clone(ready),
             None => {
-                let schedule =
-                    select::schedule(&self.inner.shape, self.inner.rank, &key, &self.inner.tuning)?;
+                let schedule = schedule(&self.inner.shape, self.inner.rank, &key, &self.inner.tuning)?;
                 if plans.made.len() >= PLANS_KEPT {
                     plans.made.clear();
                 }
@@ -553,9 +551,7 @@ impl<T: Transports> Communicator<T> {
     }
 
     fn check(&self, request: &Request) -> Result<()> {
-        if let Some(far) = &request.far {
-            far.check(request)?;
-        }
+        request.check_far()?;
         let in_place =
             matches!(request.collective, Collective::AllReduce | Collective::Broadcast | Collective::Reduce);
         if in_place && request.input.as_ptr() != request.output.as_ptr() {

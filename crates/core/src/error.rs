@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use crate::call::PackedCall;
 use crate::dtype::{DType, ReduceOp};
-use crate::transport::MsgKey;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -154,9 +153,9 @@ impl Site {
         Site { rank: 0, group: String::new(), op: String::new(), seq: 0 }
     }
 
-    /// As [`unknown`](Self::unknown), where the transport knows the call, and the number it travels with.
+    /// As [`unknown`](Self::unknown), where the transport knows the call and its number.
     pub fn of_call(call: PackedCall, seq: u64) -> Site {
-        Site { op: call.to_string(), seq: seq & !MsgKey::P2P, ..Site::unknown() }
+        Site { op: call.to_string(), seq, ..Site::unknown() }
     }
 }
 

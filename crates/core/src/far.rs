@@ -1,6 +1,6 @@
 //! Calls whose data lies in a device's memory, where messages take it and leave it: the host computes on memory of its own.
 //!
-//! Such a call has its data twice. [`Request`] names the host's memory as ever, and a [`Far`]
+//! Such a call has its data twice. [`Request`](crate::request::Request) names the host's memory as ever, and a [`Far`]
 //! the device's, of the same shape.
 //!
 //! Invariants, on groups of one rank a node
@@ -10,32 +10,14 @@
 //! - **F4** a call is one round, so that no message is shorter than [`least_message`] says.
 
 use crate::call::Collective;
-use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::plan::{Buf, Span, cut};
-use crate::request::Request;
 
 /// The device's memory of a call. Empty: messages use the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Far {
     pub input: Region,
     pub output: Region,
-}
-
-impl Far {
-    /// The caller is one of ours: what is wrong is a bug.
-    pub(crate) fn check(&self, request: &Request) -> Result<()> {
-        let alike = |far: Region, near: Region| far.is_empty() || far.len() == near.len();
-        // A sum is computed (F2).
-        let is_sum = request.collective == Collective::ReduceScatter;
-        let sound = carries(request.collective)
-            && request.counts.is_none()
-            && alike(self.input, request.input)
-            && alike(self.output, request.output)
-            && (!is_sum || self.output.is_empty());
-        let wrong = || Error::Internal(format!("{} cannot have its data at {self:?}", request.collective));
-        if sound { Ok(()) } else { Err(wrong()) }
-    }
 }
 
 /// Whether a collective can be called so.
@@ -78,9 +60,9 @@ pub struct FarCall {
 }
 
 impl FarCall {
-    pub(crate) fn of(request: &Request, size: usize, rank: usize) -> Option<FarCall> {
-        let near = || own_share(request.collective, request.dtype.size(), request.count, size, rank);
-        request.far.map(|far| FarCall { far, near: near() })
+    /// `near`: offset and length of the [own share](own_share).
+    pub(crate) fn new(far: Far, near: (usize, usize)) -> FarCall {
+        FarCall { far, near }
     }
 
     /// The device's memory for a message of `span`, which is not in the host's (F1).

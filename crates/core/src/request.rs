@@ -8,7 +8,8 @@ use rustc_hash::FxHasher;
 
 use crate::call::{Call, Collective};
 use crate::dtype::{DType, ReduceOp};
-use crate::far::Far;
+use crate::error::{Error, Result};
+use crate::far::{self, Far, FarCall};
 use crate::gate::Gate;
 use crate::memory::Region;
 use crate::plan::{Buf, source_of};
@@ -78,6 +79,27 @@ impl Request {
             Collective::Scatter | Collective::Barrier | Collective::SendRecv => false,
         };
         (is_even && stays).then_some(if source_of(self.collective) == Buf::Input { input } else { output })
+    }
+
+    /// Whether a call can have its data on a device as this one says. The caller is one of ours: what is wrong is a bug.
+    pub(crate) fn check_far(&self) -> Result<()> {
+        let Some(far) = &self.far else { return Ok(()) };
+        let alike = |far: Region, near: Region| far.is_empty() || far.len() == near.len();
+        // A sum is computed (F2).
+        let is_sum = self.collective == Collective::ReduceScatter;
+        let sound = far::carries(self.collective)
+            && self.counts.is_none()
+            && alike(far.input, self.input)
+            && alike(far.output, self.output)
+            && (!is_sum || far.output.is_empty());
+        let wrong = || Error::Internal(format!("{} cannot have its data at {far:?}", self.collective));
+        if sound { Ok(()) } else { Err(wrong()) }
+    }
+
+    /// Where the messages of `rank` of `size` take and leave data that lies on a device.
+    pub(crate) fn far_call(&self, size: usize, rank: usize) -> Option<FarCall> {
+        let near = || far::own_share(self.collective, self.dtype.size(), self.count, size, rank);
+        self.far.map(|far| FarCall::new(far, near()))
     }
 
     pub(crate) fn call(&self, shared: bool) -> Call {

@@ -97,7 +97,7 @@ impl Board {
         let (_, _, recv) = self.recvs.swap_remove(r);
         if send.call != recv.call || send.region.len() != recv.region.len() {
             return Err(mismatch(
-                Site::of_call(recv.call, recv.key.seq),
+                Site::of_call(recv.call, recv.key.number()),
                 recv.call,
                 recv.peer_rank,
                 send.call,

@@ -81,6 +81,16 @@ pub struct MsgKey {
 impl MsgKey {
     /// Set in `seq` of point-to-point messages, so that they never meet a collective's.
     pub const P2P: u64 = 1 << 63;
+
+    /// Whether it is of a message point to point.
+    pub fn is_p2p(&self) -> bool {
+        self.seq & MsgKey::P2P != 0
+    }
+
+    /// The operation's, or that of the message of its pair and tag.
+    pub fn number(&self) -> u64 {
+        self.seq & !MsgKey::P2P
+    }
 }
 
 /// A send or a receive of exactly `region.len()` bytes. A length that differs from the peer's is a mismatch.

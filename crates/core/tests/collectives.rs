@@ -10,9 +10,9 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use common::{Group, groups, groups_over, on_all, seated};
-use smddp_core::engine::group::GroupKey;
+use smddp_core::engine::op::GroupKey;
 use smddp_core::gate::{Gate, Words};
-use smddp_core::plan::select::Tuning;
+use smddp_core::plan::Tuning;
 use smddp_core::request::Request;
 use smddp_core::{Collective, DType, Error, GroupShape, ReduceOp, Region};
 

@@ -6,7 +6,7 @@ mod common;
 
 use common::{Group, groups, on_all};
 use smddp_core::far::{Far, least_message, own_share};
-use smddp_core::plan::select::Tuning;
+use smddp_core::plan::Tuning;
 use smddp_core::request::Request;
 use smddp_core::{Collective, DType, GroupShape, Region};
 

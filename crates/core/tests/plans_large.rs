@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use smddp_core::plan::select::{self, CallShape, Override, Tuning};
 use smddp_core::plan::{Buf, Op, Plan, Span, Who};
+use smddp_core::plan::{CallShape, Override, Tuning, candidates, schedule};
 use smddp_core::{Collective, GroupShape};
 
 /// What a plan writes and reads, on behalf of local rank `local`.
@@ -70,7 +70,7 @@ fn every_byte_beyond_four_gigabytes_has_its_place() {
     ];
     for shape in &shapes {
         for collective in Collective::MOVING {
-            for algorithm in select::candidates(collective, shape.node_count()) {
+            for algorithm in candidates(collective, shape.node_count()) {
                 for count in [(1 << 31) - 1, 1 << 31, (1 << 31) + 3, 5 << 29] {
                     let overrides = Override::parse_all(&format!("{collective}={algorithm}")).unwrap();
                     let tuning = Tuning { overrides, ..Tuning::default() };
@@ -86,7 +86,7 @@ fn every_byte_beyond_four_gigabytes_has_its_place() {
 }
 
 fn check(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuning, place: &str) {
-    let schedule = select::schedule(shape, rank, call, tuning).unwrap();
+    let schedule = schedule(shape, rank, call, tuning).unwrap();
     let local = shape.local_of(rank) as u32;
     let (input, output) = buffers(call.collective, rank, shape.size(), call.count * call.elem);
     // Whoever gives what it has, or gets nothing, writes nothing.

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use smddp_core::plan::check::World;
-use smddp_core::plan::select::{self, CallShape, Override, Tuning};
+use smddp_core::plan::{CallShape, Override, Tuning, candidates};
 use smddp_core::{Collective, GroupShape};
 
 /// log2, rounded down and up.
@@ -73,7 +73,7 @@ fn every_algorithm_sends_what_its_formula_says() {
         // All cuts come out even: by owners, by nodes, and by the power of two that halving and doubling works with.
         let unit = nodes * owners * (1 << logs(nodes).0);
         for collective in Collective::PLANNED {
-            for algorithm in select::candidates(collective, nodes) {
+            for algorithm in candidates(collective, nodes) {
                 // Elements, in one round and in several; what a call of few bytes does through one rank of a node.
                 for (count, rounds, one_owner) in [(unit, 1, 0), (3 * unit, 3, 0), (unit, 1, usize::MAX)] {
                     let count = if collective == Collective::Barrier { 0 } else { count };

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use smddp_core::plan::check::{Fault, World};
-use smddp_core::plan::select::{CallShape, Override, Tuning};
 use smddp_core::plan::{Buf, Op, Plan, Schedule, Who};
+use smddp_core::plan::{CallShape, Override, Tuning};
 use smddp_core::{Collective, GroupShape};
 
 /// A proven world: 3 nodes of 2 ranks, several rounds and a rest.

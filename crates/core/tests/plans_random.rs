@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use smddp_core::plan::check::World;
-use smddp_core::plan::select::{self, CallShape, Override, Tuning};
+use smddp_core::plan::{CallShape, Override, Tuning, candidates};
 use smddp_core::{Collective, GroupShape};
 
 /// Up to 24 ranks on up to 7 nodes, interleaved as it comes.
@@ -33,7 +33,7 @@ proptest! {
         staging in prop::sample::select(vec![1usize << 14, 1 << 16, 1 << 24]),
         counts in prop::option::of(prop::collection::vec(0usize..9, 24)),
     ) {
-        let names: Vec<_> = select::candidates(collective, shape.node_count()).collect();
+        let names: Vec<_> = candidates(collective, shape.node_count()).collect();
         let overrides = Override::parse_all(&format!("{collective}={}", algorithm.get(&names))).unwrap();
         let one_owner = if one_owner { usize::MAX } else { 0 };
         let tuning = Tuning { chunk, staging, staged, one_owner, overrides };

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use smddp_core::plan::check::{Report, World};
-use smddp_core::plan::select::{self, CallShape, Override, Tuning};
+use smddp_core::plan::{CallShape, Override, Tuning, candidates, schedule};
 use smddp_core::plan::{Op, source_of};
 use smddp_core::{Collective, GroupShape};
 
@@ -38,7 +38,7 @@ fn sweep(collective: Collective, sizes: impl Fn(usize) -> Vec<(usize, usize, usi
         let mut roots = vec![0, size - 1, size / 2];
         roots.dedup();
         roots.truncate(if collective.rooted() { 3 } else { 1 });
-        for algorithm in select::candidates(collective, shape.node_count()) {
+        for algorithm in candidates(collective, shape.node_count()) {
             for (count, elem, chunk) in sizes(size) {
                 for &root in &roots {
                     let call = CallShape::rooted(collective, elem, count, root);
@@ -61,7 +61,7 @@ fn all_reduce() {
 fn in_shared_memory() {
     for shape in shapes().filter(|shape| shape.size() > 1) {
         let (size, nodes) = (shape.size(), shape.node_count());
-        for algorithm in select::candidates(Collective::AllReduce, nodes) {
+        for algorithm in candidates(Collective::AllReduce, nodes) {
             for (count, elem, chunk) in [(size * 3 + 1, 2, 0), (37, 4, 44)] {
                 let call = CallShape { shared: true, ..CallShape::new(Collective::AllReduce, elem, count) };
                 let tuning = tuning(Collective::AllReduce, algorithm, chunk);
@@ -103,7 +103,7 @@ fn on_a_device() {
 fn on_a_device_not_everything_goes() {
     let plan = |shape: &GroupShape, collective| {
         let call = CallShape { far: true, ..CallShape::new(collective, 4, 100) };
-        select::schedule(shape, 0, &call, &Tuning::default())
+        schedule(shape, 0, &call, &Tuning::default())
     };
     assert!(plan(&GroupShape::even(2, 1), Collective::AllReduce).is_ok());
     assert!(plan(&GroupShape::even(2, 2), Collective::AllReduce).is_err());
@@ -113,7 +113,7 @@ fn on_a_device_not_everything_goes() {
 /// [`prove`]; and what is shared is taken by the first phase, and by later ones wholly or not at all.
 fn prove_shared(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Report {
     for rank in 0..shape.size() {
-        let made = select::schedule(shape, rank, call, tuning).unwrap();
+        let made = schedule(shape, rank, call, tuning).unwrap();
         let source = source_of(call.collective);
         for plan in [Some(&made.body), made.tail.as_ref()].into_iter().flatten() {
             let phases =
@@ -174,7 +174,7 @@ fn uneven_blocks() {
             vec![0; size],
         ] {
             for collective in [Collective::AllGather, Collective::ReduceScatter] {
-                for algorithm in select::candidates(collective, shape.node_count()) {
+                for algorithm in candidates(collective, shape.node_count()) {
                     let counts = Some(Arc::from(counts.clone()));
                     let call = CallShape { counts, ..CallShape::new(collective, 2, 0) };
                     prove(&shape, &call, &tuning(collective, algorithm, 6));
@@ -239,11 +239,11 @@ fn scratch_is_bounded_whatever_the_size() {
         [GroupShape::even(2, 2), GroupShape::even(2, 8), GroupShape::even(64, 1), GroupShape::even(300, 8)]
     {
         for collective in [Collective::AllReduce, Collective::Reduce, Collective::ReduceScatter] {
-            for algorithm in select::candidates(collective, shape.node_count()) {
+            for algorithm in candidates(collective, shape.node_count()) {
                 for staging in [1 << 20, 16 << 20] {
                     let tuning = Tuning { staging, ..tuning(collective, algorithm, 0) };
                     let call = CallShape::new(collective, 4, 1 << 28);
-                    let plan = select::schedule(&shape, 0, &call, &tuning).unwrap();
+                    let plan = schedule(&shape, 0, &call, &tuning).unwrap();
                     let scratch = plan.scratch_stride() * plan.window;
                     assert!(scratch <= tuning.scratch(), "{shape} {algorithm}: {scratch}");
                     let covered = plan.full_rounds * plan.round_bytes;

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use smddp_core::Collective;
-use smddp_core::plan::select;
+use smddp_core::plan::candidates;
 use smddp_core::settings::{Kind, Row, TABLE, parse_bytes};
 
 const INTRODUCTION: &str = "\
@@ -47,7 +47,7 @@ fn page() -> String {
 
 /// None where nothing may be named.
 fn algorithms_of(collective: Collective) -> Option<String> {
-    let names: Vec<String> = select::candidates(collective, 2).map(|name| format!("`{name}`")).collect();
+    let names: Vec<String> = candidates(collective, 2).map(|name| format!("`{name}`")).collect();
     (!names.is_empty()).then(|| format!("| `{collective}` | {} |\n", names.join(", ")))
 }
 

@@ -2,7 +2,7 @@
 //! overrides the first, by collective and bytes.
 
 use smddp_core::plan::CallShape;
-use smddp_core::plan::select::Override;
+use smddp_core::plan::Override;
 use smddp_core::settings::Settings;
 use smddp_core::{Collective, Result};
 

@@ -139,7 +139,7 @@ impl Groups {
         if !std::mem::replace(&mut group.known, true) {
             self.unknown -= 1;
         }
-        if key.seq & MsgKey::P2P != 0 || group.ours.find(key.seq).is_some() {
+        if key.is_p2p() || group.ours.find(key.seq).is_some() {
             return None;
         }
         group.ours.note(Noted { seq: key.seq, call, peer });
@@ -161,7 +161,7 @@ impl Groups {
         if group.failed || group.left.contains(&peer) {
             return Verdict::Drop;
         }
-        if key.seq & MsgKey::P2P != 0 {
+        if key.is_p2p() {
             return Verdict::Take;
         }
         if let Some(ours) = group.ours.find(key.seq) {

@@ -15,15 +15,6 @@ pub struct Match {
     pub key: MsgKey,
 }
 
-/// Whether a key is of a message point to point; its number is then that of its pair and tag.
-pub fn is_p2p(key: &MsgKey) -> bool {
-    key.seq & MsgKey::P2P != 0
-}
-
-pub fn number(key: &MsgKey) -> u64 {
-    key.seq & !MsgKey::P2P
-}
-
 #[derive(Debug)]
 pub struct SendOp {
     pub id: Match,

@@ -8,7 +8,7 @@ use smddp_core::transport::Message;
 use crate::domain::{Completion, Domain};
 use crate::endpoint::FabricEndpoint;
 use crate::groups::Verdict;
-use crate::ops::{Early, Match, Posted, RecvOp, Settled, Tx, is_p2p, number};
+use crate::ops::{Early, Match, Posted, RecvOp, Settled, Tx};
 use crate::peer::WINDOW;
 use crate::slab::Handle;
 use crate::wire::{Body, Packet, decode};
@@ -34,9 +34,9 @@ impl<D: Domain> FabricEndpoint<D> {
         let Some(handle) = self.recvs.insert(RecvOp::new(m)) else { return Err(Self::full("a receive")) };
         self.receiving.insert(id, handle);
         let large = m.region.len() > self.peers[m.peer as usize].eager;
-        if large && is_p2p(&m.key) {
+        if large && m.key.is_p2p() {
             let started = self.large.entry((m.peer, m.key.group, m.key.tag)).or_insert(0);
-            *started = (*started).max(number(&m.key) + 1);
+            *started = (*started).max(m.key.number() + 1);
         }
         match early {
             Some(Early::Announced { total, call }) => self.announced(handle, total, call),
@@ -54,7 +54,7 @@ impl<D: Domain> FabricEndpoint<D> {
             return self.peers[id.peer as usize].is_late(&id.key);
         }
         let started = || self.large.get(&(id.peer, id.key.group, id.key.tag)).copied().unwrap_or(0);
-        is_p2p(&id.key) && total > self.peers[id.peer as usize].eager as u64 && number(&id.key) < started()
+        id.key.is_p2p() && total > self.peers[id.peer as usize].eager as u64 && id.key.number() < started()
     }
 
     /// The message was here before its receive.

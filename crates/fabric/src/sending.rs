@@ -8,7 +8,7 @@ use smddp_core::transport::{Message, MsgKey};
 
 use crate::domain::{Domain, Refused};
 use crate::endpoint::{DESTROYED, FabricEndpoint, LEFT, PROBE_EVERY};
-use crate::ops::{Match, Posted, SendOp, Tx, is_p2p};
+use crate::ops::{Match, Posted, SendOp, Tx};
 use crate::peer::Probe;
 use crate::slab::Handle;
 use crate::wire::{Body, HEADER, Packet, encode};
@@ -58,7 +58,7 @@ impl<D: Domain> FabricEndpoint<D> {
         match early {
             Some((grant, ..)) => self.accept(send, grant),
             // Point to point, the receiver may be waiting for whoever comes first.
-            None if bounces || is_p2p(&m.key) => self.tx.push_back(Tx::Announce { send }),
+            None if bounces || m.key.is_p2p() => self.tx.push_back(Tx::Announce { send }),
             None => {}
         }
         Ok(())
@@ -76,7 +76,7 @@ impl<D: Domain> FabricEndpoint<D> {
                 call.to_string()
             }
         };
-        let site = Site::of_call(ours.0, id.key.seq);
+        let site = Site::of_call(ours.0, id.key.number());
         self.mismatch(id.key.group, id.peer, site, say(ours.0, ours.1 as u64), say(theirs.0, theirs.1));
         false
     }

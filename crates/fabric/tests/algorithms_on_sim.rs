@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::graph::Ready;
-use smddp_core::engine::group::{Group, GroupKey, Seat};
-use smddp_core::engine::op::{OpState, Work};
+use smddp_core::engine::group::{Group, Seat};
+use smddp_core::engine::op::{GroupKey, OpState, Work};
 use smddp_core::engine::staging::Staging;
 use smddp_core::memory::Owner;
-use smddp_core::plan::select::{self, CallShape, Override, Tuning};
+use smddp_core::plan::{CallShape, Override, Tuning, candidates, schedule};
 use smddp_core::settings::Settings;
 use smddp_core::testing::MemoryNode;
 use smddp_core::transport::{Ctx, Fabric, Message, MsgKey, NodeLocal};
@@ -109,7 +109,7 @@ impl Job {
         };
         let mut ops = Vec::new();
         for (rank, (r, d)) in self.ranks.iter_mut().zip(data).enumerate() {
-            let schedule = select::schedule(&self.shape, rank, &key, &self.tuning).unwrap();
+            let schedule = schedule(&self.shape, rank, &key, &self.tuning).unwrap();
             // SAFETY: the data outlives the operations: it is dropped after `finish`, or after the job.
             let output = unsafe { Region::of(&mut d.output) };
             // SAFETY: as above.
@@ -234,7 +234,7 @@ fn every_algorithm_gives_the_result_on_every_network() {
     let mut ran = 0;
     for (s, shape) in shapes.iter().enumerate() {
         for collective in Collective::PLANNED {
-            for algorithm in select::candidates(collective, shape.node_count()) {
+            for algorithm in candidates(collective, shape.node_count()) {
                 for config in networks(s as u64) {
                     let mut job = Job::new(shape, config, tuning(collective, algorithm));
                     for (k, count) in [1usize, 90, 0, 200].into_iter().enumerate() {

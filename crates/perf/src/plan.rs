@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use smddp::{Collective, GroupShape, Settings};
 use smddp_core::plan::check::World;
 use smddp_core::plan::cost::{Model, ranking};
-use smddp_core::plan::select::{CallShape, Override, Tuning, algorithms, candidates};
+use smddp_core::plan::{CallShape, Override, Tuning, algorithms, candidates};
 use smddp_core::plan::{Op, Span, render};
 
 use crate::args::PlanArgs;

@@ -605,7 +605,7 @@ fn compare(message: &Message, theirs: PackedCall, total: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Mismatch {
-        site: Site::of_call(message.call, message.key.seq),
+        site: Site::of_call(message.call, message.key.number()),
         ours: format!("{}, receiving {len} bytes", message.call),
         peer: message.peer_rank as usize,
         theirs: format!("{theirs}, sending {total} bytes"),

@@ -13,7 +13,7 @@ use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
 use smddp_core::error::Site;
-use smddp_core::plan::select::Tuning;
+use smddp_core::plan::Tuning;
 use smddp_core::process;
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::group::{Group, GroupKey, Immediate, Seat, Tried, group_of};
+use crate::engine::group::{Group, Immediate, Seat, Tried, group_of};
 use crate::engine::idle::{GATE_NAP, LIVENESS, LONGEST_SLEEP};
-use crate::engine::op::OpState;
+use crate::engine::op::{GroupKey, OpState};
 use crate::engine::staging::Staging;
 use crate::engine::summons::When;
 use crate::error::{Error, Result};

@@ -102,7 +102,7 @@ impl Ready {
 mod tests {
     use super::*;
     use crate::call::Collective;
-    use crate::plan::select::{CallShape, Tuning, schedule};
+    use crate::plan::{CallShape, Tuning, schedule};
     use crate::plan::{Op, Span};
     use crate::topology::GroupShape;
 

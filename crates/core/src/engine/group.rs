@@ -47,13 +47,6 @@ pub fn group_of(ctx: Ctx) -> usize {
     (ctx.0 >> 48) as usize
 }
 
-/// Which group is meant: its place in the engine, and whose it must be. Places are used again.
-#[derive(Clone, Copy, Debug)]
-pub struct GroupKey {
-    pub index: usize,
-    pub id: u64,
-}
-
 /// A call of a [plain](Ready::is_plain) schedule whose caller waits for it.
 pub struct Immediate<'a> {
     pub ready: &'a Arc<Ready>,
@@ -204,7 +197,7 @@ impl<L: NodeLocal> Group<L> {
         let Some(op) = &self.messages[slot] else {
             return Err(Error::Internal(format!("message {slot} is not under way")));
         };
-        op.seq.store(key.seq & !MsgKey::P2P, Ordering::Relaxed);
+        op.seq.store(key.number(), Ordering::Relaxed);
         let ctx = Ctx(self.mark() | MESSAGE | (slot as u64) << 32);
         let mut message = Message { key, peer: 0, peer_rank: peer as u32, region, call: op.call.pack(), ctx };
         let mut hands = Hands { local: &mut self.seat.local, fabric, routes: &self.seat.routes };

@@ -43,9 +43,9 @@ use crate::transport::{Bell, Fabric, Patience, Transports};
 use crate::yields::{self, Yields};
 use callbacks::Callbacks;
 use driver::{Bed, Driver};
-use group::{GroupKey, Immediate, Seat, Tried};
+use group::{Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
-use op::OpState;
+use op::{GroupKey, OpState};
 use summons::{Nap, Summons, When};
 
 /// A yield costs about a microsecond where nobody else wants the core.

@@ -11,7 +11,6 @@ use rustix::thread::futex;
 
 use crate::call::Call;
 use crate::engine::graph::Ready;
-use crate::engine::group::GroupKey;
 use crate::engine::numbers::MessageNumbers;
 use crate::error::{Error, Result, Site};
 use crate::far::FarCall;
@@ -20,6 +19,13 @@ use crate::memory::Region;
 use crate::transport::MsgKey;
 
 pub type Callback = Box<dyn FnOnce(&Result<()>) + Send>;
+
+/// Which group is meant: its place in the engine, and whose it must be. Places are used again.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupKey {
+    pub index: usize,
+    pub id: u64,
+}
 
 /// What an operation does.
 pub enum Work {

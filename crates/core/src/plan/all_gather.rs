@@ -12,8 +12,8 @@
 //! arrival of one node's blocks after the other's, so that wire and memory work at once.
 
 use super::build::{Builder, spread};
+use super::context::Context;
 use super::rail::Rail;
-use super::select::{Context, named};
 use super::{Schedule, Span};
 
 /// At most so many phases spread what comes from other nodes.
@@ -56,7 +56,7 @@ pub(super) fn schedule(cx: &Context<'_>, algorithm: &'static str) -> Schedule {
             b.phase(all.map(|(l, &r)| spread(l % owners, blocks[r as usize], blocks[r as usize])).collect());
         }
     }
-    Schedule::single(named(cx, algorithm), b.finish(), link)
+    Schedule::single(cx.named(algorithm), b.finish(), link)
 }
 
 /// The node's own blocks, to their places in all outputs of the node.

@@ -1,9 +1,9 @@
 //! All-reduce by recursive halving, then doubling (Rabenseifner): 2 log2(N) steps and, for a power of two, the fewest
 //! bytes, 2(N-1)/N of the data each way. Other N fold as in recursive doubling, which costs up to one more.
 
-use super::build::{Builder, cut};
+use super::Span;
+use super::build::{Builder, LINE, cut};
 use super::rail::{Fold, Rail, Role};
-use super::{LINE, Span};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {
     let fold = Fold::new(rail.len());

@@ -4,9 +4,9 @@
 //! (Thakur, Rabenseifner and Gropp, 2005). The operand of the lower participant comes first on both sides, so both
 //! hold the same bits.
 
-use super::build::Builder;
+use super::Span;
+use super::build::{Builder, LINE};
 use super::rail::{Fold, Rail, Role};
-use super::{LINE, Span};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, _elem: usize) {
     let fold = Fold::new(rail.len());

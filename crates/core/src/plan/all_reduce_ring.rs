@@ -2,9 +2,9 @@
 //!
 //! Fewest bytes over each link, 2(N-1)/N of the data each way, and only neighbours talk; 2(N-1) steps.
 
-use super::build::{Builder, cut, longest_cut};
+use super::Span;
+use super::build::{Builder, LINE, cut, longest_cut};
 use super::rail::Rail;
-use super::{LINE, Span};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {
     let (n, me) = (rail.len(), rail.me);

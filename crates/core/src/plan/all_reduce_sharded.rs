@@ -3,9 +3,9 @@
 //!
 //! Over each link, each way: all but the own part, and the own part once a peer: 2(N-1)/N of the data.
 
-use super::build::{Builder, cut, longest_cut};
+use super::Span;
+use super::build::{Builder, LINE, cut, longest_cut};
 use super::rail::Rail;
-use super::{LINE, Span};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {
     let n = rail.len();

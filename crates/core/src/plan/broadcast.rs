@@ -5,9 +5,9 @@
 //! node sends everything once: the better one for large data in many rounds.
 
 use super::build::{Builder, spread};
+use super::context::Context;
 use super::rail::{Rail, Tree, leader};
 use super::rounds::{Cutting, Rounds};
-use super::select::{Context, named};
 use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
@@ -30,7 +30,7 @@ pub(super) fn schedule(cx: &Context<'_>, algorithm: &'static str) -> Result<Sche
         _ => Tree::binomial(nodes, root_node, rail.me),
     };
     let link = tree.children.len().max(usize::from(tree.parent.is_some())) * cx.bytes();
-    Ok(rounds(cx)?.schedule(named(cx, algorithm), link, |len| round(cx, &rail, &tree, len)))
+    Ok(rounds(cx)?.schedule(cx.named(algorithm), link, |len| round(cx, &rail, &tree, len)))
 }
 
 /// How the data is cut; on one node not at all.

@@ -9,9 +9,12 @@
 //! The first round takes the sum of all; each further one the largest of the first three, or, where that is more, the
 //! sum divided by the rounds in flight.
 
+use super::algorithms::{candidates, inside_node};
+use super::context::Context;
 use super::rail::{Fold, Tree};
 use super::rounds::Rounds;
-use super::select::{CallShape, Context, Tuning, candidates, inside_node};
+use super::shape::CallShape;
+use super::tuning::Tuning;
 use super::{broadcast, hierarchical, reduce};
 use crate::call::Collective;
 use crate::error::Result;

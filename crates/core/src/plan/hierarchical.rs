@@ -8,9 +8,9 @@
 //! have registered too, the sums come to lie in the owners' buffers, where the exchange works on them.
 
 use super::build::{Builder, LINE, cut, gather_sum, longest_cut, spread};
+use super::context::Context;
 use super::rail::Rail;
 use super::rounds::{Cutting, Rounds};
-use super::select::{Context, named};
 use super::{Move, Op, Plan, Schedule, Span, Who};
 use crate::error::Result;
 
@@ -115,7 +115,7 @@ fn between_nodes(cx: &Context<'_>, exchange: &'static Exchange) -> Result<Schedu
     let layout = Layout::new(cx, exchange);
     let rounds = layout.rounds(cx)?;
     let link = rounds.sum(|len| layout.link(cx, len));
-    Ok(rounds.schedule(named(cx, exchange.name), link, |len| round(cx, &layout, len)))
+    Ok(rounds.schedule(cx.named(exchange.name), link, |len| round(cx, &layout, len)))
 }
 
 /// How a call between nodes is cut.
@@ -176,5 +176,5 @@ pub(super) fn barrier(cx: &Context<'_>) -> Schedule {
         b.phase(vec![spread(0, out, out)]);
     }
     let link = super::all_reduce_recursive_doubling::link(nodes, cx.node(), elem, elem);
-    Schedule::single(named(cx, "recursive_doubling"), b.finish(), link)
+    Schedule::single(cx.named("recursive_doubling"), b.finish(), link)
 }

@@ -17,12 +17,13 @@
 //! Where things are: [`select`] chooses; one file an algorithm builds (`all_reduce_*`, `broadcast`, ...) with `build`
 //! (cuts, dependencies), `rail` (who talks to whom) and `rounds` (sizes); [`check`] proves, [`cost`] prices, [`render`]
 //! shows. A new way to all-reduce between nodes is a file, its line in `hierarchical::EXCHANGES` and its name in
-//! [`select::algorithms`]; tests then prove it for all shapes.
+//! [`algorithms`]; tests then prove it for all shapes.
 
 use std::sync::Arc;
 
 use crate::call::Collective;
 
+mod algorithms;
 mod all_gather;
 mod all_reduce_halving_doubling;
 mod all_reduce_recursive_doubling;
@@ -32,6 +33,7 @@ mod all_reduce_tree;
 mod broadcast;
 mod build;
 pub mod check;
+mod context;
 pub mod cost;
 mod hierarchical;
 mod pairwise;
@@ -40,11 +42,15 @@ mod reduce;
 mod reduce_scatter;
 pub mod render;
 mod rounds;
-pub mod select;
+mod select;
+mod shape;
+mod tuning;
 
-use build::LINE;
+pub use algorithms::{algorithms, candidates};
 pub(crate) use build::cut;
-pub use select::{CallShape, Tuning, algorithms, schedule};
+pub use select::schedule;
+pub use shape::{CallShape, Splits};
+pub use tuning::{Known, Override, Tuning};
 
 /// Which buffer a span lies in. For in-place calls `Input` and `Output` are the same memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

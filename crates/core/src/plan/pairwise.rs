@@ -2,8 +2,8 @@
 //! different nodes, and one phase inside each node.
 
 use super::build::{Builder, pass};
+use super::context::Context;
 use super::rail::Rail;
-use super::select::{Context, named};
 use super::{Schedule, Span};
 
 fn input(cx: &Context<'_>, block: usize) -> Span {
@@ -20,7 +20,7 @@ fn everyone(cx: &Context<'_>) -> Rail {
 }
 
 fn name(cx: &Context<'_>) -> &'static str {
-    named(cx, if cx.shape.node_count() == 1 { "one_phase" } else { "pairwise" })
+    cx.named(if cx.shape.node_count() == 1 { "one_phase" } else { "pairwise" })
 }
 
 /// Over each link: every block between this node's ranks and those of other nodes.

@@ -4,9 +4,9 @@
 //! at once, so that 16-bit types round once a hop.
 
 use super::build::{Builder, LINE, gather_sum};
+use super::context::Context;
 use super::rail::{Rail, Tree, leader};
 use super::rounds::{Cutting, Rounds};
-use super::select::{Context, named};
 use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
@@ -46,7 +46,7 @@ pub(super) fn schedule(cx: &Context<'_>, algorithm: &'static str) -> Result<Sche
         _ => Tree::binomial(nodes, root_node, rail.me),
     };
     let link = tree.children.len().max(usize::from(tree.parent.is_some())) * cx.bytes();
-    Ok(rounds(cx, algorithm)?.schedule(named(cx, algorithm), link, |len| round(cx, &rail, &tree, len)))
+    Ok(rounds(cx, algorithm)?.schedule(cx.named(algorithm), link, |len| round(cx, &rail, &tree, len)))
 }
 
 /// How the data is cut; on one node not at all.

@@ -5,9 +5,9 @@
 //! all other nodes out, the node's own blocks once a peer in. The input stays as it is.
 
 use super::build::{Builder, LINE, gather_sum};
+use super::context::Context;
 use super::rail::Rail;
 use super::rounds::Cutting;
-use super::select::{Context, named};
 use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
@@ -32,7 +32,7 @@ pub(super) fn schedule(cx: &Context<'_>) -> Result<Schedule> {
     let rounds = Cutting::between_nodes(cx, total, 1)
         .rounds(cx.tuning, |len| slots(cx) * len.next_multiple_of(LINE))?;
     if cx.call.counts.is_none() {
-        return Ok(rounds.schedule(named(cx, "direct"), link, |len| {
+        return Ok(rounds.schedule(cx.named("direct"), link, |len| {
             let mut b = Builder::new(cx.local());
             let places = Places::new(cx, &mut b, len);
             slice(cx, &mut b, &places, &blocks, 0, len);
@@ -41,7 +41,7 @@ pub(super) fn schedule(cx: &Context<'_>) -> Result<Schedule> {
     }
     // Blocks end in different rounds, and rounds must be alike: one round that uses its places over and over.
     let plan = in_one_round(cx, &blocks, total, rounds.bytes, rounds.window);
-    Ok(Schedule::single(named(cx, "direct"), plan, link))
+    Ok(Schedule::single(cx.named("direct"), plan, link))
 }
 
 fn in_one_round(cx: &Context<'_>, blocks: &[Span], total: usize, bytes: usize, window: usize) -> Plan {

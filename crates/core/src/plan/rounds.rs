@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use super::build::LINE;
-use super::select::{Context, Tuning};
+use super::context::Context;
+use super::tuning::Tuning;
 use super::{Plan, Schedule};
 use crate::error::{Error, Result};
 

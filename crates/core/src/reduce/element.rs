@@ -4,12 +4,8 @@
 
 use std::marker::PhantomData;
 
-use super::half;
-use super::isa::Isa;
+use super::half::{self, CHUNK, Halves};
 use super::op::Op;
-
-/// Halves converted at a time.
-pub const CHUNK: usize = 32;
 
 /// An element type. All slices given to one call have the same length, at most a block's.
 pub trait Element {
@@ -158,8 +154,8 @@ pub trait Convert {
     fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK];
 }
 
-pub struct F16<I>(PhantomData<I>);
-impl<I: Isa> Convert for F16<I> {
+pub struct F16<H>(PhantomData<H>);
+impl<H: Halves> Convert for F16<H> {
     #[inline(always)]
     fn widen(raw: [u8; 2]) -> f32 {
         half::f16_to_f32(u16::from_ne_bytes(raw))
@@ -170,16 +166,16 @@ impl<I: Isa> Convert for F16<I> {
     }
     #[inline(always)]
     fn widen_chunk(raw: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
-        I::widen_f16(raw)
+        H::widen_f16(raw)
     }
     #[inline(always)]
     fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
-        I::narrow_f16(acc)
+        H::narrow_f16(acc)
     }
 }
 
-pub struct BF16<I>(PhantomData<I>);
-impl<I: Isa> Convert for BF16<I> {
+pub struct BF16<H>(PhantomData<H>);
+impl<H: Halves> Convert for BF16<H> {
     #[inline(always)]
     fn widen(raw: [u8; 2]) -> f32 {
         half::bf16_to_f32(u16::from_ne_bytes(raw))
@@ -194,7 +190,7 @@ impl<I: Isa> Convert for BF16<I> {
     }
     #[inline(always)]
     fn narrow_chunk(acc: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
-        I::narrow_bf16(acc)
+        H::narrow_bf16(acc)
     }
 }
 

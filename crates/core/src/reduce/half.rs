@@ -1,7 +1,8 @@
 //! float16 and bfloat16 to and from float32, in integer operations without branches so that loops over them
 //! become vector code. Rounding is to nearest even; NaN becomes the canonical one (K3).
 
-use super::element::CHUNK;
+/// Halves converted at a time.
+pub const CHUNK: usize = 32;
 
 /// The only NaN a reduction writes, in each type (in bfloat16 the upper half of float32's).
 pub const NAN_F16: u16 = 0x7e00;
@@ -101,4 +102,23 @@ pub fn canonical_f32(x: f32) -> u32 {
 #[inline(always)]
 pub fn canonical_f64(x: f64) -> u64 {
     if x.is_nan() { NAN_F64 } else { x.to_bits() }
+}
+
+/// How an instruction set converts halves. Its functions are called only where the CPU has it.
+pub trait Halves {
+    /// Bit for bit as [`f16_to_f32`], but for which NaN a NaN becomes. To be inlined into the set's kernels, as the others.
+    #[inline(always)]
+    fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
+        src.map(|half| f16_to_f32(u16::from_ne_bytes(half)))
+    }
+    /// Bit for bit as [`f32_to_f16`].
+    #[inline(always)]
+    fn narrow_f16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        src.map(|single| f32_to_f16(single).to_ne_bytes())
+    }
+    /// Bit for bit as [`f32_to_bf16_pairs`].
+    #[inline(always)]
+    fn narrow_bf16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
+        f32_to_bf16_pairs(src)
+    }
 }

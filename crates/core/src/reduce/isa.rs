@@ -6,8 +6,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::element::{BF16, Bool, CHUNK, Element, F16, F32, F64, Half, I8, I16, I32, I64, U8};
-use super::half;
+use super::element::{BF16, Bool, Element, F16, F32, F64, Half, I8, I16, I32, I64, U8};
+use super::half::Halves;
 use super::kernel::{Job, drive, drive_few};
 use super::op::{And, Max, Min, Op, Or, Product, Sum, Xor};
 use crate::dtype::{DType, ReduceOp};
@@ -193,28 +193,13 @@ where
 }
 
 /// An instruction set. Its functions are called only where the CPU has it: [`Variant`] sees to that.
-pub trait Isa {
+pub trait Isa: Halves {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>);
-
-    /// Bit for bit as [`half::f16_to_f32`], but for which NaN a NaN becomes. To be inlined into `run`, as the others.
-    #[inline(always)]
-    fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
-        src.map(|half| half::f16_to_f32(u16::from_ne_bytes(half)))
-    }
-    /// Bit for bit as [`half::f32_to_f16`].
-    #[inline(always)]
-    fn narrow_f16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
-        src.map(|single| half::f32_to_f16(single).to_ne_bytes())
-    }
-    /// Bit for bit as [`half::f32_to_bf16_pairs`].
-    #[inline(always)]
-    fn narrow_bf16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {
-        half::f32_to_bf16_pairs(src)
-    }
 }
 
 /// What every CPU of the architecture has (SSE2, NEON).
 pub struct Portable;
+impl Halves for Portable {}
 impl Isa for Portable {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         drive::<E, O>(job, range);
@@ -223,6 +208,7 @@ impl Isa for Portable {
 
 /// As [`Portable`], for a few elements.
 struct Few;
+impl Halves for Few {}
 impl Isa for Few {
     fn run<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         drive_few::<E, O>(job, range);
@@ -233,6 +219,7 @@ impl Isa for Few {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use super::super::half::{self, CHUNK};
     use super::*;
 
     pub struct Avx2;
@@ -245,7 +232,9 @@ mod x86 {
             // SAFETY: a Variant of this set exists, so the CPU has it.
             unsafe { inner::<E, O>(job, range) }
         }
+    }
 
+    impl Halves for Avx2 {
         #[inline(always)]
         fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
             let mut wide = [0.0; CHUNK];
@@ -286,7 +275,9 @@ mod x86 {
             // SAFETY: a Variant of this set exists, so the CPU has it.
             unsafe { inner::<E, O>(job, range) }
         }
+    }
 
+    impl Halves for Avx512 {
         #[inline(always)]
         fn widen_f16(src: &[[u8; 2]; CHUNK]) -> [f32; CHUNK] {
             let mut wide = [0.0; CHUNK];
@@ -328,7 +319,9 @@ mod x86 {
             // SAFETY: a Variant of this set exists, so the CPU has it.
             unsafe { inner::<E, O>(job, range) }
         }
+    }
 
+    impl Halves for Avx512Bf16 {
         /// The instruction flushes subnormals and keeps payloads of NaN: where there are such, plain code converts (K2, K3).
         #[inline(always)]
         fn narrow_bf16(src: &[f32; CHUNK]) -> [[u8; 2]; CHUNK] {

@@ -5,7 +5,6 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::Store;
 use super::element::Element;
 use super::op::Op;
 use crate::memory::{Region, settle};
@@ -38,6 +37,17 @@ impl<A: Copy + Default> Block<A> {
         let usable = unsafe { self.all[..self.usable].assume_init_mut() };
         &mut usable[..count]
     }
+}
+
+/// How a result is stored.
+#[derive(Clone, Copy, Debug)]
+pub enum Store {
+    /// As anything is.
+    Cached,
+    /// Past the caches ([`Region::stream_from`]), where nobody reads it soon.
+    PastCaches,
+    /// In a second place as well, apart from the first, as long, and like it the very region of a source or apart from all.
+    Twice(Region),
 }
 
 /// What is to be reduced where, lengths checked.

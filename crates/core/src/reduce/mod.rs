@@ -8,7 +8,7 @@
 //!   contracted (no fused multiply-add) or reassociated.
 //! - **K2** float16 and bfloat16 are summed up in float32 and rounded once, to nearest even, with subnormals kept.
 //!   (The `vcvtneps2bf16` instruction flushes subnormals: what contains some is converted without it.)
-//! - **K3** A result that is not a number is always the same one: sign 0, quiet, no payload (`element.rs`). Which payload
+//! - **K3** A result that is not a number is always the same one: sign 0, quiet, no payload (`half.rs`). Which payload
 //!   survives an addition differs between CPUs and even between two compilations of one expression.
 //! - **K4** `Min` and `Max` are IEEE 754-2019's minimum and maximum: NaN wins, and −0 is less than +0. They are
 //!   therefore independent of order.
@@ -33,19 +33,9 @@ use crate::threads;
 use crate::transport::Arith;
 
 pub use isa::{Variant, use_portable, variant};
+pub use kernel::Store;
 
 use kernel::Job;
-
-/// How a result is stored.
-#[derive(Clone, Copy, Debug)]
-pub enum Store {
-    /// As anything is.
-    Cached,
-    /// Past the caches ([`Region::stream_from`]), where nobody reads it soon.
-    PastCaches,
-    /// In a second place as well, apart from the first, as long, and like it the very region of a source or apart from all.
-    Twice(Region),
-}
 
 /// Reduces `srcs`, in order, into `dst`, with the variant in force ([`variant`]).
 ///

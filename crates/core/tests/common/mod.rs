@@ -8,7 +8,7 @@ use smddp_core::communicator::Communicator;
 use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
-use smddp_core::plan::select::Tuning;
+use smddp_core::plan::Tuning;
 use smddp_core::settings::Settings;
 use smddp_core::testing::{MemoryFabric, MemoryNode, MemoryTransports};
 

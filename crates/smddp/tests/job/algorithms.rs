@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use half::bf16;
 use smddp::{Collective, Element, GroupShape, ReduceOp, World};
-use smddp_core::plan::select::candidates;
+use smddp_core::plan::candidates;
 
 use crate::{figure, good_job};
 

@@ -1,8 +1,9 @@
 //! What each collective must leave in the buffers.
 
+use super::fault::Fault;
 use super::run::Run;
 use super::values::{Cell, ValueId};
-use super::{Fault, World};
+use super::world::World;
 use crate::call::Collective;
 use crate::plan::Buf;
 

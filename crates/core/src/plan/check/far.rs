@@ -1,6 +1,7 @@
 //! P7: what [`crate::far`] promises of calls whose data lies on a device.
 
-use super::{Fault, World};
+use super::fault::Fault;
+use super::world::World;
 use crate::call::Collective;
 use crate::far::{least_message, own_share};
 use crate::plan::{Buf, Op, Span};

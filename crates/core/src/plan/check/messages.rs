@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::{Fault, Place, World};
+use super::fault::{Fault, Place};
+use super::world::World;
 use crate::plan::Op;
 
 /// One side of a message: (sender, receiver, tag) and (step, bytes).

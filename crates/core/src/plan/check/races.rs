@@ -2,7 +2,8 @@
 
 use std::collections::HashSet;
 
-use super::{Fault, World};
+use super::fault::Fault;
+use super::world::World;
 use crate::plan::{Buf, Op, Plan, Span, Who};
 
 /// Bytes that a step touches. `item`: the move of a phase.

@@ -3,8 +3,9 @@
 use crate::call::Collective;
 use std::collections::HashMap;
 
+use super::fault::{Blocked, Fault, Place, Way};
 use super::values::{Cell, Values, Wrong};
-use super::{Blocked, Fault, Place, Report, Way, World};
+use super::world::{Report, World};
 use crate::plan::{Buf, Move, Op, Plan, Schedule, Span, StepId, Who};
 
 /// At most so many blocked steps are listed.
