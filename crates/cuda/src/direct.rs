@@ -14,8 +14,8 @@ use smddp_core::request::Request;
 use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 
+use crate::call::DeviceCall;
 use crate::device::{Arrival, Device, DeviceMemory};
-use crate::group::DeviceCall;
 use crate::quiet::quietly;
 use crate::stager::Rows;
 

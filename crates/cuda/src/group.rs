@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
 use smddp_core::error::Site;
-use smddp_core::request::Blocks;
 use smddp_core::settings::Settings;
 use smddp_core::transport::Transports;
-use smddp_core::{Collective, DType, Error, ReduceOp, Region, Result};
+use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
 
+use crate::call::{DeviceCall, DeviceMessage, check_to_oneself, missing};
 use crate::device::{Device, Event, Visit, wait};
 use crate::hierarchical::Hierarchy;
 use crate::nccl::NcclComm;
@@ -30,54 +30,6 @@ const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
 pub(crate) const MULTIPROCESSORS: u32 = 8;
-
-/// A range of device memory, of one allocation, or of one reserved range: the driver refuses copies over two, even where they are
-/// neighbours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    pub address: u64,
-    pub bytes: usize,
-}
-
-impl Memory {
-    fn check(self, op: &str, argument: &'static str) -> Result<()> {
-        if self.address != 0 || self.bytes == 0 {
-            return Ok(());
-        }
-        Err(Error::Argument {
-            op: op.to_owned(),
-            argument,
-            expected: "memory of the group's device".to_owned(),
-            given: format!("{} bytes at address 0", self.bytes),
-            hint: "Its memory was given back (FSDP does so with what it can gather again)".to_owned(),
-        })
-    }
-}
-
-/// A collective call on device memory; fields as in [`smddp_core::request::Request`].
-#[derive(Clone, Debug)]
-pub struct DeviceCall {
-    pub collective: Collective,
-    pub dtype: DType,
-    pub op: ReduceOp,
-    pub root: usize,
-    pub count: usize,
-    pub input: Memory,
-    pub output: Memory,
-    pub counts: Option<Blocks>,
-    pub splits: Option<(Blocks, Blocks)>,
-    pub timeout: Option<Duration>,
-}
-
-/// A message to or from another rank, or to oneself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceMessage {
-    /// The rank at the other end.
-    pub peer: usize,
-    pub memory: Memory,
-    /// By this rank; else it is received.
-    pub is_sent: bool,
-}
 
 /// What a group's CUDA side is made of.
 pub struct DeviceOptions<T: Transports> {
@@ -673,33 +625,10 @@ impl<T: Transports> Drop for DeviceGroup<T> {
     }
 }
 
-/// For what was taken down; whose it was is known further out.
-pub(crate) fn missing() -> Error {
-    let reason = "the group's CUDA side was shut down. Make a new group".to_owned();
-    Error::Aborted { site: Site::unknown(), reason }
-}
-
 /// Whether others may have begun a call that this rank does not carry to its end. One that is refused is refused everywhere, and
 /// of a failed group they know.
 fn leaves_others_waiting(error: &Error) -> bool {
     !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
-}
-
-/// NCCL moves messages to oneself if both ends are enqueued together, and fails the others with them if not.
-fn check_to_oneself(messages: &[DeviceMessage], rank: usize) -> Result<()> {
-    let own = || messages.iter().filter(|m| m.peer == rank && m.memory.bytes > 0);
-    let lengths = |is_sent| own().filter(move |m| m.is_sent == is_sent).map(|m| m.memory.bytes);
-    if lengths(true).eq(lengths(false)) {
-        return Ok(());
-    }
-    let told = |is_sent| format!("{:?}", lengths(is_sent).collect::<Vec<_>>());
-    Err(Error::Argument {
-        op: "send and recv".to_owned(),
-        argument: "peer",
-        expected: "as many bytes received from this rank as are sent to it, in the same order".to_owned(),
-        given: format!("messages of {} bytes to it and {} from it", told(true), told(false)),
-        hint: "Pass both ends of a message to oneself to one batch_isend_irecv, or copy instead".to_owned(),
-    })
 }
 
 fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {

@@ -30,7 +30,7 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, DType, ReduceOp, Result};
 use smddp_cuda_sys as sys;
 
-use crate::group::{DeviceCall, Memory};
+use crate::call::{DeviceCall, Memory};
 use crate::nccl::NcclComm;
 use crate::stager::Stager;
 

@@ -20,6 +20,7 @@
 //!   device knows nothing, and may put the wait first where streams share a queue.
 
 mod ask;
+mod call;
 mod device;
 mod direct;
 mod group;
@@ -34,9 +35,10 @@ mod setup;
 mod stager;
 mod watch;
 
+pub use call::{DeviceCall, DeviceMessage, Memory};
 pub use device::Device;
 #[doc(hidden)]
 pub use device::use_driver;
-pub use group::{DeviceCall, DeviceGroup, DeviceMessage, DeviceOptions, Memory, Path, Started};
+pub use group::{DeviceGroup, DeviceOptions, Path, Started};
 pub use nccl::found as nccl_found;
 pub use past::Past;

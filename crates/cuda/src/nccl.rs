@@ -23,8 +23,8 @@ use smddp_cuda_sys::Stream;
 use smddp_nccl_sys as sys;
 use sys::{Config, Nccl, UniqueId};
 
+use crate::call::{DeviceCall, DeviceMessage, missing};
 use crate::device::Device;
-use crate::group::{DeviceCall, DeviceMessage, missing};
 
 const MEETING: &str = "meeting the other ranks";
 /// How long the end of a communicator may take before it is left behind.

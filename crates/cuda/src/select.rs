@@ -6,7 +6,7 @@ use smddp_core::plan::Override;
 use smddp_core::settings::Settings;
 use smddp_core::{Collective, Result};
 
-use crate::group::DeviceCall;
+use crate::call::DeviceCall;
 use crate::hierarchical;
 
 /// A call's way in a group of several ranks on each of several nodes.
@@ -89,7 +89,7 @@ mod tests {
     use smddp_core::{DType, ReduceOp};
 
     use super::*;
-    use crate::group::Memory;
+    use crate::call::Memory;
 
     fn selection(text: &str) -> Result<Selection> {
         let given = [("SMDDP_CUDA_ALGORITHM".to_owned(), text.to_owned())];

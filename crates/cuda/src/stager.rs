@@ -26,9 +26,9 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Region, Result};
 use smddp_cuda_sys as sys;
 
+use crate::call::DeviceCall;
 use crate::device::{self, Arrival, Device, DeviceMemory, Event, Stream, wait};
 use crate::direct::{Direct, DirectPiece};
-use crate::group::DeviceCall;
 use crate::pinned::{Pinned, SharedWords};
 use crate::quiet::Uses;
 use crate::select;
@@ -725,18 +725,6 @@ impl DeviceCall {
             | Collective::Gather
             | Collective::Scatter => size,
             Collective::Barrier | Collective::SendRecv => 1,
-        }
-    }
-
-    /// The same call on `count` elements of host memory.
-    pub(crate) fn request(&self, count: usize, input: Region, output: Region) -> Request {
-        Request {
-            op: self.op,
-            root: self.root,
-            counts: self.counts.clone(),
-            splits: self.splits.clone(),
-            timeout: self.timeout,
-            ..Request::new(self.collective, self.dtype, count, input, output)
         }
     }
 }

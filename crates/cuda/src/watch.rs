@@ -34,8 +34,8 @@ use smddp_core::transport::Transports;
 use smddp_core::{Collective, Error, Result};
 
 use crate::ask::{Asker, no_thread};
+use crate::call::missing;
 use crate::device::Device;
-use crate::group::missing;
 use crate::nccl::{Ending, NcclComm};
 use crate::past::Past;
 
