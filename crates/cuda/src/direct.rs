@@ -16,8 +16,8 @@ use smddp_core::{Collective, Error, Region, Result};
 
 use crate::call::DeviceCall;
 use crate::device::{Arrival, Device, DeviceMemory};
+use crate::pieces::Rows;
 use crate::quiet::quietly;
-use crate::stager::Rows;
 
 /// How long the end waits for calls of other groups.
 const FAREWELL: Duration = Duration::from_secs(5);

@@ -28,6 +28,7 @@ mod hierarchical;
 mod meeting;
 mod nccl;
 mod past;
+mod pieces;
 mod pinned;
 mod quiet;
 mod select;

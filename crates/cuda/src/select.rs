@@ -1,5 +1,4 @@
-//! Which way a call on CUDA memory takes between nodes, and in how large chunks: one table each. `SMDDP_CUDA_ALGORITHM`
-//! overrides the first, by collective and bytes.
+//! Which way a call on CUDA memory takes between nodes: one table. `SMDDP_CUDA_ALGORITHM` overrides it, by collective and bytes.
 
 use smddp_core::plan::CallShape;
 use smddp_core::plan::Override;
@@ -35,20 +34,6 @@ const fn ways(collective: Collective) -> &'static [&'static str] {
         }
         Collective::Barrier | Collective::SendRecv => &[],
     }
-}
-
-/// Bytes of a rail's part of a call, at most, and of a chunk of it. A call is to have some eight chunks, so that copies, wire
-/// and NCCL work at the same time, and a chunk is to take much longer than its operations' beginnings, some 50 us.
-const CHUNKS: &[(usize, usize)] = &[(4 << 20, 512 << 10), (16 << 20, 1 << 20)];
-
-/// Chunks of a larger call grow with it, so that it has about so many where slots have room: each takes a few places in its streams.
-const MANY: usize = 100;
-const LARGE: usize = 2 << 20;
-
-/// Bytes of a chunk of a call of which so many are to pass one rail, where `most` fit a slot.
-pub(crate) fn chunk(bytes: usize, most: usize) -> usize {
-    let row = CHUNKS.iter().find(|(up_to, _)| bytes <= *up_to);
-    most.min(row.map_or_else(|| LARGE.max(bytes.div_ceil(MANY)), |(_, chunk)| *chunk))
 }
 
 /// The ways as the settings leave them.
@@ -135,22 +120,6 @@ mod tests {
         for text in ["all_to_all=hierarchical", "barrier=nccl", "all_reduce=ring"] {
             let error = selection(text).unwrap_err().to_string();
             assert!(error.contains("SMDDP_CUDA_ALGORITHM"), "{error}");
-        }
-    }
-
-    #[test]
-    fn chunks_fit_their_slot_and_large_calls_fill_it() {
-        let most = 2 << 20;
-        for bytes in [0, 1, 512 << 10, 4 << 20, 16 << 20, 1 << 30] {
-            assert!((1..=most).contains(&chunk(bytes, most)), "{bytes}");
-            assert!(chunk(bytes, 4096) <= 4096, "{bytes}");
-        }
-        assert_eq!((4 << 20) / chunk(4 << 20, most), 8);
-        assert_eq!(chunk(1 << 30, most), most);
-        // With larger slots no call has many more than a hundred.
-        for bytes in [17 << 20, 300 << 20, 1 << 30, 10 << 30] {
-            let pieces = bytes / chunk(bytes, 512 << 20);
-            assert!((8..=MANY).contains(&pieces), "{bytes}: {pieces}");
         }
     }
 }

@@ -1,8 +1,7 @@
 //! Runs a collective on device memory as operations on pinned slots, pieces following one another.
 //!
-//! A collective's memory is *rows* of equal length: one, or one for each rank. A piece is the same columns of every
-//! row, so each piece is a collective of its own, and staging is bounded whatever the message. Calls whose rows differ in
-//! length pass as one piece through memory of their own, of which a little is kept for the next such call.
+//! Calls whose rows differ in length pass as one piece (`pieces.rs`) through memory of their own, of which a little is kept for
+//! the next such call.
 //!
 //! The host waits, within the call's limit,
 //! - for the first piece where [`UNDER_WAY`] are under way (384 MiB in slots of the default size; larger slots hold more, since pieces
@@ -29,16 +28,14 @@ use smddp_cuda_sys as sys;
 use crate::call::DeviceCall;
 use crate::device::{self, Arrival, Device, DeviceMemory, Event, Stream, wait};
 use crate::direct::{Direct, DirectPiece};
+use crate::pieces::{self, ALIGN, Rows};
 use crate::pinned::{Pinned, SharedWords};
 use crate::quiet::Uses;
-use crate::select;
 
 /// How long words are tried before the log says so. A busy device may take longer than that.
 const PROBE_BRIEF: Duration = Duration::from_secs(2);
 /// How long at most: on a device that takes waits and never sees words, a job must start all the same.
 const PROBE_LONGEST: Duration = Duration::from_secs(60);
-/// Columns of a piece are a multiple of so many elements where as many have room, so that rows stay aligned.
-const ALIGN: usize = 64;
 /// Pieces whose exchange is not over.
 const UNDER_WAY: usize = 192;
 /// Slots, and halves of them, begin where all element types may, and what kernels read at once.
@@ -79,39 +76,6 @@ impl Borrowed {
 /// What is pinned for so many bytes: up to a quarter more, so that it has room for the next call of about as many.
 fn roomy(bytes: usize) -> usize {
     bytes.next_multiple_of((bytes.next_power_of_two() / 8).max(ALIGN))
-}
-
-/// Which rows of a piece are copied in and out, and what the operation between sees.
-pub(crate) struct Rows {
-    /// Of the operation.
-    pub(crate) input: usize,
-    pub(crate) output: usize,
-    in_place: bool,
-    /// Of the user's memory that are copied in, and out, on this rank.
-    copied_in: usize,
-    copied_out: usize,
-}
-
-impl Rows {
-    fn of(call: &DeviceCall, rank: usize, size: usize) -> Rows {
-        let root = call.root == rank;
-        let some = |wanted: bool| usize::from(wanted);
-        let (input, output, in_place) = match call.collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (1, 1, true),
-            Collective::AllGather => (1, size, false),
-            Collective::ReduceScatter => (size, 1, false),
-            Collective::AllToAll => (size, size, false),
-            Collective::Gather => (1, size * some(root), false),
-            Collective::Scatter => (size * some(root), 1, false),
-            Collective::Barrier | Collective::SendRecv => (0, 0, true),
-        };
-        let (copied_in, copied_out) = match call.collective {
-            Collective::Broadcast => (some(root), some(!root)),
-            Collective::Reduce => (1, some(root)),
-            _ => (input, output),
-        };
-        Rows { input, output, in_place, copied_in, copied_out }
-    }
 }
 
 /// Whether slots have memory on the device too, half as much as on the host.
@@ -312,19 +276,7 @@ impl Stager {
 
     /// Columns of a piece of `rows` rows, of `total` columns.
     pub(crate) fn columns(&self, call: &DeviceCall, rows: usize, total: usize) -> Result<usize> {
-        let size = call.dtype.size();
-        let piece = select::chunk(total * rows * size, self.half);
-        let columns = even_columns(piece / (rows * size));
-        if columns * rows * size > self.half {
-            return Err(Error::Argument {
-                op: call.collective.name().to_owned(),
-                argument: "SMDDP_CUDA_SLOT",
-                expected: format!("room for an element of each of {rows} ranks twice"),
-                given: format!("{} bytes", 2 * self.half),
-                hint: "Raise it".to_owned(),
-            });
-        }
-        Ok(columns)
+        pieces::columns(call, (rows, total), self.half)
     }
 
     /// The address of the device memory of the slot that is next, which has room for all rows of a piece; 0 without.
@@ -396,7 +348,7 @@ impl Stager {
     ) -> Result<Option<Handle<T>>> {
         let rows = Rows::of(call, host.rank(), host.size());
         let size = call.dtype.size();
-        let columns = self.columns(call, call.most_rows(host.size()), call.count)?;
+        let columns = self.columns(call, Rows::most(call.collective, host.size()), call.count)?;
         let row = call.count * size;
         let mut last = None;
         let mut from = 0;
@@ -702,11 +654,6 @@ impl Stager {
     }
 }
 
-/// How many columns a piece has that has room for `most`: at least one, which its caller finds too wide where it is.
-fn even_columns(most: usize) -> usize {
-    if most < ALIGN { most.max(1) } else { most / ALIGN * ALIGN }
-}
-
 /// With few hardware queues a stream that waits stops others, computing ones among them.
 fn queues_are_many() -> bool {
     const USUAL: u32 = 8;
@@ -714,30 +661,9 @@ fn queues_are_many() -> bool {
     set.is_none_or(|n| n >= USUAL)
 }
 
-impl DeviceCall {
-    /// Rows on the rank that has most of them: all ranks cut alike, whatever they hold themselves.
-    fn most_rows(&self, size: usize) -> usize {
-        match self.collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => 1,
-            Collective::AllGather
-            | Collective::ReduceScatter
-            | Collective::AllToAll
-            | Collective::Gather
-            | Collective::Scatter => size,
-            Collective::Barrier | Collective::SendRecv => 1,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn columns_are_even_where_many_fit_and_as_many_as_fit_else() {
-        let found: Vec<usize> = [0, 1, 32, 63, 64, 127, 128, 8200].into_iter().map(even_columns).collect();
-        assert_eq!(found, [1, 1, 32, 63, 64, 64, 128, 8192]);
-    }
 
     #[test]
     fn memory_of_calls_of_about_one_size_is_roomy_and_not_wasteful() {
