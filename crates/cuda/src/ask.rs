@@ -12,12 +12,12 @@ use std::time::Duration;
 use smddp_core::{Error, Result};
 
 use crate::device::Device;
-use crate::watch::Call;
+use crate::life::Life;
 
 /// How long an answer is waited for. Frees of memory mostly take less.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-type Calls = Vec<Arc<Call>>;
+type Calls = Vec<Arc<Life>>;
 
 pub(crate) struct Asker {
     questions: mpsc::Sender<Calls>,
@@ -69,7 +69,7 @@ impl Asker {
 
 fn serve(asked: &mpsc::Receiver<Calls>, answer: &mpsc::Sender<Result<Calls>>) {
     for calls in asked {
-        let is_past = |call: Arc<Call>| match call.is_past() {
+        let is_past = |call: Arc<Life>| match call.is_past() {
             Ok(true) => Some(Ok(call)),
             Ok(false) => None,
             Err(error) => Some(Err(error)),

@@ -15,12 +15,13 @@ use smddp_cuda_sys as sys;
 use crate::call::{DeviceCall, DeviceMessage, check_to_oneself, missing};
 use crate::device::{Device, Event, Visit, wait};
 use crate::hierarchical::Hierarchy;
+use crate::life::Life;
 use crate::nccl::NcclComm;
 use crate::past::{Events, Past};
 use crate::select::{Selection, Way};
 use crate::setup::{Members, agreed, every_bus, meet, on_all, refuse_shared_device, settle_direct};
 use crate::stager::{Scratch, Stager};
-use crate::watch::{self, Communicators, Watch};
+use crate::watch::{Communicators, Watch};
 
 /// How often a host that waits for the device looks.
 const WAIT_STEP: Duration = Duration::from_micros(50);
@@ -64,7 +65,7 @@ pub struct Started<T: Transports> {
     /// Of its part on the host; none: it has none.
     handle: Option<Handle<T>>,
     /// Its life, where NCCL has a part in it.
-    life: Option<Arc<watch::Call>>,
+    life: Option<Arc<Life>>,
     past: Past,
 }
 
@@ -310,7 +311,7 @@ impl<T: Transports> DeviceGroup<T> {
         &self,
         collective: Collective,
         timeout: Option<Duration>,
-    ) -> Result<(Number, Option<Arc<watch::Call>>)> {
+    ) -> Result<(Number, Option<Arc<Life>>)> {
         let number = Number { collective, seq: self.calls.fetch_add(1, Ordering::Relaxed) };
         let announced = self.watch.as_ref().map(|watch| watch.announce(collective, number.seq, timeout));
         let life = announced.transpose().map_err(|error| error.at(&self.site(number)))?;
@@ -322,7 +323,7 @@ impl<T: Transports> DeviceGroup<T> {
     fn end_of(
         &self,
         number: Number,
-        life: Option<Arc<watch::Call>>,
+        life: Option<Arc<Life>>,
         stream: sys::Stream,
         enqueued: Result<Option<Handle<T>>>,
     ) -> Result<Started<T>> {

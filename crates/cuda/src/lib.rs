@@ -25,6 +25,7 @@ mod device;
 mod direct;
 mod group;
 mod hierarchical;
+mod life;
 mod meeting;
 mod nccl;
 mod past;

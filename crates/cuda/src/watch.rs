@@ -1,17 +1,7 @@
-//! The lives of calls that NCCL carries, and the thread that watches over them. A kernel of NCCL waits for its peers for ever, and
-//! stops the streams behind it. So does a host that enqueues one, where NCCL connects at the first call, where a launch queue is
-//! full, or where the host waits for the device.
+//! The thread that watches over the lives of calls that NCCL carries (L1 and L2 in `life.rs`). A kernel of NCCL waits for its peers
+//! for ever, and stops the streams behind it. So does a host that enqueues one, where NCCL connects at the first call, where a
+//! launch queue is full, or where the host waits for the device.
 //!
-//! ```text
-//! announced -> enqueued -> ended
-//!         |           |
-//!         |           +--> failed
-//!         +-> ended, failed
-//! ```
-//!
-//! - **L1** a call is announced, which begins its time, before any of it is enqueued; it is enqueued when its end on its stream
-//!   is marked. One that is refused, or captured in a graph, ends right then: its replays run, and they are not watched.
-//! - **L2** ended and failed are for good.
 //! - **L3** a call ends when the device is past it and the group had not failed when asked after that: what releases streams early
 //!   fails the group first. So a call that has not run to its end is never taken for one that has.
 //! - **L4** when the group fails, every call that is announced or enqueued fails with the group's error, before NCCL's kernels are
@@ -25,7 +15,7 @@
 //!   another asks (`ask.rs`). A call that is over when its limit passes, while the driver answers nobody, counts as one that
 //!   is not.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::Communicator;
@@ -36,8 +26,8 @@ use smddp_core::{Collective, Error, Result};
 use crate::ask::{Asker, no_thread};
 use crate::call::missing;
 use crate::device::Device;
+use crate::life::Life;
 use crate::nccl::{Ending, NcclComm};
-use crate::past::Past;
 
 /// How often calls are looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -51,52 +41,10 @@ const NEWS: Duration = Duration::from_secs(2);
 /// How long the end waits for the thread.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// A call, from its announcement on.
-pub(crate) struct Call {
-    collective: Collective,
-    seq: u64,
-    since: Instant,
-    limit: Duration,
-    /// Where it ends on its stream, once it is enqueued.
-    past: OnceLock<Past>,
-    /// How it ended, or failed (L2).
-    end: OnceLock<Result<()>>,
-}
-
-impl Call {
-    /// It ends at `past`.
-    pub(crate) fn enqueued(&self, past: &Past) {
-        // Once a call: its caller's thread does it.
-        let _ = self.past.set(past.clone());
-    }
-
-    /// It has ended well, unless it has failed before.
-    pub(crate) fn ends(&self) {
-        let _ = self.end.set(Ok(()));
-    }
-
-    fn fails(&self, error: &Error) {
-        let _ = self.end.set(Err(error.clone()));
-    }
-
-    fn is_over(&self) -> bool {
-        self.end.get().is_some()
-    }
-
-    /// What it failed with.
-    pub(crate) fn error(&self) -> Option<Error> {
-        self.end.get()?.clone().err()
-    }
-
-    pub(crate) fn is_past(&self) -> Result<bool> {
-        self.past.get().map_or(Ok(false), Past::is_done)
-    }
-}
-
 #[derive(Default)]
 struct State {
     /// Announced or enqueued; and what has ended since the thread last looked.
-    calls: Vec<Arc<Call>>,
+    calls: Vec<Arc<Life>>,
     /// What the group failed with, as seen from here.
     failure: Option<Error>,
     ending: bool,
@@ -173,12 +121,11 @@ impl<T: Transports> Watch<T> {
         collective: Collective,
         seq: u64,
         timeout: Option<Duration>,
-    ) -> Result<Arc<Call>> {
+    ) -> Result<Arc<Life>> {
         let shared = &self.shared;
         let grace = if shared.rail.is_some() { GRACE } else { Duration::ZERO };
         let limit = timeout.unwrap_or_else(|| shared.host.timeout()).saturating_add(grace);
-        let (past, end) = (OnceLock::new(), OnceLock::new());
-        let call = Arc::new(Call { collective, seq, since: Instant::now(), limit, past, end });
+        let call = Arc::new(Life::begin(collective, seq, limit));
         let mut state = shared.lock();
         if let Some(error) = &state.failure {
             return Err(error.clone());
@@ -206,9 +153,9 @@ impl<T: Transports> Watch<T> {
     }
 
     /// How a call went that the device is past (L3); none: NCCL has failed, and the thread is finding out why.
-    pub(crate) fn verdict(&self, call: &Call) -> Option<Result<()>> {
+    pub(crate) fn verdict(&self, call: &Life) -> Option<Result<()>> {
         if call.is_over() {
-            return call.end.get().cloned();
+            return call.outcome();
         }
         if let Some(error) = self.shared.host_failure() {
             self.fail(&error);
@@ -218,11 +165,11 @@ impl<T: Transports> Watch<T> {
             return None;
         }
         call.ends();
-        call.end.get().cloned()
+        call.outcome()
     }
 
     /// What a call failed with that was refused with `error`: NCCL refuses all when it has failed itself.
-    pub(crate) fn refusal(&self, error: Error, call: &Call) -> Error {
+    pub(crate) fn refusal(&self, error: Error, call: &Life) -> Error {
         if self.shared.nccl_failure().is_some() {
             self.fail(&self.shared.explained(error.clone(), call));
         }
@@ -306,7 +253,7 @@ impl<T: Transports> Shared<T> {
     }
 
     /// Ends those calls that have ended. Why the rest never will, if so.
-    fn look(&self, calls: &[Arc<Call>], asker: &mut Asker, seen: &mut Option<Instant>) -> Option<Error> {
+    fn look(&self, calls: &[Arc<Life>], asker: &mut Asker, seen: &mut Option<Instant>) -> Option<Error> {
         let running = calls.iter().filter(|call| !call.is_over()).cloned().collect();
         let past = match asker.past(running) {
             Ok(past) => past,
@@ -338,7 +285,7 @@ impl<T: Transports> Shared<T> {
     }
 
     /// Why NCCL has failed, with `error`, while `call` was open: mostly for a lost rank, whose name the group on the host knows.
-    fn explained(&self, error: Error, call: &Call) -> Error {
+    fn explained(&self, error: Error, call: &Life) -> Error {
         let since = Instant::now();
         loop {
             let reason = self.host_failure().or_else(|| self.host.ended_peer());
@@ -353,7 +300,7 @@ impl<T: Transports> Shared<T> {
     /// The error for a process of the node that has ended, where a call still waits [`LAST_WORDS`] later.
     fn lost<'a>(
         &self,
-        mut open: impl Iterator<Item = &'a Arc<Call>>,
+        mut open: impl Iterator<Item = &'a Arc<Life>>,
         seen: &mut Option<Instant>,
     ) -> Option<Error> {
         let error = self.host.ended_peer()?;
@@ -362,13 +309,13 @@ impl<T: Transports> Shared<T> {
         Some(error.at(&self.site(call)))
     }
 
-    fn overdue(&self, call: &Call) -> Option<Error> {
+    fn overdue(&self, call: &Life) -> Option<Error> {
         let waited = call.since.elapsed();
         let error = || Error::Timeout { site: self.site(call), waited, missing: Vec::new() };
         (waited >= call.limit).then(error)
     }
 
-    fn site(&self, call: &Call) -> Site {
+    fn site(&self, call: &Life) -> Site {
         let (rank, group) = (self.host.rank(), self.host.name().to_owned());
         Site { rank, group, op: call.collective.name().to_owned(), seq: call.seq }
     }
