@@ -19,7 +19,9 @@ use crate::life::Life;
 use crate::nccl::NcclComm;
 use crate::past::{Events, Past};
 use crate::select::{Selection, Way};
-use crate::setup::{Members, agreed, every_bus, meet, on_all, refuse_shared_device, settle_direct};
+use crate::setup::{
+    MULTIPROCESSORS, Members, agreed, every_bus, meet, on_all, refuse_shared_device, settle_direct,
+};
 use crate::stager::{Scratch, Stager};
 use crate::watch::{Communicators, Watch};
 
@@ -28,9 +30,6 @@ const WAIT_STEP: Duration = Duration::from_micros(50);
 
 /// How long the end waits for a call that is being enqueued.
 const FAREWELL: Duration = Duration::from_secs(5);
-
-/// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
-pub(crate) const MULTIPROCESSORS: u32 = 8;
 
 /// What a group's CUDA side is made of.
 pub struct DeviceOptions<T: Transports> {

@@ -27,30 +27,21 @@ use std::collections::VecDeque;
 use smddp_core::communicator::{Communicator, Handle};
 use smddp_core::topology::GroupShape;
 use smddp_core::transport::Transports;
-use smddp_core::{Collective, DType, ReduceOp, Result};
+use smddp_core::{Collective, Result};
 use smddp_cuda_sys as sys;
 
 use crate::call::{DeviceCall, Memory};
-use crate::nccl::NcclComm;
+use crate::nccl::{self, NcclComm};
 use crate::stager::Stager;
 
 /// Whether a call can go this way.
 pub(crate) fn carries(call: &DeviceCall) -> bool {
     let is_even = call.counts.is_none() && call.splits.is_none();
     match call.collective {
-        Collective::AllReduce | Collective::ReduceScatter => is_even && by_nccl(call),
+        Collective::AllReduce | Collective::ReduceScatter => is_even && nccl::has_reduction(call),
         Collective::AllGather | Collective::Broadcast => is_even,
         _ => false,
     }
-}
-
-/// Whether NCCL has the reduction of a call, if there is any.
-pub(crate) fn by_nccl(call: &DeviceCall) -> bool {
-    let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
-    !call.collective.reduces()
-        || !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
-            && call.dtype != DType::I16
-            && !averages_integers
 }
 
 /// A chunk's way.

@@ -557,6 +557,15 @@ fn join(
     met.map(|()| comm)
 }
 
+/// Whether NCCL has the reduction of a call, if there is any.
+pub(crate) fn has_reduction(call: &DeviceCall) -> bool {
+    let averages_integers = call.op == ReduceOp::Avg && !call.dtype.is_float();
+    !call.collective.reduces()
+        || !matches!(call.op, ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor)
+            && call.dtype != DType::I16
+            && !averages_integers
+}
+
 /// NCCL's type and reduction for a call that reduces.
 fn reduction(call: &DeviceCall) -> Result<(c_int, c_int)> {
     let unsupported = || {

@@ -7,6 +7,7 @@ use smddp_core::{Collective, Result};
 
 use crate::call::DeviceCall;
 use crate::hierarchical;
+use crate::nccl;
 
 /// A call's way in a group of several ranks on each of several nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +63,7 @@ impl Selection {
         let bytes = shape.bytes(size);
         let chosen = self.overrides.iter().find(|o| o.fits(call.collective, bytes)).map(|o| o.algorithm);
         match chosen.or_else(|| ways(call.collective).first().copied()) {
-            Some(FLAT) if hierarchical::by_nccl(call) => Way::Flat,
+            Some(FLAT) if nccl::has_reduction(call) => Way::Flat,
             Some(HIERARCHICAL) if hierarchical::carries(call) => Way::Hierarchical,
             _ => Way::Staged,
         }

@@ -9,10 +9,12 @@ use smddp_core::transport::Transports;
 use smddp_core::{Error, Result};
 
 use crate::device::Device;
-use crate::group::MULTIPROCESSORS;
 use crate::meeting;
 use crate::nccl::{self, NcclComm};
 use crate::stager::Stager;
+
+/// Multiprocessors NCCL may use beside an exchange between nodes, which is slower than it anyway.
+pub(crate) const MULTIPROCESSORS: u32 = 8;
 
 /// What each rank says.
 fn by_rank<T: Transports>(host: &Communicator<T>, mine: bool) -> Result<Vec<bool>> {
