@@ -18,6 +18,15 @@
 //! - **C4** a slot is written again only behind the event after its last copy out.
 //! - **C5** what waits for a word comes behind the stream's work that leads to it by an event too: of an order by words alone the
 //!   device knows nothing, and may put the wait first where streams share a queue.
+//!
+//! Where things are; no file uses what stands above it here
+//! - **a group**: `group` starts, waits for and ends its calls; `setup` is what its ranks settle with each other first.
+//! - **ways between nodes**: `select` chooses one by a table; `hierarchical` has NCCL and the stager work together.
+//! - **NCCL**: `watch` ends what would wait for ever, `ask` has the driver say how far calls are, `life` is one call's; `meeting`
+//!   brings ranks together; `nccl` is one communicator.
+//! - **through the host**: `stager` moves pieces through slots, `direct` lets the network at those of the device; `pieces` cuts
+//!   calls, `quiet` finds times in which no stream waits for a word, `pinned` is the host's memory.
+//! - **below all**: `call` is a call as it is made, `past` where it ends on its stream, `device` one device.
 
 mod ask;
 mod call;
