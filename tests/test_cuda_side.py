@@ -347,8 +347,9 @@ def test_a_group_that_has_ended_or_failed_connects_nobody(side: CudaSide) -> Non
 
     side._make_rail = nobody_comes
     side.abort("enough")
-    with pytest.raises(AbortedError, match=r"enough\. To go on, make a new group"):
+    with pytest.raises(AbortedError, match=r"enough\. To go on, make a new group") as caught:
         side.message("send", _message(1, True))
+    assert (caught.value.op, caught.value.reason) == ("send", "enough")
     failed = CudaSide(_host(ValueError("lost")), nobody_comes)
     with pytest.raises(ValueError, match="lost"):
         failed.connect(0)

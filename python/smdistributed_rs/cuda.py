@@ -280,8 +280,7 @@ class CudaSide:
     def _check_alive(self, name: str) -> None:
         """Nobody would come to connect a group that has ended, or failed."""
         if self._ended:
-            who = f"rank {self._comm.rank} of group '{self._comm.name}'"
-            raise AbortedError(f"{who}: {name}: aborted: {self._ended}. To go on, make a new group")
+            raise AbortedError.of(self._comm.rank, self._comm.name, name, self._ended)
         error = self._comm.failure()
         if error is not None:
             raise error

@@ -48,7 +48,8 @@ class ArgumentError(SmddpError, ValueError):
 
 
 class UnsupportedError(SmddpError, ValueError):
-    """A reduction is not defined for a dtype, or neither exists here: attributes op, reduction, dtype."""
+    """A reduction is not defined for a dtype, or neither exists here; or the installed torch cannot do this. Attributes
+    op, reduction, dtype; the last two are empty where they are not the reason."""
 
     op: str
     reduction: str
@@ -109,13 +110,21 @@ class PeerLostError(SmddpError, ConnectionError):
 
 
 class AbortedError(SmddpError):
-    """The group was aborted or shut down: attributes rank, group, op, seq, reason."""
+    """The group was aborted or shut down, another rank failed, or the group had failed before: attributes rank, group,
+    op, seq, reason. A call refused before it had a number has seq 0."""
 
     rank: int
     group: str
     op: str
     seq: int
     reason: str
+
+    @classmethod
+    def of(cls, rank: int, group: str, op: str, reason: str) -> AbortedError:
+        """The error of a call that is refused in Python, in the words of the native half."""
+        error = cls(f"rank {rank} of group '{group}': {op}: aborted: {reason}. To go on, make a new group")
+        error.rank, error.group, error.op, error.seq, error.reason = rank, group, op, 0, reason
+        return error
 
 
 class SettingError(SmddpError, ValueError):
@@ -130,7 +139,7 @@ class BootstrapError(SmddpError):
 
 
 class LibraryError(SmddpError):
-    """A library found at run time (MPI, libfabric) is missing or unusable."""
+    """A library found at run time (MPI, libfabric, CUDA's driver, NCCL) is missing or unusable."""
 
 
 class ResourceError(SmddpError):
