@@ -5,6 +5,9 @@ Arrays must be contiguous in C order and on the CPU. Collectives are called by a
 with the same dtype, reduction, root and counts; ranks that disagree get MismatchError. Counts are in elements.
 Everything accepts `async_op=True` (returns a `Handle` at once; the arrays must not be touched until its `wait()` has
 returned) and `timeout` in seconds (None: the group's). Algorithms are chosen by shape and size: docs/how-to/measure.md.
+
+All calls raise ArgumentError or UnsupportedError for what cannot be done, before anything moves: the group stays usable.
+MismatchError, TimeoutError, PeerLostError, AbortedError and TransportError end the group: docs/how-to/handle-failures.md.
 """
 
 from __future__ import annotations
@@ -256,7 +259,7 @@ class Communicator:
         self._inner.abort(reason)
 
     def shutdown(self) -> None:
-        """Ends the group; waits a little for what is under way. Later calls are errors."""
+        """Ends the group; waits up to 5 s for what is under way. Later calls are errors."""
         self._inner.shutdown()
 
     def describe(self) -> str:

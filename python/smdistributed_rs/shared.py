@@ -1,5 +1,5 @@
 """Tensors in memory that the ranks of a node share: ranks work on each other's data where it lies, and nothing is
-copied on the way. An all_reduce of 256 KiB and more takes about a third to a half of the time (docs/performance.md).
+copied on the way. What that gains, and from which size on: docs/how-to/share-gradients.md.
 
     gradients = smdistributed_rs.shared.empty(1_000_000)  # every rank, in the same order, like a collective
     torch.distributed.all_reduce(gradients)  # or any part of it

@@ -4,17 +4,27 @@ use std::fmt;
 
 use crate::dtype::{DType, ReduceOp};
 
+/// What is called. Blocks are in rank order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Collective {
+    /// Everybody gets the combination of all contributions.
     AllReduce = 1,
+    /// Each rank gets its block of the combination.
     ReduceScatter = 2,
+    /// Everybody gets everybody's block.
     AllGather = 3,
+    /// Each rank sends a block to each.
     AllToAll = 4,
+    /// Everybody gets the root's data.
     Broadcast = 5,
+    /// The root gets the combination.
     Reduce = 6,
+    /// The root gets everybody's block.
     Gather = 7,
+    /// Each rank gets its block of the root's data.
     Scatter = 8,
+    /// Nobody goes on before all have come.
     Barrier = 9,
     /// Point to point; both sides of one message carry the same value.
     SendRecv = 10,

@@ -147,10 +147,12 @@ impl<T: Transports> Handle<T> {
         self.engine.wait(&self.op, limit)
     }
 
+    /// Whether the operation is over, well or not. Never waits.
     pub fn is_done(&self) -> bool {
         self.op.is_done()
     }
 
+    /// How the operation ended; `None` while it is under way.
     pub fn result(&self) -> Option<Result<()>> {
         self.op.result().cloned()
     }
@@ -210,14 +212,17 @@ impl<T: Transports> Communicator<T> {
         Ok(Communicator { inner: Arc::new(inner) })
     }
 
+    /// This process's number in the group, from 0.
     pub fn rank(&self) -> usize {
         self.inner.rank
     }
 
+    /// How many ranks the group has.
     pub fn size(&self) -> usize {
         self.inner.shape.size()
     }
 
+    /// The group's name, as errors and logs say it.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
@@ -227,6 +232,7 @@ impl<T: Transports> Communicator<T> {
         self.inner.key.id
     }
 
+    /// Which ranks are on which node.
     pub fn shape(&self) -> &GroupShape {
         &self.inner.shape
     }
@@ -236,10 +242,12 @@ impl<T: Transports> Communicator<T> {
         self.inner.calls.load(Ordering::Relaxed)
     }
 
+    /// The time limit of operations that give none.
     pub fn timeout(&self) -> Duration {
         Duration::from_nanos(self.inner.timeout_nanos.load(Ordering::Relaxed))
     }
 
+    /// Sets it, for operations that start from now on.
     pub fn set_timeout(&self, timeout: Duration) {
         self.inner.timeout_nanos.store(nanos(timeout), Ordering::Relaxed);
     }
@@ -409,7 +417,7 @@ impl<T: Transports> Communicator<T> {
         if self.inner.ended.get().is_some() { None } else { self.inner.engine.ended_peer(self.inner.key) }
     }
 
-    /// Waits a little for outstanding work and frees everything. Later calls are errors.
+    /// Waits up to 5 s for outstanding work, and frees everything. Later calls are errors.
     pub fn shutdown(&self) {
         self.inner.close();
     }

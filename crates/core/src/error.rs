@@ -30,47 +30,60 @@ impl std::fmt::Display for Site {
     }
 }
 
+/// What went wrong. After those that have a [`Site`], and after `Transport`, the group is of no more use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
+    /// A call was given something it cannot work with.
     #[error("{op}: argument '{argument}': expected {expected}, given {given}. {hint}")]
     Argument { op: String, argument: &'static str, expected: String, given: String, hint: String },
 
+    /// The reduction is not defined for the type.
     #[error(
         "{op}: reduction '{reduce}' is not defined for dtype {dtype}. Use a dtype it is defined for, or another reduction"
     )]
     Unsupported { op: String, reduce: ReduceOp, dtype: DType },
 
+    /// Ranks made different calls.
     #[error(
         "{site}: ranks disagree: rank {rank} called {ours}, rank {peer} called {theirs}. Every rank must make the same calls in the same order",
         rank = site.rank
     )]
     Mismatch { site: Site, ours: String, peer: usize, theirs: String },
 
+    /// The ranks `missing` did not come in time.
     #[error("{site}: timed out after {:.1} s, waiting for {}. Look at what those ranks do, or raise the timeout",
         waited.as_secs_f64(), ranks(missing))]
     Timeout { site: Site, waited: Duration, missing: Vec<usize> },
 
+    /// Rank `peer`, which the call needs, is gone.
     #[error("{site}: lost rank {peer} on node {node}: {reason}. Look at that rank's own output")]
     PeerLost { site: Site, peer: usize, node: String, reason: String },
 
+    /// The group was aborted or shut down, another rank failed, or the group had failed before.
     #[error("{site}: aborted: {}", with_advice(reason))]
     Aborted { site: Site, reason: String },
 
+    /// An `SMDDP_…` variable is unknown, has an impossible value, or differs between ranks.
     #[error("setting {name}={given}: {expected}. {hint}")]
     Setting { name: String, given: String, expected: String, hint: String },
 
+    /// The ranks did not find each other, or cannot work together.
     #[error("joining the job: {what}. {hint}")]
     Bootstrap { what: String, hint: String },
 
+    /// MPI, libfabric, CUDA's driver or NCCL is missing or unusable.
     #[error("{library} could not be used: {reason}. {hint}")]
     Library { library: &'static str, reason: String, hint: String },
 
+    /// The machine has too little of something.
     #[error("{what}: not enough {resource}: {reason}. {hint}")]
     Resource { what: String, resource: &'static str, reason: String, hint: String },
 
+    /// Shared memory, the network, CUDA or NCCL failed in a way that has no better name.
     #[error("{transport}: {reason}")]
     Transport { transport: &'static str, reason: String },
 
+    /// A mistake in this library.
     #[error("internal error, please report it: {0}")]
     Internal(String),
 }

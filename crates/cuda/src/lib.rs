@@ -14,7 +14,7 @@
 //! - **C2** between "input is there" and "output is there" nobody calls CUDA or NCCL, or takes an interpreter's lock: the
 //!   progress thread reads a word and stores a word. So nothing that holds a lock of the driver can stop it.
 //! - **C3** a wait is enqueued only behind the copy and the word that lead to its release, so no order of enqueuing stops
-//!   the device for ever; a failed operation releases its wait too (W2), and its group refuses later calls.
+//!   the device for ever; a failed operation releases its wait too (gate W2), and its group refuses later calls.
 //! - **C4** a slot is written again only behind the event after its last copy out.
 //! - **C5** what waits for a word comes behind the stream's work that leads to it by an event too: of an order by words alone the
 //!   device knows nothing, and may put the wait first where streams share a queue.

@@ -68,7 +68,7 @@ impl Pinned {
             let _ = unsafe { munmap(start, len) };
             return Err(error);
         }
-        // SAFETY: mapped until drop (R1); the stager hands out disjoint pieces.
+        // SAFETY: mapped until drop (R1 of `memory`); the stager hands out disjoint pieces.
         let region = unsafe { Region::new(start.cast(), len) };
         Ok(Pinned { device: Arc::clone(device), region, registered: None })
     }

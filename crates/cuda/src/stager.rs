@@ -55,7 +55,7 @@ struct Slot {
     memory: Pinned,
     /// Recorded behind the last copy out (C4).
     free: Event,
-    /// Uses so far (W1).
+    /// Uses so far (gate W1).
     value: u32,
 }
 
@@ -612,7 +612,7 @@ fn wait_for<T: Transports>(
 }
 
 impl Drop for Stager {
-    /// The group behind has ended or failed, so every wait is released (W2); what is enqueued soon runs out. Where that is
+    /// The group behind has ended or failed, so every wait is released (gate W2); what is enqueued soon runs out. Where that is
     /// not known the memory is not freed.
     fn drop(&mut self) {
         let device = Arc::clone(&self.device);

@@ -11,7 +11,8 @@
 //!   sides can deadlock on credits.
 //! - **E3** bounce slots are taken only for bytes that both sides are ready to move, so they always come back; those
 //!   that a lost peer may still write to are replaced.
-//! - **E4** arrivals are counted per transfer and per (group, peer), never "since": nothing relies on order (T2).
+//! - **E4** arrivals are counted per transfer and per (group, peer), never "since": what an operation gets relies on no order (T2 of core's
+//!   `transport`). Order, where there is one, serves to find losses alone (E9).
 //! - **E5** a user's region is touched only for an operation in `sends` or `recvs`, when a small message is copied out or in, and
 //!   by those in `pieces` (as source) and `grants` (as target).
 //! - **E6** an endpoint that goes says [`Body::Bye`](crate::wire::Body::Bye) to whom it ever talked to, and closes when each has said

@@ -450,7 +450,7 @@ impl<D: Domain> FabricEndpoint<D> {
 /// Copies received bytes into a posted region of the same length.
 fn copy_in(bytes: &[u8], into: Region) {
     assert_eq!(bytes.len(), into.len(), "lengths were compared before");
-    // SAFETY: the region is the receive's (R1, T1) and as long as the source (checked); the source is a slot or a
+    // SAFETY: the region is the receive's (core's R1 of `memory`, T1 of `transport`) and as long as the source (checked); the source is a slot or a
     // buffer of ours, which no user region overlaps.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into.as_ptr(), bytes.len()) }
 }

@@ -174,7 +174,7 @@ impl<D: Domain> FabricEndpoint<D> {
             }
             return sent;
         }
-        // SAFETY: the region is the operation's until its mark is reported (R1, T1), which happens below.
+        // SAFETY: the region is the operation's until its mark is reported (core's R1 of `memory`, T1 of `transport`), which happens below.
         let data = unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len()) };
         let sent = self.say(id.peer, id.key, call, region.len() as u64, Body::Eager { data, permitted });
         if matches!(sent, Sent::Yes) {

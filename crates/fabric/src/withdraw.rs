@@ -1,10 +1,10 @@
-//! Taking a group back: afterwards nothing touches its regions (T1).
+//! Taking a group back: afterwards nothing touches its regions (T1 of core's `transport`).
 //!
 //! Bytes in flight are not ours to stop, so both sides settle: we say that the group is over; each peer posts no
 //! more for it and answers with how many it ever posted (E4). When as many have arrived, none is on its way; where its answer comes
 //! behind them all, none is in any case, whatever a broken connection has lost. A peer that does not answer
-//! in [`SETTLE`], and moves no pieces either, costs the endpoint: closing it is what certainly ends all access. One that has died, or left,
-//! is found by probes.
+//! in [`SETTLE`], and moves no pieces either, costs the endpoint, and so does one that still moves pieces after [`SETTLE_MOVING`]: closing
+//! it is what certainly ends all access. One that has died, or left, is found by probes.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -122,7 +122,7 @@ pub struct Bench {
     /// Reductions, comma-separated: sum, avg, product, min, max, band, bor, bxor
     #[arg(long, value_name = "OPS", default_value = "sum", value_delimiter = ',', value_parser = parse_op)]
     pub op: Vec<ReduceOp>,
-    /// The rank singled out by broadcast, reduce, gather and scatter
+    /// The root of broadcast, reduce, gather and scatter; others have none
     #[arg(long, value_name = "RANK", default_value = "0")]
     pub root: usize,
     /// Seconds of timing per size
@@ -149,7 +149,7 @@ pub struct Bench {
     /// Inputs are written anew before each call, which begins at a moment that the ranks of a node agree on; on the CPU
     #[arg(long)]
     pub fresh: bool,
-    /// As --fresh, and the time of a call ends when each rank has looked at every cache line of its result
+    /// As --fresh, and the time includes reading the whole result
     #[arg(long)]
     pub used: bool,
     /// With --device cuda: take the driver from this file. For tests.
@@ -177,7 +177,7 @@ pub struct PlanArgs {
     /// Element type, as in a measurement
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_dtype)]
     pub dtype: DType,
-    /// The rank singled out by broadcast, reduce, gather and scatter
+    /// The root of broadcast, reduce, gather and scatter; others have none
     #[arg(long, value_name = "RANK", default_value = "0")]
     pub root: usize,
     /// Use this algorithm instead of the one the table selects

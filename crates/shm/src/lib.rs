@@ -1,14 +1,20 @@
 //! The node-local transport for host memory: [`ShmNode`] moves a group's phases and messages between the processes
 //! of one node through a shared memory segment.
 //!
-//! How it fits together: `handover` gives every local rank the same `segment` (laid out by `geometry`, made of the structures
-//! in `layout`); `phases` runs a plan's phases as exchanges (`cut` says how many, `exchange` does one, `script` one that
-//! is a whole phase, as often as it comes) over the slot `ring`, by `direct` where the data lies in memory that the
-//! ranks share (`shared`), or by `single_copy` between their private memory, through a `door`; `pen` says how slots are
-//! written; `probe` times rings of several sizes, and single copies; `messages` sends point to point over `pair` cells;
-//! `doorbell` puts ranks to sleep and wakes them; `abort` and `peers` tell why a group ended. `ring`, `pair`, `doorbell`,
-//! `door` and `abort` are the lock-free protocols; they see memory only
-//! through `layout::Memory` and are model-checked with loom:
+//! Where things are
+//! - **the segment**: `handover` gives every local rank the same `segment`, a `memfd`, laid out by `geometry` and made of the
+//!   structures in `layout`; `probe` times slots of several sizes, single copies, and handing lines back.
+//! - **phases**: `phases` runs a plan's phases as exchanges over the slot `ring`. `cut` says how many, `exchange` does one, `script`
+//!   one that is a whole phase, as often as it comes; `relay` cuts a large all_reduce; `pen` says how slots are written. `direct`
+//!   works on data in memory that the ranks share (`shared`), `single_copy` copies between their private memory.
+//! - **messages**: `messages` sends over `pair` cells, `straight` copies large ones between private memory, as a `deal` says;
+//!   `buffer` keeps what comes before its receive.
+//! - **private memory of others**: `reach` has the kernel copy, inside of the peer's `door`.
+//! - **waiting and ending**: `doorbell` puts ranks to sleep and wakes them; `abort`, `log` and `peers` tell why a group ended, or
+//!   nothing comes. `mask` is a set of ranks, `sync` atomics.
+//!
+//! `ring`, `pair`, `doorbell`, `door`, `deal`, `abort` and `log` are the lock-free protocols; they see memory only through
+//! `layout::Memory` and are model-checked with loom:
 //!
 //! ```sh
 //! RUSTFLAGS="--cfg loom" cargo test --release -p smddp-shm --lib

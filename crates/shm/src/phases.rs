@@ -349,7 +349,7 @@ impl Phases {
         }
     }
 
-    /// Queues a phase that was taken up, to go on without its script (W2).
+    /// Queues a phase that was taken up, to go on without its script (W2 of `script`).
     pub(crate) fn keep(&mut self, run: PhaseRun, up: TakenUp, so_far: SoFar) {
         let Known { first, script, .. } = &self.known[up.place];
         let (first, moves) = (*first, moves_of(&run));
@@ -380,8 +380,8 @@ impl Phases {
     pub(crate) fn publish(&mut self, segment: &Segment, ring: &mut Ring) -> Step {
         let at = &mut self.publishing;
         let Some(Run { run, way, .. }) = self.queue.get(at.run) else { return Step::Idle };
-        // The second exchange waits until this rank's share is done, which consuming the first one is (D2, C2). What follows
-        // a single copy waits until that is over: it may go on through slots (C1).
+        // The second exchange waits until this rank's share is done, which consuming the first one is (D2 of `direct`, C2 of
+        // `single_copy`). What follows a single copy waits until that is over: it may go on through slots (C1 there).
         let waits = match way {
             Way::Slots => false,
             // A spread is published where its gather is consumed.
@@ -473,7 +473,7 @@ impl Phases {
         Ok(Step::Moved)
     }
 
-    /// The first phase from its beginning, through slots (C1).
+    /// The first phase from its beginning, through slots (C1 of `single_copy`).
     fn start_again(&mut self) {
         self.single_copy.forget();
         let Some(Run { run, first, way }) = self.queue.front_mut() else { return };

@@ -117,21 +117,21 @@ pub(crate) fn still_stood(segment: &Segment, peer: usize) -> bool {
 fn read_process(pid: i32, from: u64, target: Region) -> Result<usize> {
     let local = libc::iovec { iov_base: target.as_ptr().cast(), iov_len: target.len() };
     let remote = libc::iovec { iov_base: from as *mut libc::c_void, iov_len: target.len() };
-    // SAFETY: `target` is valid and this call's alone (R1, T1); the kernel checks the other process's range itself.
+    // SAFETY: `target` is valid and this call's alone (core's R1 of `memory`, T1 of `transport`); the kernel checks the other process's range itself.
     let came = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     usize::try_from(came).map_err(|_| Error::last_os_error())
 }
 
 /// How many bytes of `source` were written to `to` in process `pid`; if all, that this rank has left its door is, too, behind
-/// them: at `inside` (O2).
+/// them: at `inside` (O2 of `door`).
 fn write_process(pid: i32, to: u64, source: Region, inside: u64) -> Result<usize> {
     let mut outside = door::OUTSIDE;
     let vector = |base: *mut libc::c_void, iov_len| libc::iovec { iov_base: base, iov_len };
     let word = size_of_val(&outside);
     let local = [vector(source.as_ptr().cast(), source.len()), vector((&raw mut outside).cast(), word)];
     let remote = [vector(to as *mut libc::c_void, source.len()), vector(inside as *mut libc::c_void, word)];
-    // SAFETY: `source` is valid and nobody writes to it meanwhile (R1); the kernel checks the other process's ranges itself, which
-    // that process has offered and keeps for as long as this rank is inside its door (C2, C5).
+    // SAFETY: `source` is valid and nobody writes to it meanwhile (core's R1 of `memory`); the kernel checks the other process's
+    // ranges itself, which that process has offered and keeps for as long as this rank is inside its door (C2, C5 of `single_copy`).
     let went = unsafe { libc::process_vm_writev(pid, local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
     let went = usize::try_from(went).map_err(|_| Error::last_os_error())?;
     // All but the word: then it does not say that this rank has left.

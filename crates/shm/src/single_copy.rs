@@ -63,7 +63,7 @@ pub(crate) struct Offer {
 }
 
 impl Offer {
-    /// C3.
+    /// What this rank offers; nothing where its data would be written over too early (C3).
     fn of(run: &PhaseRun, moves: &[Move], me: usize, segment: &Segment) -> Offer {
         let at = |span: Span| run.buffers.at(span, run.shift);
         // Another's block may be longer than this rank's buffers.

@@ -243,7 +243,7 @@ proptest! {
     }
 }
 
-/// D1 and D2 of a call in which a rank reads: not before the peer has come, and the peer is not done before it has read.
+/// D1 and D2 of `direct`, in a call in which a rank reads: not before the peer has come, and the peer is not done before it has read.
 #[test]
 fn a_reader_comes_after_its_peer_and_holds_it_until_it_has_read() {
     let mut job = Job::new(2, 4 * COUNT);
@@ -281,7 +281,7 @@ fn a_peer_whose_data_is_too_short_is_told() {
 
 const COUNT: usize = 100_000;
 
-/// D1.
+/// D1 of `direct`.
 #[test]
 fn nobody_touches_a_rank_that_has_not_come() {
     let mut job = Job::new(2, 4 * COUNT);
@@ -294,7 +294,7 @@ fn nobody_touches_a_rank_that_has_not_come() {
     assert_eq!(job.values(0, 0, COUNT), vec![1.0; COUNT]);
 }
 
-/// D2.
+/// D2 of `direct`.
 #[test]
 fn a_call_is_over_when_all_ranks_have_left_the_data() {
     let mut job = Job::new(2, 4 * COUNT);
@@ -318,7 +318,7 @@ fn a_call_is_over_when_all_ranks_have_left_the_data() {
     }
 }
 
-/// D2, of a rank that waits for the others to come: it says that it is done no earlier.
+/// D2 of `direct`, for a rank that waits for the others to come: it says that it is done no earlier.
 #[test]
 fn a_rank_that_came_first_is_waited_for_too() {
     let mut job = Job::new(2, 4 * COUNT);

@@ -168,7 +168,7 @@ fn an_offer_waits_for_its_receive_and_shows_itself() {
     assert_eq!(pair.copied().iter().sum::<usize>(), LEN);
 }
 
-/// S3: its sender may wait for the first message's end before it sends the one that is wanted.
+/// S3 of `messages`: its sender may wait for the first message's end before it sends the one that is wanted.
 #[test]
 fn an_offer_in_the_way_of_what_is_wanted_is_refused() {
     for sleeps in [false, true] {

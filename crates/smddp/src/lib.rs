@@ -1,4 +1,4 @@
-//! Data-parallel collectives on any machine: shared memory within a node, libfabric between nodes, started by
+//! Data-parallel collectives for Linux on x86-64: shared memory within a node, libfabric between nodes, started by
 //! `mpirun`, `torchrun`, Slurm, or alone.
 //!
 //! ```

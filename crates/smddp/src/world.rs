@@ -14,7 +14,9 @@ use smddp_cuda::DeviceOptions;
 use crate::connect::{GroupOptions, connect};
 use crate::{Communicator, DeviceGroup, library_dirs};
 
-/// All ranks of the job. Under MPI a process has one world in its life, as it has one MPI. Derefs to the [`Communicator`] over all of them.
+/// All ranks of the job. Derefs to the [`Communicator`] over all of them. MPI starts once in a process: a world
+/// made after one that used it has ended finds the others by the launcher's variables; over several hosts, by MASTER_ADDR and
+/// MASTER_PORT.
 pub struct World {
     communicator: Communicator,
     store: Arc<dyn Store>,
@@ -56,10 +58,12 @@ impl World {
         })
     }
 
+    /// This rank's number among those of its node, from 0.
     pub fn local_rank(&self) -> usize {
         self.shape().local_of(self.rank())
     }
 
+    /// How many ranks this node has.
     pub fn local_size(&self) -> usize {
         self.shape().local_size(self.rank())
     }
@@ -69,6 +73,7 @@ impl World {
         &self.how
     }
 
+    /// The group of all ranks, for those that take one; a world's methods are this one's.
     pub fn communicator(&self) -> &Communicator {
         &self.communicator
     }

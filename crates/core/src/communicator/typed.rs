@@ -11,6 +11,12 @@ use crate::transport::Transports;
 use super::Communicator;
 
 /// Blocking calls on slices. Shapes are in elements; every rank of the group makes the same call.
+///
+/// # Errors
+/// [`Error::Argument`] and [`Error::Unsupported`] for what cannot be done, before anything moves: the group stays usable. All others
+/// end the group: [`Error::Mismatch`] where ranks made different calls, [`Error::Timeout`] at the group's time limit,
+/// [`Error::PeerLost`] where a rank is gone, [`Error::Transport`] and [`Error::Resource`] where the network or memory fails, and
+/// [`Error::Aborted`] on the other ranks, and in every later call.
 impl<T: Transports> Communicator<T> {
     fn run_typed(&self, request: &Request) -> Result<()> {
         // SAFETY: the regions come from borrows that outlive this blocking call, and when it fails the engine has
@@ -135,7 +141,7 @@ fn settle(dtype: DType, output: Region) {
 
 /// The region of a buffer that a blocking call borrows until it returns.
 fn whole<E: Element>(buffer: &mut [E]) -> Region {
-    // SAFETY: every caller is a method above that borrows the buffer until its operation is over (R1).
+    // SAFETY: every caller is a method above that borrows the buffer until its operation is over (R1 of `memory`).
     unsafe { Region::of(buffer) }
 }
 

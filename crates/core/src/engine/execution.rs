@@ -171,7 +171,7 @@ impl Execution {
         Ok(())
     }
 
-    /// X3.
+    /// Opens as many rounds as the window allows (X3).
     fn open_rounds(&mut self) -> bool {
         let total = self.ready.schedule.rounds();
         let window = self.ready.window();

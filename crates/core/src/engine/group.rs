@@ -5,8 +5,8 @@
 //!   are numbered; peers tell their messages apart by these numbers.
 //! - **G2** receives from any rank take what has come, in the order they were started; a message that a receive names
 //!   the sender of is never taken. They fail as soon as nobody is left to send, or a rank of another node was lost who might have.
-//! - **G3** after a failure everything queued has failed with the same error, the transports have forgotten the group's
-//!   work (so its memory is free), and every later operation fails at once.
+//! - **G3** after a failure the operations at fault have its error, and all others an `Aborted` that quotes it; the transports have
+//!   forgotten the group's work, so its memory is free; every later operation fails at once.
 //! - **G4** `advance` goes on until only a start, a completion, a gate that opens, or a message for an open receive can
 //!   move it again: after the first two the group is `stirred`, and polls that bring nothing need not call it.
 
@@ -83,7 +83,7 @@ pub struct Group<L> {
     weight: usize,
     /// Messages, by index, that wait for any rank to send (G2).
     open: Vec<usize>,
-    /// G4.
+    /// What `advance` looks at may have changed since it ran last (G4).
     stirred: bool,
     next_seq: u64,
     spare: Workspace,
@@ -383,7 +383,7 @@ impl<L: NodeLocal> Group<L> {
             return (Tried::NotNow, Ok(()));
         }
         let (ready, arith, mark) = (call.ready, self.arith(&call.call), self.mark());
-        // SAFETY: the box stays where it is as long as the group, whose transport alone is given the region (R1).
+        // SAFETY: the box stays where it is as long as the group, whose transport alone is given the region (R1 of `memory`).
         let scratch = unsafe { Region::of(&mut self.scrap.0) };
         let buffers = Buffers { input: call.input, output: call.output, scratch };
         let packed = call.call.pack();

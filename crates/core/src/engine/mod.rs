@@ -1,12 +1,12 @@
 //! One engine a process: drives all groups' operations.
 //!
-//! Whoever waits *helps*: it takes the driver's seat and polls until its operation is done, so a blocking call costs no
-//! thread hand-over. A progress thread takes the seat while operations are under way and nobody helps.
+//! Whoever waits *helps*: it takes the driver's seat (the lock of [`Driver`]) and polls until its operation is done, so a blocking
+//! call costs no thread hand-over. A progress thread takes the seat while operations are under way and nobody helps.
 //!
 //! Invariants
 //! - **E1** all transport state is touched only by the holder of the driver's lock.
-//! - **E2** while operations are pending, the seat is taken, or the progress thread has been called after it was left (`summons`): who
-//!   finds it taken need not queue for it.
+//! - **E2** while operations are pending, either a thread holds the seat, or whoever left it last has called the progress thread
+//!   (`summons`). So a thread that finds the seat taken need not queue for it.
 //! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
 //!   a submitter fills the inbox before it looks at `sleeping`).
 //! - **E4** callbacks run with no lock held, on threads of their own.
@@ -270,7 +270,7 @@ impl<T: Transports> Engine<T> {
         Seated { engine: self, driver: ManuallyDrop::new(driver), is_unwinding: std::thread::panicking() }
     }
 
-    /// E6.
+    /// Refuses a forked child (E6).
     fn check_process(&self, site: impl FnOnce() -> Site) -> Result<()> {
         if self.is_ours() { Ok(()) } else { Err(Error::forked(site())) }
     }
@@ -496,7 +496,7 @@ impl<T: Transports> Shared<T> {
         self.ring();
     }
 
-    /// E3.
+    /// Wakes a driver that sleeps (E3).
     fn ring(&self) {
         if self.sleeping.load(Ordering::SeqCst)
             && let Ok(bell) = self.bell.lock()
@@ -728,7 +728,7 @@ mod tests {
     use crate::testing::{MemoryFabric, MemoryNode, MemoryTransports};
     use crate::topology::GroupShape;
 
-    /// E5.
+    /// E5: somebody listens, whatever goes on here.
     #[test]
     fn a_peer_is_heard_beside_brief_calls_without_a_pause() {
         let mut fabrics = MemoryFabric::new(2, 1);

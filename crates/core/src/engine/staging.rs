@@ -29,7 +29,7 @@ impl Block {
             reason: format!("{bytes} bytes could not be mapped: {e}"),
             hint: "Lower SMDDP_STAGING or SMDDP_CHUNK".to_owned(),
         })?;
-        // SAFETY: freshly mapped, unmapped only in drop; Staging hands out disjoint pieces (R1, R3).
+        // SAFETY: freshly mapped, unmapped only in drop; Staging hands out disjoint pieces (R1, R3 of `memory`).
         Ok(Block { region: unsafe { Region::new(start.cast(), len) } })
     }
 }

@@ -1,6 +1,6 @@
-//! W1 under every interleaving (up to a number of preemptions) of who leaves work and the thread that is called to it.
+//! W1 of `summons` under every interleaving (up to a number of preemptions) of who leaves work and the thread that is called to it.
 //!
-//! The twins do a step of W1 as it must not be done: that shows that the model can see the mistake.
+//! The twins do a step of it as it must not be done: that shows that the model can see the mistake.
 
 // Not loom's own, which panics once more when a model that has failed drops it.
 use std::sync::Arc;

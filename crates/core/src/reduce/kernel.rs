@@ -144,7 +144,7 @@ impl<E: Element> Targets<E> {
                 *acc = E::divide(*acc, divisor);
             }
         }
-        // SAFETY: `write` checked the bounds (R2) of all strips; alignment is 1; R1 makes the bytes valid and ours alone; no
+        // SAFETY: `write` checked the bounds (R2 of `memory`) of all strips; alignment is 1; R1 there makes the bytes valid and ours alone; no
         // references to sources, which may be the same bytes (K5), are left.
         unsafe {
             if self.also.is_null() {
@@ -201,7 +201,7 @@ pub fn drive_few<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     let Some((first, rest)) = job.srcs.split_first() else { return };
     for i in range {
         let one = i..i + 1;
-        // SAFETY: `read` checks the bounds (R2); alignment is 1; R1 makes the bytes valid and unwritten meanwhile.
+        // SAFETY: `read` checks the bounds (R2 of `memory`); alignment is 1; R1 there makes the bytes valid and unwritten meanwhile.
         let read = |src: &Region| E::widen(unsafe { *Job::read::<E::Raw>(src, &one).cast::<E::Raw>() });
         let all = rest.iter().fold(read(first), |acc, src| O::apply(acc, read(src)));
         let result = job.divisor.map_or(all, |divisor| E::divide(all, divisor));
@@ -217,7 +217,7 @@ pub fn drive_few<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
 /// The reduction of all sources' elements `part`.
 #[inline(always)]
 fn gather<E: Element, O: Op<E::Acc>>(acc: &mut [E::Acc], srcs: &[Region], part: &Range<usize>) {
-    // SAFETY: `read` checks the bounds (R2); alignment is 1; R1 makes the bytes valid and unwritten meanwhile, and
+    // SAFETY: `read` checks the bounds (R2 of `memory`); alignment is 1; R1 there makes the bytes valid and unwritten meanwhile, and
     // this function writes only to `acc`, which is on the stack.
     let read = |src: &Region| unsafe { &*Job::read::<E::Raw>(src, part) };
     let rest = match srcs {
