@@ -254,7 +254,7 @@ def readme_block(folder: Path) -> str:
             "",
             "![all_reduce, 1 node x 2 ranks](docs/img/all_reduce_1x2.svg)",
             table(one, "--dtype", "float32"),
-            table(folder / "two_nodes.csv", "--from", "64K").replace("4 ranks**", "2 nodes x 2 ranks at 1 Gbit/s**"),
+            table(folder / "two_nodes.csv").replace("4 ranks**", "2 nodes x 2 ranks at 1 Gbit/s**"),
             END,
         ]
     )
