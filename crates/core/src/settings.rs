@@ -93,7 +93,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_STAGING",
         Kind::Bytes(1 << 20, 1 << 30),
         "16M",
-        "registered staging memory of a rank for the fabric",
+        "registered staging memory of a process for the fabric",
     ),
     row(
         "SMDDP_CHUNK",
@@ -105,7 +105,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SLOT",
         Kind::Bytes(4096, 4 << 20),
         "",
-        "bytes of one shared-memory slot (default: what a probe of 0.1 s finds best at the first start on a machine, else 128K)",
+        "bytes of one shared-memory slot (default: what a probe of 0.1 s finds best at the first start on a machine, else 128K). Only for a process's first groups, up to 12 MiB of slots (8 groups by default, one at least); later groups have at most 4 slots of 64K",
     ),
     row(
         "SMDDP_SHM_SLOTS",
@@ -117,31 +117,31 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SINGLE_COPY",
         Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "whether large blocks go straight between the memory of a node's ranks, where the kernel allows it (process_vm_readv, process_vm_writev): those of all_to_all from 512 KiB, of all_gather of two ranks from 512 KiB to 8 MiB, of scatter, gather and broadcast of two ranks from 256 KiB to 32 MiB, and messages from 256 KiB. auto: unless the probe found slots faster; on: always; off: never",
+        "copy large blocks directly between processes, where the kernel allows it (process_vm_readv, process_vm_writev). In groups on one node: all_to_all from 512 KiB; all_gather of two ranks, 512 KiB to 8 MiB; broadcast of two ranks, and scatter and gather of any number, 256 KiB to 32 MiB. In every group: messages within a node from 256 KiB. auto: unless the probe found slots faster",
     ),
     row(
         "SMDDP_SHM_HAND_BACK",
         Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "whether a rank that alone reads a piece in a slot writes to its cache lines, so that its owner gets them back faster. auto: where the probe found that faster; on: always; off: never",
+        "after reading a slot that no other rank reads, write to its cache lines, so that the owner's next write is faster (true on some CPUs). auto: if the probe measured a gain",
     ),
     row(
         "SMDDP_SHM_STREAM",
         Kind::Bytes(0, 1 << 40),
         "",
-        "results at least this large (all ranks of a node together) bypass the caches, by non-temporal stores, except for all_reduce and reduce; 0: never (default: half the last-level cache, at most 64M). What a rank copies from its own input bypasses them from half that size, where that is at most 16M",
+        "results at least this large (all ranks of a node together) bypass the caches, by non-temporal stores, except for all_reduce and reduce; 0: never (default: half the last-level cache, at most 64M). Where it is 32M or less, what a rank copies from its own input bypasses them from half that size",
     ),
     row(
         "SMDDP_ALGORITHM",
         Kind::Text,
         "",
-        "overrides the algorithm between nodes: collective[:from-to]=algorithm, comma-separated, e.g. all_reduce=ring or all_reduce:64K-=sharded; the first entry that fits a call counts",
+        "overrides the algorithm between nodes: collective[:from-to]=algorithm, comma-separated, e.g. all_reduce=ring or all_reduce:64K-=sharded; the first entry that fits a call counts. An all_to_all of uneven blocks counts as 0 bytes",
     ),
     row(
         "SMDDP_SPIN",
         Kind::Count(0, 1_000_000),
         "64",
-        "polls before a waiting rank yields its core (0 where ranks outnumber cores)",
+        "polls before a waiting rank yields its core. No effect where ranks outnumber cores: there it is 0",
     ),
     row(
         "SMDDP_SIMD",
@@ -165,7 +165,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_CUDA_ALGORITHM",
         Kind::Text,
         "",
-        "overrides how CUDA tensors go where several nodes have several ranks each: collective[:from-to]=way, comma-separated; the ways are hierarchical, staged and nccl (NCCL over all ranks, by its own network). The same on all ranks",
+        "overrides how CUDA tensors go where several nodes have equally many ranks each, more than one; no effect elsewhere: collective[:from-to]=way, comma-separated; the ways are hierarchical, staged and nccl (NCCL over all ranks, by its own network). The same on all ranks",
     ),
     row(
         "SMDDP_NCCL",

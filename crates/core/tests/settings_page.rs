@@ -14,18 +14,71 @@ const INTRODUCTION: &str = "\
 <!-- Made from the table in crates/core/src/settings.rs; do not edit by hand:
 UPDATE_DOCS=1 cargo test -p smddp-core --test settings_page -->
 
-Settings are environment variables. They are read when a group is made, `SMDDP_BOOTSTRAP` and `SMDDP_MPI` by the import under
-mpirun already; what a process has once, such as its log, its network and `SMDDP_SPIN`, goes by its first group.
-`SMDDP_CHUNK`, `SMDDP_ALGORITHM`, `SMDDP_STAGING`, `SMDDP_EAGER` and `SMDDP_STRIPE` must be equal on all ranks of a group: else
-making it is an error. The others should be, but for those that name parts of a node.
+Most jobs need none. Settings are environment variables, read when a group is made; `SMDDP_BOOTSTRAP` and `SMDDP_MPI` also by the
+import under mpirun. `SMDDP_SPIN`, `SMDDP_STAGING`, `SMDDP_SIMD`, `SMDDP_REDUCE_THREADS` and those of the network belong to the
+process: its first group decides, and they are read again only after all groups are destroyed. `SMDDP_LOG` is read once.
 
-An unknown name that begins with `SMDDP_`, or a value outside those given here, is an error that says what was expected; names
+`SMDDP_CHUNK`, `SMDDP_ALGORITHM`, `SMDDP_STAGING`, `SMDDP_EAGER` and `SMDDP_STRIPE` must be equal on all ranks, or making a group
+fails. The first rank of each node chooses its shared-memory slots.
+
+An unknown name that begins with `SMDDP_`, or a value outside those given here, is an error that says what was expected. Names
 that begin with `SMDDP_AG_` (AWS's library), `SMDDP_STANDIN_` or `SMDDP_TEST_` (tests) are left alone. `smddp-perf info` prints the
-values in force.
+values in force. Which one to change when something is wrong: [troubleshoot](how-to/troubleshoot.md#which-setting-to-change).
 
-Numbers of bytes may end in `K`, `M` or `G` (powers of 1024).
-
+Numbers of bytes may end in `K`, `M` or `G` (powers of 1024). A *rail* is one NIC as ranks use it; a *slot* is a piece of shared or
+pinned memory through which data passes. Other words: [glossary](README.md#glossary).
 ";
+
+/// The order of the page: a heading and its settings.
+const GROUPS: [(&str, &[&str]); 6] = [
+    (
+        "Launching",
+        &[
+            "SMDDP_BOOTSTRAP",
+            "SMDDP_TIMEOUT",
+            "SMDDP_MPI",
+            "SMDDP_NODE_ID",
+            "SMDDP_SPIN",
+            "SMDDP_TORCH_GROUP",
+        ],
+    ),
+    (
+        "Network",
+        &[
+            "SMDDP_LIBFABRIC",
+            "SMDDP_PROVIDER",
+            "SMDDP_NICS",
+            "SMDDP_RAILS",
+            "SMDDP_FABRIC_MODE",
+            "SMDDP_EAGER",
+            "SMDDP_STRIPE",
+            "SMDDP_STAGING",
+        ],
+    ),
+    (
+        "Shared memory",
+        &[
+            "SMDDP_SHM_SLOT",
+            "SMDDP_SHM_SLOTS",
+            "SMDDP_SHM_SINGLE_COPY",
+            "SMDDP_SHM_HAND_BACK",
+            "SMDDP_SHM_STREAM",
+        ],
+    ),
+    ("Algorithms and arithmetic", &["SMDDP_ALGORITHM", "SMDDP_CHUNK", "SMDDP_SIMD", "SMDDP_REDUCE_THREADS"]),
+    (
+        "CUDA",
+        &[
+            "SMDDP_CUDA",
+            "SMDDP_CUDA_ALGORITHM",
+            "SMDDP_NCCL",
+            "SMDDP_GPUDIRECT",
+            "SMDDP_CUDA_SLOT",
+            "SMDDP_CUDA_SLOTS",
+        ],
+    ),
+    ("Diagnostics", &["SMDDP_LOG"]),
+];
 
 const ALGORITHMS: &str = "
 ## Algorithms
@@ -38,11 +91,15 @@ all blocks of a call together. `smddp-perf plan` shows which one would run, and 
 ";
 
 fn page() -> String {
-    let rows: String = TABLE.iter().map(line).collect();
+    let groups: String = GROUPS.iter().map(section).collect();
     let algorithms: String = Collective::ALL.into_iter().filter_map(algorithms_of).collect();
-    format!(
-        "{INTRODUCTION}| Setting | Values | Default | Meaning |\n| --- | --- | --- | --- |\n{rows}{ALGORITHMS}{algorithms}"
-    )
+    format!("{INTRODUCTION}{groups}{ALGORITHMS}{algorithms}")
+}
+
+fn section((heading, names): &(&str, &[&str])) -> String {
+    let row = |name: &&str| TABLE.iter().find(|row| row.name == *name).unwrap_or_else(|| panic!("{name}"));
+    let rows: String = names.iter().map(row).map(line).collect();
+    format!("\n## {heading}\n\n| Setting | Values | Default | Meaning |\n| --- | --- | --- | --- |\n{rows}")
 }
 
 /// None where nothing may be named.
