@@ -6,8 +6,9 @@ with the same dtype, reduction, root and counts; ranks that disagree get Mismatc
 Everything accepts `async_op=True` (returns a `Handle` at once; the arrays must not be touched until its `wait()` has
 returned) and `timeout` in seconds (None: the group's). Algorithms are chosen by shape and size: docs/how-to/measure.md.
 
-All calls raise ArgumentError or UnsupportedError for what cannot be done, before anything moves: the group stays usable.
-MismatchError, TimeoutError, PeerLostError, AbortedError and TransportError end the group: docs/how-to/handle-failures.md.
+All calls raise ArgumentError or UnsupportedError for what cannot be done, before anything moves: the group stays
+usable. MismatchError, TimeoutError, PeerLostError, AbortedError and TransportError end the group
+(docs/how-to/handle-failures.md).
 """
 
 from __future__ import annotations
