@@ -10,8 +10,9 @@ use smddp::{Collective, DType, ReduceOp, Settings, World};
 
 use crate::args::{Bench, Device};
 use crate::device::Gpu;
-use crate::measure::{Row, measure};
+use crate::measure::measure;
 use crate::report::{self, Header};
+use crate::row::Row;
 use crate::workload::Kind;
 use crate::{FAILED, Failure, USAGE, chart, info, launch, print};
 

@@ -10,6 +10,7 @@ mod launch;
 mod measure;
 mod plan;
 mod report;
+mod row;
 mod workload;
 
 use std::path::Path;
