@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use smddp::{Collective, ReduceOp};
 
-use crate::Failure;
+use crate::failure::Failure;
 use crate::row::{OnDevice, Row};
 
 /// What the job is, as far as it was found.
