@@ -12,7 +12,8 @@ use smddp_core::{Error, Result};
 use smddp_cuda::{DeviceOptions, Wanted};
 
 use crate::connect::{GroupOptions, connect};
-use crate::{Communicator, DeviceGroup, library_dirs};
+use crate::dirs::library_dirs;
+use crate::transports::{Communicator, DeviceGroup};
 
 /// All ranks of the job. Under MPI a process has one world in its life, as it has one MPI. Derefs to the [`Communicator`] over all of them.
 pub struct World {
