@@ -39,6 +39,7 @@ class _Native:
 
     carries_messages = True
     made = 0
+    wanted = staticmethod(lambda _: (False, None))
 
     def __init__(self, *_: object) -> None:
         _Native.made += 1
@@ -342,10 +343,10 @@ def test_waiting_for_a_call_that_has_failed_raises() -> None:
 
 
 def test_a_group_that_has_ended_or_failed_connects_nobody(side: CudaSide) -> None:
-    def nobody_comes() -> None:
+    def nobody_comes(*_: object) -> Any:
         raise AssertionError("ranks meet that do not come")
 
-    side._make_rail = nobody_comes
+    side._meet = nobody_comes
     side.abort("enough")
     with pytest.raises(AbortedError, match=r"enough\. To go on, make a new group") as caught:
         side.message("send", _message(1, True))

@@ -141,6 +141,8 @@ class DeviceGroup:
     def __init__(
         self, host: Communicator, rail: Communicator | None, device: int, library_dirs: Sequence[str]
     ) -> None: ...
+    @staticmethod
+    def wanted(group: Communicator) -> tuple[bool, list[int] | None]: ...
     def start(
         self,
         stream: int,

@@ -96,7 +96,7 @@ def split(
 
 def _connect(store: Store, rank: int, size: int, limit: timedelta, name: str, members: list[int]) -> Seat:
     communicator = _meet(store, rank, size, limit, name)
-    cuda = CudaSide(communicator, lambda: _rail(store, communicator, name))
+    cuda = CudaSide(communicator, lambda label, ranks: _part(store, communicator, label, ranks))
     return Seat(store, communicator, limit, members, cuda)
 
 
@@ -113,16 +113,11 @@ def _meet(store: Store, rank: int, size: int, limit: timedelta, name: str) -> _c
     return communicator
 
 
-def _rail(store: Store, group: _core.Communicator, name: str) -> _core.Communicator | None:
-    """The ranks with this one's local rank, one a node; None where nodes have different numbers of ranks, or one."""
-    nodes = group.nodes
-    by_node = [[rank for rank, node in enumerate(nodes) if node == n] for n in range(max(nodes) + 1)]
-    local = by_node[nodes[group.rank]].index(group.rank)
-    if len(by_node) == 1 or len({len(ranks) for ranks in by_node}) > 1 or len(by_node[0]) == 1:
-        return None
-    rail = f"{name}/rail{local}"
-    limit = timedelta(seconds=group.timeout)
-    return _meet(PrefixStore(f"{rail}/", store), nodes[group.rank], len(by_node), limit, rail)
+def _part(store: Store, group: _core.Communicator, label: str, ranks: list[int]) -> _core.Communicator:
+    """Another communicator of some of the group's ranks, this one among them; `label` is theirs alone in this group."""
+    limit, place = timedelta(seconds=group.timeout), f"{group.name}/{label}"
+    name = group.name if len(ranks) == group.size else place
+    return _meet(PrefixStore(f"{place}/", store), ranks.index(group.rank), len(ranks), limit, name)
 
 
 def _seated(seat: Seat, new: NewGroup, others: dict[str, Other], name: str) -> SmddpProcessGroup:

@@ -571,6 +571,7 @@ class Collectives:
     def set_timeout(self, timeout: timedelta) -> None:
         """The time limit of every later operation."""
         self._comm.set_timeout(timeout.total_seconds())
+        self._cuda.set_timeout(timeout.total_seconds())
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         self.set_timeout(timeout)

@@ -72,11 +72,12 @@ class CudaSide:
     carries_messages = False
     """Whether messages between CUDA tensors go from device to device; the same on all ranks."""
 
-    def __init__(self, communicator: Communicator, rail: Callable[[], Communicator | None]) -> None:
-        """rail: connects the ranks with this one's local rank on all nodes; None where that makes no sense."""
+    def __init__(self, communicator: Communicator, meet: Callable[[str, list[int]], Communicator]) -> None:
+        """meet: connects some of the group's ranks, this one among them, under a name of theirs."""
         self._comm = communicator
-        self._make_rail = rail
-        self._rail: Communicator | None = None
+        self._meet = meet
+        self._own: list[Communicator] = []
+        """The CUDA side's communicators beside the group's: of all ranks, and of the rail."""
         self._native: DeviceGroup | None = None
         self._device = -1
         self._ended = ""
@@ -234,9 +235,20 @@ class CudaSide:
         return self._stream.cuda_stream, behind
 
     def synchronize(self) -> None:
-        """Waits until the device has done what the current stream was given: a barrier is one for devices too."""
-        if self._native is not None:
-            torch.cuda.current_stream(self._device).synchronize()
+        """Waits until the device has done what the current stream was given: a barrier is one for devices too. Raises
+        what a call has failed with, as far as is known."""
+        native = self._native
+        if native is None:
+            return
+        torch.cuda.current_stream(self._device).synchronize()
+        error = native.failure()
+        if error is not None:
+            raise error
+
+    def set_timeout(self, seconds: float) -> None:
+        """The time limit of every later call."""
+        for communicator in tuple(self._own):
+            communicator.set_timeout(seconds)
 
     def describe(self) -> str:
         return "" if self._native is None else self._native.describe()
@@ -245,6 +257,9 @@ class CudaSide:
         self._end("the group was destroyed", lambda native: native.shutdown())
 
     def abort(self, reason: str) -> None:
+        # First who waits for other ranks, with the lock: in a meeting of the CUDA sides, say.
+        for communicator in tuple(self._own):
+            communicator.abort(reason)
         self._end(reason, lambda native: native.abort(reason))
 
     def _end(self, reason: str, how: Callable[[DeviceGroup], None]) -> None:
@@ -259,8 +274,7 @@ class CudaSide:
                     self._native = native
                     raise
             self._foreign.clear()
-            if self._rail is not None:
-                self._rail.shutdown()
+            self._leave()
 
     def _connected(self, name: str, device: int) -> DeviceGroup:
         native = self._native
@@ -268,14 +282,32 @@ class CudaSide:
             with self._lock:
                 if self._native is None:
                     self._check_alive(name)
-                    self._rail = self._make_rail()
-                    self._native = DeviceGroup(self._comm, self._rail, device, library_dirs())
+                    self._native = self._made(device)
                     self._device = device
                 native = self._native
         if device != self._device:
             hint = "A group uses one device a process: the one of its first call with CUDA tensors"
             raise ArgumentError.of(name, "tensor", f"a tensor on cuda:{self._device}", f"one on cuda:{device}", hint)
         return native
+
+    def _made(self, device: int) -> DeviceGroup:
+        has_own, rail = DeviceGroup.wanted(self._comm)
+        try:
+            host = self._met("cuda", list(range(self._comm.size))) if has_own else self._comm
+            return DeviceGroup(host, rail and self._met(f"rail{rail[0]}", rail), device, library_dirs())
+        except BaseException:
+            self._leave()
+            raise
+
+    def _met(self, label: str, ranks: list[int]) -> Communicator:
+        met = self._meet(label, ranks)
+        self._own.append(met)
+        return met
+
+    def _leave(self) -> None:
+        """Ends the communicators of its own, later than what uses them."""
+        while self._own:
+            self._own.pop().shutdown()
 
     def _check_alive(self, name: str) -> None:
         """Nobody would come to connect a group that has ended, or failed."""

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use smddp_core::settings::Settings;
 
-use crate::env::{self, Env, Launcher, Vars};
+use crate::env::{self, Env, Vars};
 use crate::error::{Error, Result};
-use crate::{host, mpi, mpi_may_know, slurm};
+use crate::{host, master, mpi};
 
 /// The variables torch needs and does not find: of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
 /// MASTER_PORT those that are missing. Nothing outside of a launcher, and nothing under torchrun.
@@ -28,12 +28,12 @@ pub fn launcher_env(settings: &Settings, dirs: &[PathBuf], vars: &Vars) -> Resul
     if env.launcher.is_none() || mode == "single" {
         return Ok(Vec::new());
     }
-    let master = master_without_mpi(&env, vars)?;
+    let master = master::without_mpi(&env, vars)?;
     // An MPI that was not told of its job may end the process instead of saying so.
-    let no_mpi = mode == "env" || (mode != "mpi" && !mpi_may_know(&env, vars));
+    let no_mpi = mode == "env" || (mode != "mpi" && !mpi::may_know(&env, vars));
     let known = env.size.is_some() && (master.is_some() || no_mpi);
     let places = if known {
-        Places { env: env.clone(), master: master.or_else(|| slurm_master(&env, vars)) }
+        Places { env: env.clone(), master: master.or_else(|| master::of_slurm(&env, vars)) }
     } else {
         match ask_mpi(settings, dirs, vars, &env) {
             Ok(places) => Places { master: master.or(places.master), ..places },
@@ -60,60 +60,6 @@ pub fn launcher_env(settings: &Settings, dirs: &[PathBuf], vars: &Vars) -> Resul
 struct Places {
     env: Env,
     master: Option<(String, u16)>,
-}
-
-/// The master as far as variables tell it, for one host or several.
-pub(crate) fn master_without_mpi(env: &Env, vars: &Vars) -> Result<Option<(String, u16)>> {
-    if let (Some(addr), Some(port)) = (&env.master_addr, env.master_port) {
-        return Ok(Some((addr.clone(), port)));
-    }
-    let sagemaker = vars.get("SMDATAPARALLEL_SERVER_ADDR");
-    // SageMaker's own containers take the port after the next of its server's.
-    let sagemaker_port = match vars.get("SMDATAPARALLEL_SERVER_PORT") {
-        Some(text) => match text.parse::<u16>().ok().and_then(|port| port.checked_add(2)) {
-            Some(port) => Some(port),
-            None => {
-                return Err(Error::variable(
-                    "SMDATAPARALLEL_SERVER_PORT",
-                    "a port number",
-                    format!("'{text}'"),
-                    "Set MASTER_ADDR and MASTER_PORT instead",
-                ));
-            }
-        },
-        None => None,
-    };
-    let single = env.one_host() || env.size == Some(1);
-    let addr = env.master_addr.as_deref().or(sagemaker).or(single.then_some("127.0.0.1"));
-    let port = env.master_port.or(sagemaker.and(sagemaker_port)).or_else(|| derived_port(env));
-    Ok(addr.map(str::to_owned).zip(port))
-}
-
-/// The port that the launcher's job id gives, where there is one; on a single host its process will do.
-pub(crate) fn derived_port(env: &Env) -> Option<u16> {
-    let single = env.one_host() || env.size == Some(1);
-    let job = env.job.clone().or_else(|| if single { launcher_id(env) } else { None })?;
-    Some(host::derived_port(&job, single))
-}
-
-/// Identity of the launcher's process on this host.
-fn launcher_id(env: &Env) -> Option<String> {
-    let marker = match env.launcher? {
-        Launcher::OpenMpi => "OMPI_COMM_WORLD_RANK",
-        Launcher::Pmi => "PMI_RANK",
-        Launcher::Slurm => "SLURM_PROCID",
-        Launcher::Pmix => "PMIX_RANK",
-    };
-    Some(host::launcher_process(marker)?.id)
-}
-
-/// Slurm's first node, where rank 0 runs in every usual distribution, and a port derived from the job.
-pub(crate) fn slurm_master(env: &Env, vars: &Vars) -> Option<(String, u16)> {
-    env.job.as_ref()?;
-    let list = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"];
-    let node = list.iter().find_map(|name| slurm::first_host(vars.get(name)?))?;
-    let addr = env.master_addr.clone().unwrap_or(node);
-    Some((addr, env.master_port.or_else(|| derived_port(env))?))
 }
 
 fn ask_mpi(settings: &Settings, dirs: &[PathBuf], vars: &Vars, env: &Env) -> Result<Places> {
@@ -150,7 +96,7 @@ fn ask_mpi(settings: &Settings, dirs: &[PathBuf], vars: &Vars, env: &Env) -> Res
 }
 
 fn fall_back(env: &Env, vars: &Vars, error: Error) -> Result<(String, u16)> {
-    match (env.size, slurm_master(env, vars)) {
+    match (env.size, master::of_slurm(env, vars)) {
         (Some(_), Some(master)) => Ok(master),
         _ => Err(no_master(&error.to_string())),
     }
@@ -237,7 +183,7 @@ mod tests {
         assert_eq!((all["MASTER_ADDR"].as_str(), all["LOCAL_WORLD_SIZE"].as_str()), ("gpu07", "2"));
         let vars = Vars::from_pairs(srun);
         assert!(
-            !mpi_may_know(&env::read(&vars, false).unwrap(), &vars),
+            !mpi::may_know(&env::read(&vars, false).unwrap(), &vars),
             "MPI is not started under a plain srun"
         );
     }

@@ -56,6 +56,17 @@ impl From<smddp_mpi_sys::Error> for Error {
     }
 }
 
+/// Whether this was started in a way in which MPI knows the job.
+pub(crate) fn may_know(env: &Env, vars: &Vars) -> bool {
+    let launched = match env.launcher {
+        Some(Launcher::OpenMpi | Launcher::Pmi | Launcher::Pmix) => true,
+        // Under a plain srun each task would be an MPI job of its own.
+        Some(Launcher::Slurm) => vars.has("PMIX_RANK"),
+        None => false,
+    };
+    launched && !env.own_world && env.size != Some(1)
+}
+
 /// Where to look for the launcher's MPI.
 pub(crate) fn search(settings: &Settings, vars: &Vars, env: &Env, dirs: &[PathBuf]) -> Search {
     let explicit = settings.text("SMDDP_MPI");

@@ -18,6 +18,7 @@ use crate::hierarchical::Hierarchy;
 use crate::life::Life;
 use crate::nccl::NcclComm;
 use crate::past::{Events, Past};
+use crate::path::Path;
 use crate::select::{Selection, Way};
 use crate::setup::{
     MULTIPROCESSORS, Members, agreed, every_bus, meet, on_all, refuse_shared_device, settle_direct,
@@ -33,29 +34,15 @@ const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What a group's CUDA side is made of.
 pub struct DeviceOptions<T: Transports> {
-    /// The group on the host.
+    /// All members: the group's own communicator, or another of the same ranks where one is [wanted](crate::Wanted).
     pub host: Communicator<T>,
-    /// Of the ranks with this one's local rank on all nodes, in node order; where every node has as many ranks, more
-    /// than one, and there are several nodes.
+    /// Of the ranks that [`Wanted::rail`](crate::Wanted) names.
     pub rail: Option<Communicator<T>>,
     /// The device's number.
     pub device: i32,
     pub settings: Settings,
     /// Folders in which NCCL may lie, beside the usual ones.
     pub library_dirs: Vec<PathBuf>,
-}
-
-/// How a group's calls go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
-    /// NCCL does everything: all ranks are on one node, or the settings say so.
-    Nccl,
-    /// NCCL inside the node, pinned memory and the rail between nodes.
-    Hierarchical,
-    /// Through pinned memory and the host's group.
-    Staged,
-    /// This rank is alone.
-    Alone,
 }
 
 /// A call that was enqueued.
@@ -148,7 +135,7 @@ impl<T: Transports> DeviceGroup<T> {
         let selection = agreed(&host, Selection::new(&settings), "reading its settings")?;
         let opened = Device::open(device).and_then(|d| Ok((d.bus_id()?, d.visit()?, d)));
         let (bus_id, _visit, device) = agreed(&host, opened, "opening its CUDA device")?;
-        let path = choose(&host, rail.is_some(), settings.text("SMDDP_CUDA"));
+        let path = Path::of(host.shape(), &settings);
         if matches!(path, Path::Nccl | Path::Hierarchical) {
             let buses = every_bus(&host, &bus_id)?;
             // Where a device may be shared is said to each rank for itself.
@@ -430,6 +417,11 @@ impl<T: Transports> DeviceGroup<T> {
         watched.or_else(|| self.host.known_failure()).or_else(|| self.rail.as_ref()?.known_failure())
     }
 
+    /// The time limit of later calls that are given none.
+    pub fn set_timeout(&self, limit: Duration) {
+        self.host.set_timeout(limit);
+    }
+
     /// Fails the group on every rank.
     pub fn abort(&self, reason: &str) {
         // First what releases streams that wait for words, then NCCL's kernels, which wait for peers.
@@ -629,18 +621,6 @@ impl<T: Transports> Drop for DeviceGroup<T> {
 /// of a failed group they know.
 fn leaves_others_waiting(error: &Error) -> bool {
     !matches!(error, Error::Argument { .. } | Error::Unsupported { .. } | Error::Aborted { .. })
-}
-
-fn choose<T: Transports>(host: &Communicator<T>, has_rail: bool, wanted: &str) -> Path {
-    let nodes = host.shape().node_count();
-    match (wanted, nodes) {
-        ("staged", _) => Path::Staged,
-        ("nccl", _) => Path::Nccl,
-        (_, 1) if host.size() == 1 => Path::Alone,
-        (_, 1) => Path::Nccl,
-        _ if has_rail => Path::Hierarchical,
-        _ => Path::Staged,
-    }
 }
 
 /// The device must have been entered.

@@ -38,6 +38,7 @@ mod life;
 mod meeting;
 mod nccl;
 mod past;
+mod path;
 mod pieces;
 mod pinned;
 mod quiet;
@@ -50,6 +51,7 @@ pub use call::{DeviceCall, DeviceMessage, Memory};
 pub use device::Device;
 #[doc(hidden)]
 pub use device::use_driver;
-pub use group::{DeviceGroup, DeviceOptions, Path, Started};
+pub use group::{DeviceGroup, DeviceOptions, Started};
 pub use nccl::found as nccl_found;
 pub use past::Past;
+pub use path::{Path, Wanted};

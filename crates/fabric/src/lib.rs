@@ -11,6 +11,7 @@ mod error;
 mod groups;
 pub mod libfabric;
 mod map;
+mod open;
 mod ops;
 mod peer;
 mod receiving;
@@ -24,4 +25,5 @@ mod withdraw;
 
 pub use endpoint::FabricEndpoint;
 pub use error::Error;
-pub use libfabric::{LibfabricDomain, NicInfo, Place, found, probe};
+pub use libfabric::{LibfabricDomain, NicInfo, Place};
+pub use open::{found, probe};

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-use crate::{Abi, Error, Handle, Mpi};
+use crate::abi::{Abi, Allgather, Bcast, CommInt, Finalize, Flag, Handle, InitThread, Version};
+use crate::calls::Mpi;
+use crate::error::Error;
 
 /// Only take a library the process has loaded already (Linux; the same on glibc and musl).
 const RTLD_NOLOAD: c_int = 4;
@@ -81,25 +83,31 @@ impl Search {
     }
 }
 
-pub(crate) fn load(search: &Search) -> Result<Mpi, Error> {
-    if let Some(file) = &search.explicit {
-        let library = open(file, FLAGS).map_err(|reason| Error::NotFound { tried: vec![reason] })?;
-        return bind(library, file);
-    }
-    if let Some(found) = in_process(search) {
-        return Ok(found);
-    }
-    let mut tried = Vec::new();
-    for file in search.candidates() {
-        match open(&file, FLAGS) {
-            Ok(library) => match bind(library, &file) {
-                Ok(mpi) => return Ok(mpi),
-                Err(error) => tried.push(error.to_string()),
-            },
-            Err(reason) => tried.push(reason),
+impl Mpi {
+    /// Finds and loads a library as `search` says.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] with every attempt, or [`Error::Symbol`] when the file named explicitly is no MPI.
+    pub fn load(search: &Search) -> Result<Mpi, Error> {
+        if let Some(file) = &search.explicit {
+            let library = open(file, FLAGS).map_err(|reason| Error::NotFound { tried: vec![reason] })?;
+            return bind(library, file);
         }
+        if let Some(found) = in_process(search) {
+            return Ok(found);
+        }
+        let mut tried = Vec::new();
+        for file in search.candidates() {
+            match open(&file, FLAGS) {
+                Ok(library) => match bind(library, &file) {
+                    Ok(mpi) => return Ok(mpi),
+                    Err(error) => tried.push(error.to_string()),
+                },
+                Err(reason) => tried.push(reason),
+            }
+        }
+        Err(Error::NotFound { tried })
     }
-    Err(Error::NotFound { tried })
 }
 
 /// An MPI somebody else has loaded; the launcher's family first.
@@ -178,7 +186,7 @@ fn bind(library: Library, path: &Path) -> Result<Mpi, Error> {
             }
         };
     }
-    let initialized = function!("MPI_Initialized", crate::Flag);
+    let initialized = function!("MPI_Initialized", Flag);
     let abi = decide(&library);
     let (world, byte) = handles(&library, path, abi)?;
     let mpi = Mpi {
@@ -187,14 +195,14 @@ fn bind(library: Library, path: &Path) -> Result<Mpi, Error> {
         world,
         byte,
         initialized,
-        finalized: function!("MPI_Finalized", crate::Flag),
-        init_thread: function!("MPI_Init_thread", crate::InitThread),
-        finalize: function!("MPI_Finalize", crate::Finalize),
-        comm_rank: function!("MPI_Comm_rank", crate::CommInt),
-        comm_size: function!("MPI_Comm_size", crate::CommInt),
-        bcast: function!("MPI_Bcast", crate::Bcast),
-        allgather: function!("MPI_Allgather", crate::Allgather),
-        library_version: function!("MPI_Get_library_version", crate::Version),
+        finalized: function!("MPI_Finalized", Flag),
+        init_thread: function!("MPI_Init_thread", InitThread),
+        finalize: function!("MPI_Finalize", Finalize),
+        comm_rank: function!("MPI_Comm_rank", CommInt),
+        comm_size: function!("MPI_Comm_size", CommInt),
+        bcast: function!("MPI_Bcast", Bcast),
+        allgather: function!("MPI_Allgather", Allgather),
+        library_version: function!("MPI_Get_library_version", Version),
     };
     // Invariant 1: never closed.
     std::mem::forget(library);

@@ -10,10 +10,13 @@ use smddp::{Collective, DType, ReduceOp, Settings, World};
 
 use crate::args::{Bench, Device};
 use crate::device::Gpu;
-use crate::measure::{Row, measure};
+use crate::failure::{FAILED, Failure, USAGE};
+use crate::measure::measure;
+use crate::output::print;
 use crate::report::{self, Header};
+use crate::row::Row;
 use crate::workload::Kind;
-use crate::{FAILED, Failure, USAGE, chart, info, launch, print};
+use crate::{chart, info, launch};
 
 /// An operation of a benchmark that takes longer has failed, unless SMDDP_TIMEOUT says otherwise.
 const OPERATION_LIMIT: &str = "120";

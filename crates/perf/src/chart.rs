@@ -3,8 +3,8 @@
 
 use std::fmt::Write as _;
 
-use crate::measure::Row;
 use crate::report::Header;
+use crate::row::Row;
 
 /// One line of a chart: (bytes, value) in ascending order of bytes; values above 0.
 #[derive(Clone, Debug)]

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use crate::args::CompareArgs;
 use crate::chart::{self, Panel, Series, size_label};
+use crate::failure::Failure;
+use crate::output::print;
 use crate::report::{CSV_HEADER, foreign_csv};
-use crate::{Failure, print};
 
 /// One line of a CSV file.
 #[derive(Clone, Debug)]

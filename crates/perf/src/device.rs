@@ -11,26 +11,9 @@ use smddp::cuda::{DeviceCall, Memory, Path as Way};
 use smddp::{Collective, DType, DeviceGroup, Error, Region, Result, World};
 use smddp_cuda_sys::{Driver, STREAM_NON_BLOCKING, SUCCESS, Status, Stream};
 
-use crate::measure::{self, Row, repetitions, slowest};
+use crate::measure::{self, repetitions, slowest};
+use crate::row::{OnDevice, Row};
 use crate::workload::{Aligned, Kind, Sample, Workload, shape};
-
-/// What a row has more when it was measured on CUDA memory, seconds a call.
-#[derive(Clone, Debug)]
-pub struct OnDevice {
-    /// Of the host.
-    pub host: f64,
-    /// The copies to and from pinned memory alone, both ways at once.
-    pub copies: Option<f64>,
-    /// The same call on the host's memory.
-    pub on_host: Option<f64>,
-}
-
-impl OnDevice {
-    /// What the call cannot be faster than, as far as it was measured.
-    pub fn bound(&self) -> Option<f64> {
-        [self.copies, self.on_host].into_iter().flatten().reduce(f64::max)
-    }
-}
 
 /// This rank's device, and the world's calls on it.
 pub struct Gpu {

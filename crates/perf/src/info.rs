@@ -9,7 +9,8 @@ use smddp::slots::Origin;
 use smddp_core::reduce;
 
 use crate::args::InfoArgs;
-use crate::{Failure, print};
+use crate::failure::Failure;
+use crate::output::print;
 
 /// A heading with its lines: name, what was found, and for some what it means.
 struct Section {

@@ -8,7 +8,7 @@ use std::net::TcpListener;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use crate::Failure;
+use crate::failure::Failure;
 
 /// How long the others may go on after one rank has failed.
 const GRACE: Duration = Duration::from_secs(5);

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use smddp::{Collective, Communicator, DType, ReduceOp, Result};
 
-use crate::device::OnDevice;
-use crate::workload::{Kind, Sample, Workload, bus_factor, shape};
+use crate::row::Row;
+use crate::workload::{Kind, Sample, Workload, shape};
 
 /// Aim for the length of a batch, seconds.
 const BATCH: f64 = 0.001;
@@ -22,40 +22,6 @@ const NOTICE: Duration = Duration::from_micros(10);
 /// Bounds of the number of calls in a batch, and of the number of batches.
 const CALLS: (usize, usize) = (1, 20_000);
 const BATCHES: (usize, usize) = (7, 401);
-
-/// One line of the table.
-#[derive(Clone, Debug)]
-pub struct Row {
-    pub collective: Collective,
-    pub dtype: DType,
-    pub op: ReduceOp,
-    pub root: usize,
-    pub world: usize,
-    /// Bytes and elements of the whole buffer.
-    pub bytes: usize,
-    pub count: usize,
-    /// Timed calls.
-    pub calls: usize,
-    /// Seconds a call.
-    pub median: f64,
-    pub fastest: f64,
-    /// Every rank's result was right; `None` where there is none.
-    pub right: Option<bool>,
-    pub algorithm: String,
-    /// Where the calls were on CUDA memory.
-    pub device: Option<OnDevice>,
-}
-
-impl Row {
-    /// GB/s (1e9) of the median batch.
-    pub fn algbw(&self) -> f64 {
-        self.bytes as f64 / self.median / 1e9
-    }
-
-    pub fn busbw(&self) -> f64 {
-        self.algbw() * bus_factor(self.collective, self.world)
-    }
-}
 
 /// Measures one size. `Ok(None)` when the size holds no whole element or block.
 pub fn measure(

@@ -10,8 +10,9 @@ use smddp_core::plan::{Op, Span, render};
 
 use crate::args::PlanArgs;
 use crate::chart::size_label;
+use crate::failure::Failure;
+use crate::output::print;
 use crate::workload::shape as sizes;
-use crate::{Failure, print};
 
 /// A drawing or table with more ranks than this is of no use to a reader; the plans themselves have no such limit.
 const SHOWN_RANKS: usize = 64;

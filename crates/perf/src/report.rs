@@ -8,9 +8,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 use smddp::{Collective, ReduceOp};
 
-use crate::Failure;
-use crate::device::OnDevice;
-use crate::measure::Row;
+use crate::failure::Failure;
+use crate::row::{OnDevice, Row};
 
 /// What the job is, as far as it was found.
 #[derive(Clone, Debug)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use pyo3::prelude::*;
-use smddp::cuda::{DeviceCall, DeviceMessage, DeviceOptions, Memory};
+use smddp::cuda::{DeviceCall, DeviceMessage, DeviceOptions, Memory, Wanted};
 use smddp::{Region, Request, Settings};
 
 use crate::arguments::{Numbers, seconds};
@@ -23,8 +23,16 @@ pub struct DeviceGroup {
 
 #[pymethods]
 impl DeviceGroup {
-    /// Every member calls it at the same point. `rail` is the group of the ranks with this one's local rank on all
-    /// nodes, where there are several nodes of equally many ranks.
+    /// What the CUDA side of `group` is to be made with: whether `host` is a communicator of its own, of all members, and the members of
+    /// the `rail`.
+    #[staticmethod]
+    fn wanted(py: Python<'_>, group: &Communicator) -> PyResult<(bool, Option<Vec<usize>>)> {
+        let settings = raise(py, Settings::from_env())?;
+        let wanted = Wanted::of(group.inner.shape(), group.inner.rank(), &settings);
+        Ok((wanted.own, wanted.rail))
+    }
+
+    /// Every member calls it at the same point, with the communicators that are `wanted`; the group's own as `host`, else.
     #[new]
     #[pyo3(signature = (host, rail, device, library_dirs))]
     fn new(

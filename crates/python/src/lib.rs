@@ -7,6 +7,7 @@
 //! - **P3** no thread that drives progress waits for the interpreter: completions that must run Python go to threads of
 //!   their own (`callback.rs`).
 
+mod all_reduce;
 mod arguments;
 mod callback;
 mod communicator;
@@ -17,6 +18,7 @@ mod errors;
 mod group;
 mod handle;
 mod negative;
+mod peek;
 mod shared;
 mod store;
 mod torch;
@@ -27,6 +29,8 @@ use pyo3::prelude::*;
 /// The native half of smdistributed_rs.
 #[pymodule(gil_used = false)]
 mod _core {
+    #[pymodule_export]
+    use super::all_reduce::AllReduce;
     #[pymodule_export]
     use super::callback::stop_callbacks;
     #[pymodule_export]
@@ -44,7 +48,7 @@ mod _core {
     #[pymodule_export]
     use super::shared::SharedMemory;
     #[pymodule_export]
-    use super::torch::{AllReduce, reads_options, use_torch};
+    use super::torch::{reads_options, use_torch};
     #[pymodule_export]
     use super::world::{World, launcher_variables};
 

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::torch::read;
+use crate::peek::read;
 
 /// Where a tensor says so. Torch's own `is_neg` costs more than all else that is asked of a tensor, and lets other threads
 /// have the interpreter in between.

@@ -1,19 +1,17 @@
 //! The commonest call of all, `dist.all_reduce(tensor)`, read from torch's objects in one step.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::time::Duration;
 
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBool, PyDelta, PyDeltaAccess, PyDict, PyList, PyTuple, PyType};
+use pyo3::types::{PyDelta, PyDeltaAccess, PyList, PyType};
 use smddp::{Collective, Request};
 
 use crate::arguments::region;
-use crate::communicator::Communicator;
 use crate::dlpack;
+use crate::peek::read;
 
 /// Where torch's options of all_reduce have what says "a synchronous sum". Its own getters cost half a microsecond, more
 /// than all the rest of a small call.
@@ -91,14 +89,6 @@ impl Options {
     }
 }
 
-/// The bytes at an address, or None where there are none to read: the kernel reads them, and faults at nothing.
-pub fn read<const N: usize>(address: usize) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    let memory = File::open("/proc/self/mem").ok()?;
-    memory.read_exact_at(&mut bytes, u64::try_from(address).ok()?).ok()?;
-    Some(bytes)
-}
-
 static OPTIONS: PyOnceLock<Option<Options>> = PyOnceLock::new();
 
 /// Tells what torch's tensors, the options of all_reduce and the reductions are; False when tensors cannot be read without
@@ -124,45 +114,6 @@ pub fn reads_options(py: Python<'_>) -> bool {
     OPTIONS.get(py).is_some_and(Option::is_some)
 }
 
-/// A group's `allreduce`, as `torch.distributed` calls it: the commonest call ends in here without a frame of Python, the
-/// others go to `long`. An object with `__call__` and no function, since torch's C++ half takes functions that are not
-/// Python's for its own.
-#[pyclass(frozen, module = "smdistributed_rs._core")]
-pub struct AllReduce {
-    group: Py<Communicator>,
-    /// The module that says whether a profiler is to see the calls.
-    profiler: Py<PyAny>,
-    /// What a call that is over returns.
-    done: Py<PyAny>,
-    /// A weak method: a strong one would make the group keep itself alive.
-    long: Py<PyAny>,
-}
-
-#[pymethods]
-impl AllReduce {
-    #[new]
-    fn new(group: Py<Communicator>, profiler: Py<PyAny>, done: Py<PyAny>, long: Py<PyAny>) -> AllReduce {
-        AllReduce { group, profiler, done, long }
-    }
-
-    #[pyo3(signature = (*args, **named))]
-    fn __call__(
-        &self,
-        py: Python<'_>,
-        args: &Bound<'_, PyTuple>,
-        named: Option<&Bound<'_, PyDict>>,
-    ) -> PyResult<Py<PyAny>> {
-        if named.is_none()
-            && args.len() == 2
-            && !is_true(&self.profiler.bind(py).getattr(intern!(py, "_is_profiler_enabled"))?)
-            && self.group.get().sum_now(py, &args.get_item(0)?, &args.get_item(1)?)?
-        {
-            return Ok(self.done.clone_ref(py));
-        }
-        self.long.bind(py).call0()?.call(args, named).map(Bound::unbind)
-    }
-}
-
 /// The request of a synchronous sum of one dense CPU tensor; None for every other call.
 pub fn plain_sum(
     py: Python<'_>,
@@ -180,10 +131,6 @@ pub fn plain_sum(
     let Some(tensor) = tensor.filter(|t| t.device.is_none()) else { return Ok(None) };
     let whole = region(tensor.memory());
     Ok(Some(Request::new(Collective::AllReduce, tensor.dtype, tensor.count, whole, whole)))
-}
-
-fn is_true(object: &Bound<'_, PyAny>) -> bool {
-    object.cast_exact::<PyBool>().is_ok_and(|b| b.is_true())
 }
 
 /// The time limit a call was given; torch says "none" by a negative one.

@@ -10,6 +10,7 @@
 
 use smddp_core::plan::{Move, Who};
 
+use crate::equal_shares::CUT_ALIGN;
 use crate::geometry::Geometry;
 use crate::layout::INLINE;
 use crate::mask::Mask;
@@ -17,8 +18,6 @@ use crate::relay::Relay;
 
 /// Alignment of a piece in a slot; the largest element size.
 pub(crate) const ALIGN: usize = 8;
-/// Cuts fall on cache lines of the move.
-pub(crate) const CUT_ALIGN: usize = 64;
 
 /// Parts of areas are no smaller: what is tiny stays in the caches after all.
 const PART_ALIGN: usize = 4 << 10;
@@ -91,13 +90,6 @@ impl Group {
         let start = len.min(cut * step);
         (start, step.min(len - start))
     }
-}
-
-/// Start and length of the share of `rank` among `ranks` of `len` bytes: as long as others', but at the end.
-pub(crate) fn share(len: usize, ranks: usize, rank: usize) -> (usize, usize) {
-    let step = len.div_ceil(ranks).next_multiple_of(CUT_ALIGN);
-    let start = len.min(step * rank);
-    (start, step.min(len - start))
 }
 
 /// Whether `who` includes `rank`.

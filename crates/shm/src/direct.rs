@@ -24,7 +24,7 @@ use smddp_core::shared::{Place, Shared, place};
 use smddp_core::threads;
 use smddp_core::transport::Arith;
 
-use crate::cut::{CUT_ALIGN, share};
+use crate::equal_shares::{CUT_ALIGN, share};
 
 /// Exchanges of a call.
 pub(crate) const EXCHANGES: usize = 2;

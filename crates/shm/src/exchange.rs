@@ -9,9 +9,9 @@ use smddp_core::shared::Place;
 use smddp_core::transport::PhaseRun;
 use smddp_core::{Error, Region, Result};
 
-use crate::Geometry;
 use crate::cut::{Group, aligned, includes, travels};
 use crate::direct::{Direct, Entered};
+use crate::geometry::Geometry;
 use crate::layout::{Memory, SlotHead};
 use crate::mask::Mask;
 use crate::pen::Pen;

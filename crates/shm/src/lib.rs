@@ -2,11 +2,12 @@
 //! of one node through a shared memory segment.
 //!
 //! Where things are
-//! - **the segment**: `handover` gives every local rank the same `segment`, a `memfd`, laid out by `geometry` and made of the
-//!   structures in `layout`; `probe` times slots of several sizes, single copies, and handing lines back.
+//! - **the segment**: `handover` gives every local rank of a `membership` the same `segment`, a `memfd`, laid out by `geometry` and
+//!   made of the structures in `layout`; `probe` times slots of several sizes, single copies, and handing lines back.
 //! - **phases**: `phases` runs a plan's phases as exchanges over the slot `ring`. `cut` says how many, `exchange` does one, `script`
-//!   one that is a whole phase, as often as it comes; `relay` cuts a large all_reduce; `pen` says how slots are written. `direct`
-//!   works on data in memory that the ranks share (`shared`), `single_copy` copies between their private memory.
+//!   one that is a whole phase, as often as it comes; `relay` cuts a large all_reduce, `equal_shares` what each rank does for all;
+//!   `pen` says how slots are written. `direct` works on data in memory that the ranks share (`shared`), `single_copy` copies
+//!   between their private memory.
 //! - **messages**: `messages` sends over `pair` cells, `straight` copies large ones between private memory, as a `deal` says;
 //!   `buffer` keeps what comes before its receive.
 //! - **private memory of others**: `reach` has the kernel copy, inside of the peer's `door`.
@@ -40,6 +41,8 @@ mod cut;
 #[cfg(not(loom))]
 mod direct;
 #[cfg(not(loom))]
+mod equal_shares;
+#[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
 mod exchange;
@@ -47,6 +50,8 @@ mod exchange;
 mod geometry;
 #[cfg(not(loom))]
 mod handover;
+#[cfg(not(loom))]
+mod membership;
 #[cfg(not(loom))]
 mod memfd;
 #[cfg(not(loom))]
@@ -84,8 +89,10 @@ pub use error::ShmError;
 #[cfg(not(loom))]
 pub use geometry::{Geometry, SingleCopies};
 #[cfg(not(loom))]
-pub use handover::{Listener, Membership};
+pub use handover::Listener;
 pub use mask::MAX_LOCAL;
+#[cfg(not(loom))]
+pub use membership::Membership;
 #[cfg(not(loom))]
 pub use node::ShmNode;
 #[cfg(not(loom))]

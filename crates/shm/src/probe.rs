@@ -19,7 +19,8 @@ use smddp_core::{Error, Region};
 
 use crate::error::ShmError;
 use crate::geometry::{Geometry, SingleCopies};
-use crate::handover::{Listener, Membership};
+use crate::handover::Listener;
+use crate::membership::Membership;
 use crate::node::ShmNode;
 
 /// An all-reduce of so many bytes.

@@ -10,7 +10,7 @@
 //! - **Y2** Each rank's pieces of an exchange fit into its slot.
 //! - **Y3** Each element is combined by one rank, from all ranks' in order, as a phase through slots combines it: equal bits.
 
-use crate::cut::{CUT_ALIGN, share};
+use crate::equal_shares::{CUT_ALIGN, share};
 
 /// How a phase is cut into chunks, and chunks into shares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

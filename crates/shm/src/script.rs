@@ -270,11 +270,10 @@ mod tests {
     use smddp_core::transport::{Arith, Buffers, Ctx};
 
     use super::*;
-    use crate::Geometry;
     use crate::cut::tests::phase;
     use crate::cut::{Cutter, aligned};
     use crate::exchange::Step;
-    use crate::geometry::{Agreed, Layout, SingleCopies};
+    use crate::geometry::{Agreed, Geometry, Layout, SingleCopies};
     use crate::phases::Phases;
     use crate::single_copy::SingleCopy;
 

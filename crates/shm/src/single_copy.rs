@@ -25,7 +25,8 @@ use smddp_core::plan::{Buf, Move, Span, Who};
 use smddp_core::transport::{Buffers, PhaseRun};
 use smddp_core::{Collective, Region};
 
-use crate::cut::{CUT_ALIGN, includes, travels};
+use crate::cut::{includes, travels};
+use crate::equal_shares::CUT_ALIGN;
 use crate::geometry::SingleCopies;
 use crate::reach::Reach;
 use crate::segment::Segment;

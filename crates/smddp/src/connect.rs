@@ -24,10 +24,11 @@ use smddp_fabric::{FabricEndpoint, Place};
 use smddp_shm::{Geometry, Listener, Membership, ShmNode, SingleCopies};
 
 use crate::contact::{self, Contact, Hello, Outcome, PROTOCOL};
+use crate::dirs::library_dirs;
 use crate::node::{self, NodeId, cores};
-use crate::runtime::{self, HostTransports};
 use crate::slots::Choice;
-use crate::{Communicator, caches, library_dirs, slots};
+use crate::transports::{Communicator, HostTransports};
+use crate::{caches, runtime, slots};
 
 /// Shared memory of a rank that its first groups may take; they get slots of the size set, or found best. The first
 /// one always does.

@@ -18,7 +18,7 @@ pub struct Hello {
     pub protocol: u32,
     pub version: String,
     pub size: usize,
-    /// [`crate::NodeId`].
+    /// [`NodeId`](crate::node::NodeId).
     pub node: String,
     pub node_name: String,
     pub cores: Vec<usize>,

@@ -24,29 +24,20 @@ mod node;
 mod runtime;
 mod shared;
 pub mod slots;
+mod transports;
 mod world;
 
 pub use connect::{GroupOptions, connect};
 pub use dirs::library_dirs;
 pub use node::NodeId;
-pub use runtime::HostTransports;
 pub use shared::{Mapped, SharedMemory};
 pub use smddp_core::element::Element;
 pub use smddp_core::request::Request;
 pub use smddp_core::settings::Settings;
 pub use smddp_core::store::Store;
 pub use smddp_core::{Call, Collective, DType, Error, GroupShape, ReduceOp, Region, Result};
+pub use transports::{Communicator, DeviceGroup, Handle, HostTransports, StartedOnDevice};
 pub use world::World;
-
-/// A process group over shared memory and libfabric.
-pub type Communicator = smddp_core::communicator::Communicator<HostTransports>;
-/// An operation under way.
-pub type Handle = smddp_core::communicator::Handle<HostTransports>;
-
-/// The CUDA side of a process group.
-pub type DeviceGroup = smddp_cuda::DeviceGroup<HostTransports>;
-/// A call it has enqueued.
-pub type StartedOnDevice = smddp_cuda::Started<HostTransports>;
 
 pub use smddp_bootstrap as bootstrap;
 pub use smddp_cuda as cuda;

@@ -4,19 +4,10 @@ use std::sync::{Arc, Mutex, Once, Weak};
 
 use smddp_core::engine::Engine;
 use smddp_core::settings::Settings;
-use smddp_core::transport::Transports;
 use smddp_core::{Error, Result};
-use smddp_fabric::FabricEndpoint;
-use smddp_shm::ShmNode;
 use tracing_subscriber::EnvFilter;
 
-/// Host memory: shared memory in a node, libfabric between nodes.
-pub struct HostTransports;
-
-impl Transports for HostTransports {
-    type Local = ShmNode;
-    type Fabric = FabricEndpoint;
-}
+use crate::transports::HostTransports;
 
 /// Ends with the last group; a later group starts a new one.
 static ENGINE: Mutex<Weak<Engine<HostTransports>>> = Mutex::new(Weak::new());

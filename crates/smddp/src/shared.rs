@@ -8,7 +8,7 @@ use smddp_core::shared::Shared;
 use smddp_core::{Error, ReduceOp, Region, Result};
 use smddp_shm::{Card, SharedBuffer};
 
-use crate::{Communicator, HostTransports};
+use crate::transports::{Communicator, HostTransports};
 
 type Entry = smddp_core::communicator::SharedEntry<HostTransports>;
 

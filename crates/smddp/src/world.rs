@@ -9,10 +9,11 @@ use std::time::Instant;
 use smddp_core::settings::Settings;
 use smddp_core::store::Store;
 use smddp_core::{Error, Result};
-use smddp_cuda::DeviceOptions;
+use smddp_cuda::{DeviceOptions, Wanted};
 
 use crate::connect::{GroupOptions, connect};
-use crate::{Communicator, DeviceGroup, library_dirs};
+use crate::dirs::library_dirs;
+use crate::transports::{Communicator, DeviceGroup};
 
 /// All ranks of the job. Derefs to the [`Communicator`] over all of them. MPI starts once in a process: a world
 /// made after one that used it has ended finds the others by the launcher's variables; over several hosts, by MASTER_ADDR and
@@ -95,50 +96,43 @@ impl World {
                 });
             }
         }
-        let Some(rank) = ranks.iter().position(|&r| r == self.rank()) else { return Ok(None) };
-        let group = connect(GroupOptions {
-            name: format!("group {number}"),
-            scope: format!("group/{number}"),
-            rank,
-            size: ranks.len(),
-            store: Arc::clone(&self.store),
-            timeout: self.timeout(),
-            settings: self.settings.clone(),
-            library_dirs: self.dirs.clone(),
-        })?;
-        Ok(Some(group))
+        if !seen[self.rank()] {
+            return Ok(None);
+        }
+        self.meet(format!("group {number}"), format!("group/{number}"), ranks).map(Some)
     }
 
     /// The world's calls on memory of this CUDA device. Every rank calls it.
     pub fn on_device(&self, device: i32) -> Result<DeviceGroup> {
+        let number = self.groups.fetch_add(1, Ordering::Relaxed);
+        let wanted = Wanted::of(self.shape(), self.rank(), &self.settings);
+        let all: Vec<usize> = (0..self.size()).collect();
+        let own = wanted.own.then(|| self.meet("world".to_owned(), format!("device/{number}"), &all));
+        let rail = wanted.rail.map(|ranks| {
+            let local = self.local_rank();
+            self.meet(format!("rail {local}"), format!("rail/{number}/{local}"), &ranks)
+        });
         DeviceGroup::new(DeviceOptions {
-            host: self.communicator.clone(),
-            rail: self.rail()?,
+            host: own.transpose()?.unwrap_or_else(|| self.communicator.clone()),
+            rail: rail.transpose()?,
             device,
             settings: self.settings.clone(),
             library_dirs: self.dirs.clone(),
         })
     }
 
-    /// The ranks with this one's local rank, one a node; none where nodes have different numbers of ranks, or one.
-    fn rail(&self) -> Result<Option<Communicator>> {
-        let number = self.groups.fetch_add(1, Ordering::Relaxed);
-        let shape = self.shape();
-        if shape.node_count() == 1 || shape.even_local_size().is_none_or(|local| local == 1) {
-            return Ok(None);
-        }
-        let local = self.local_rank();
-        let rail = connect(GroupOptions {
-            name: format!("rail {local}"),
-            scope: format!("rail/{number}/{local}"),
-            rank: shape.node_of(self.rank()),
-            size: shape.node_count(),
+    /// Meets `ranks`, this one among them, in a scope that nobody else uses.
+    fn meet(&self, name: String, scope: String, ranks: &[usize]) -> Result<Communicator> {
+        connect(GroupOptions {
+            name,
+            scope,
+            rank: ranks.iter().position(|&rank| rank == self.rank()).unwrap_or_default(),
+            size: ranks.len(),
             store: Arc::clone(&self.store),
             timeout: self.timeout(),
             settings: self.settings.clone(),
             library_dirs: self.dirs.clone(),
-        })?;
-        Ok(Some(rail))
+        })
     }
 }
 

@@ -577,7 +577,7 @@ mod tests {
         settings.set("SMDDP_NICS", "lo").unwrap();
         settings.set("SMDDP_PROVIDER", "tcp").unwrap();
         let dirs: Vec<_> = std::env::var("VIRTUAL_ENV").map(std::path::PathBuf::from).into_iter().collect();
-        let library = match super::super::load(&settings, &dirs) {
+        let library = match crate::open::load(&settings, &dirs) {
             Ok(library) => library,
             Err(error) => {
                 let required = std::env::var("SMDDP_TEST_REQUIRE_LIBFABRIC").is_ok_and(|v| v == "1");

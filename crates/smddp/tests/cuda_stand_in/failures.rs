@@ -84,7 +84,7 @@ fn a_call_that_passes_its_limit_releases_the_stream_of_nccl() {
         let first = sum(&job, 100);
         first.run(&job, &group);
         if rank.rank == 0 {
-            group.host.set_timeout(Duration::from_secs(1));
+            group.device.set_timeout(Duration::from_secs(1));
             sum(&job, 1000).start(&job, &group);
             assert!(job.comes_to_rest(), "the stream still waits");
             let error = told(&job, &group);
@@ -107,7 +107,7 @@ fn a_new_limit_reaches_the_rail() {
         let group = job.group("world", &[]);
         rank.barrier("made");
         if rank.rank < 2 {
-            group.host.set_timeout(Duration::from_secs(1));
+            group.device.set_timeout(Duration::from_secs(1));
             let case = sum(&job, 1000);
             let placed = case.place(&job);
             let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use smddp::bootstrap::tcp_store::{Identity, Listen, TcpStore};
-use smddp::cuda::{DeviceOptions, Memory};
+use smddp::cuda::{DeviceOptions, Memory, Wanted};
 use smddp::{Communicator, DeviceGroup, GroupOptions, Result, Settings, Store, connect, library_dirs};
 use smddp_cuda_sys::{Context, Driver, SUCCESS, Stream};
 use smddp_standin::{Children, Control, Rank};
@@ -162,14 +162,15 @@ impl Job {
 
     fn meet(
         &self,
-        name: String,
+        scope: String,
         (rank, size): (usize, usize),
         settings: &Settings,
         timeout: Duration,
     ) -> Result<Communicator> {
         connect(GroupOptions {
-            scope: name.clone(),
-            name,
+            // The device's communicator goes by its group's name.
+            name: scope.trim_end_matches("/device").to_owned(),
+            scope,
             rank,
             size,
             store: Arc::clone(&self.store),
@@ -193,11 +194,12 @@ impl Job {
         let (node, local) = self.place;
         let settings = self.settings(more);
         let host = self.meet(name.to_owned(), (self.rank, self.size()), &settings, limit)?;
-        let even = self.nodes.iter().all(|&n| n == self.nodes[0]);
-        let rail = (self.nodes.len() > 1 && even && self.nodes[0] > 1)
-            .then(|| self.meet(format!("{name}/rail{local}"), (node, self.nodes.len()), &settings, limit))
-            .transpose()?;
-        let device = self.device_side(&host, rail, settings)?;
+        let wanted = Wanted::of(host.shape(), self.rank, &settings);
+        let part = |label: String, place| self.meet(format!("{name}/{label}"), place, &settings, limit);
+        let own = wanted.own.then(|| part("device".to_owned(), (self.rank, self.size())));
+        let rail = wanted.rail.map(|ranks| part(format!("rail{local}"), (node, ranks.len())));
+        let (own, rail) = (own.transpose()?, rail.transpose()?);
+        let device = self.device_side(own.as_ref().unwrap_or(&host), rail, settings)?;
         Ok(Group { host, device })
     }
 

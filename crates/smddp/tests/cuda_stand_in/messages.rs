@@ -177,7 +177,7 @@ fn a_message_that_is_not_met_ends_at_the_limit() {
         let job = Job::start(rank, &[2]);
         let group = job.group("world", &[]);
         if rank.rank == 0 {
-            group.host.set_timeout(Duration::from_secs(1));
+            group.device.set_timeout(Duration::from_secs(1));
             let memory = job.memory(&[1; 100]);
             exchange(&job, &group, &[sent(1, memory)]).unwrap();
             assert!(job.comes_to_rest(), "the stream still waits");

@@ -121,7 +121,7 @@ fn collectives_where_one_queue_takes_all_streams_in_any_order() {
         let job = Job::start(rank, NODES);
         // Words are tried for half of it.
         let group = job.group_within("world", &SLOTS, Duration::from_secs(20)).unwrap();
-        group.host.set_timeout(Duration::from_secs(60));
+        group.device.set_timeout(Duration::from_secs(60));
         assert!(!group.device.describe().contains("host waits"), "{}", group.device.describe());
         for collective in Collective::MOVING {
             let case = Case::of(collective, DType::F32, 70_000, 1, &job);
@@ -142,7 +142,7 @@ fn collectives_where_streams_see_nothing_of_the_hosts_words() {
     children(test, NODES, &[("SMDDP_STANDIN_WAIT_VALUE", "never"), FOR_EVER[1]]).run(|rank| {
         let job = Job::start(rank, NODES);
         let group = job.group_within("world", &SLOTS, Duration::from_secs(20)).unwrap();
-        group.host.set_timeout(Duration::from_secs(60));
+        group.device.set_timeout(Duration::from_secs(60));
         assert!(group.device.describe().contains("host waits"), "{}", group.device.describe());
         assert!(until(|| job.control.parked() == 0), "a stream still waits for a word");
         let case = sum(&job, 70_000);

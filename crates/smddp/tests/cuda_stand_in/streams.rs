@@ -33,6 +33,29 @@ fn calls_on_two_streams_keep_off_each_others_slots() {
     });
 }
 
+/// Another thread may make the calls on the CPU's memory, so that they come in one order with those on the device on no two ranks.
+#[test]
+fn calls_on_the_host_have_no_order_with_those_on_the_device() {
+    let nodes = &[1, 1];
+    children("streams::calls_on_the_host_have_no_order_with_those_on_the_device", nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let group = job.group("world", &[]);
+        let case = Case::of(Collective::AllReduce, DType::F32, 1000, 0, &job);
+        let placed = case.place(&job);
+        job.synchronize();
+        let on_device = || case.launch(&group, &placed, job.stream_address(), None).map(|_| ());
+        let on_host = || group.host.all_reduce(&mut [1i64, 2], ReduceOp::Sum);
+        let (first, second) =
+            if rank.rank == 0 { (on_device(), on_host()) } else { (on_host(), on_device()) };
+        first.and(second).unwrap();
+        job.synchronize();
+        case.check(&job, &placed);
+        rank.barrier("over");
+        group.end();
+        job.end();
+    });
+}
+
 /// Who ends a group may look around, at signals for instance, while exchanges are still to come.
 #[test]
 fn the_end_of_calls_is_waited_for_in_slices() {
@@ -182,7 +205,7 @@ fn a_stream_that_stays_busy_does_not_keep_the_group_from_its_end() {
         let hold = job.hold();
         // Later than the group's: the stream, not the call, is what takes too long.
         let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
-        group.host.set_timeout(Duration::from_secs(1));
+        group.device.set_timeout(Duration::from_secs(1));
         rank.barrier("started");
         let since = Instant::now();
         group.end();

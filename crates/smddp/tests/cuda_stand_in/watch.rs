@@ -49,7 +49,7 @@ fn a_first_call_ends_at_its_limit(test: &str, blocks: bool) {
         let job = Job::start(rank, &[2]);
         let group = job.group("world", &[]);
         if rank.rank == 0 {
-            group.host.set_timeout(LIMIT);
+            group.device.set_timeout(LIMIT);
             let error = sum(&job, 1000).try_start(&job, &group).err().unwrap();
             assert!(matches!(error, Error::Timeout { .. }), "{error}");
             assert!(
@@ -86,7 +86,7 @@ fn a_call_ends_at_its_limit_while_another_thread_frees_memory() {
         let group = job.group("world", &[]);
         rank.barrier("made");
         if rank.rank == 0 {
-            group.host.set_timeout(LIMIT);
+            group.device.set_timeout(LIMIT);
             let (_, started) = sum(&job, 1000).begin(&job, &group).unwrap();
             assert!(job.comes_to_wait(), "nothing waits for the rank that has not come");
             let (control, driver, context) = (&job.control, &job.driver, job.context());
@@ -157,7 +157,7 @@ fn a_host_that_waits_is_given_back(test: &str, aborts: bool) {
         rank.barrier("made");
         if rank.rank == 0 {
             if !aborts {
-                group.host.set_timeout(LIMIT);
+                group.device.set_timeout(LIMIT);
             }
             rank.publish("calls", b"");
             let error = sum(&job, 1000).try_start(&job, &group).err().unwrap();
@@ -198,7 +198,7 @@ fn a_host_that_waits_for_its_own_stream_gives_up_at_the_limit() {
         let stuck = job.group("stuck", &[("SMDDP_CUDA", "nccl")]);
         if rank.rank == 0 {
             sum(&job, 10).start(&job, &stuck);
-            both.host.set_timeout(LIMIT);
+            both.device.set_timeout(LIMIT);
             let case = sum(&job, 1000);
             let memory = job.memory(&[0; 4000]);
             let placed = Placed { input: memory, output: memory };
@@ -345,7 +345,7 @@ fn calls_of_one_rank_fail_and_end_as_others() {
             job.synchronize();
             let hold = job.hold();
             if how == "limit" {
-                group.host.set_timeout(LIMIT);
+                group.device.set_timeout(LIMIT);
             }
             let started = case.launch(&group, &placed, job.stream_address(), None).unwrap();
             match how {
@@ -378,7 +378,7 @@ fn a_call_that_is_ended_early_says_so() {
         let (_, well) = sum(&job, 100).begin(&job, &group).unwrap();
         group.device.wait(&well, Duration::from_secs(20)).unwrap();
         if rank.rank == 0 {
-            group.host.set_timeout(LIMIT);
+            group.device.set_timeout(LIMIT);
             let (_, started) = sum(&job, 1000).begin(&job, &group).unwrap();
             assert!(job.comes_to_rest(), "the stream still waits");
             let error = started.error().unwrap();
