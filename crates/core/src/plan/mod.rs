@@ -14,7 +14,7 @@
 //! - **P6** bytes over each node's link, each way, do not exceed [`Schedule::link_bytes`].
 //! - **P7** a call with its data on a device keeps the rules of [`crate::far`].
 //!
-//! Where things are: `select` chooses; one file an algorithm builds (`all_reduce_*`, `broadcast`, ...) with `build`
+//! Where things are: [`select`] chooses; one file an algorithm builds (`all_reduce_*`, `broadcast`, ...) with `build`
 //! (cuts, dependencies), `rail` (who talks to whom) and `rounds` (sizes); [`check`] proves, [`cost`] prices, [`render`]
 //! shows. A new way to all-reduce between nodes is a file, its line in `hierarchical::EXCHANGES` and its name in
 //! [`algorithms`]; tests then prove it for all shapes.
