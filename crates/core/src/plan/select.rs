@@ -3,9 +3,10 @@
 use super::algorithms::inside_node;
 use super::build::LINE;
 use super::context::Context;
+use super::data::{Op, Plan, Schedule, Span};
 use super::shape::CallShape;
 use super::tuning::{Override, Tuning};
-use super::{Op, Plan, Schedule, Span, cost, hierarchical};
+use super::{cost, hierarchical};
 use crate::call::Collective;
 use crate::error::{Error, Result};
 use crate::far;
