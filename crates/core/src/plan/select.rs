@@ -121,7 +121,7 @@ pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&
     }
 }
 
-/// What rank `rank` does in a call, by the algorithm that [`choose`] gives.
+/// What rank `rank` does in a call, by the algorithm that the table or a person gives.
 pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuning) -> Result<Schedule> {
     check(shape, rank, call)?;
     let cx = Context { shape, rank, call, tuning };
