@@ -630,6 +630,8 @@ def beside() -> dict[str, object]:
         dist.barrier()
     if dist.get_rank() == 0:
         world.abort()
+    # Of a rail without rank 0 nobody hears of it.
+    met = [one for one in met if one.size == 4]
     for one in met:
         with contextlib.suppress(errors.AbortedError):
             while one.failure() is None:
