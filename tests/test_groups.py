@@ -587,3 +587,76 @@ def test_cuda_starts_on_the_local_ranks_device(launcher: str) -> None:
 def test_who_used_cuda_before_has_chosen_a_device() -> None:
     reports = conftest.run(devices_chosen, 2, used_before=True).check().reports
     assert reports == [{"before": [], "at start": []}] * 2
+
+
+# ---- the communicators of the CUDA side
+
+
+def beside() -> dict[str, object]:
+    import contextlib
+    import threading
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from smdistributed_rs import _core, errors
+    from smdistributed_rs._codes import BARRIER, DTYPES
+
+    start()
+    world: Any = dist.group.WORLD
+    has_own, rail = _core.DeviceGroup.wanted(world._seat.communicator)
+    found: dict[str, object] = {"own": has_own, "rail": rail}
+    met = [world._cuda._met("cuda", [0, 1, 2, 3])] if has_own else []
+    met += [world._cuda._met(f"rail{rail[0]}", rail)] if rail else []
+    found["sizes"] = [one.size for one in met]
+    found["named as the group"] = [one.name == world._seat.communicator.name for one in met]
+    for one in met:
+        # Some ranks have the one's call first, some the other's.
+        call = (BARRIER, DTYPES["uint8"], 0, 0, 0, (0, 0), (0, 0))
+        other = threading.Thread(target=one.run, args=call)
+        if dist.get_rank() % 2:
+            other.start()
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        if not other.is_alive() and not dist.get_rank() % 2:
+            other.start()
+        other.join(30)
+        assert not other.is_alive()
+        work.wait()
+    world.set_timeout(timedelta(seconds=50))
+    found["limits"] = {one.timeout for one in met} <= {50.0}
+    # Rank 0 may be out of it, and abort, before the others are.
+    with contextlib.suppress(errors.AbortedError):
+        dist.barrier()
+    if dist.get_rank() == 0:
+        world.abort()
+    # Of a rail without rank 0 nobody hears of it.
+    met = [one for one in met if one.size == 4]
+    for one in met:
+        with contextlib.suppress(errors.AbortedError):
+            while one.failure() is None:
+                one.run(BARRIER, DTYPES["uint8"], 0, 0, 0, (0, 0), (0, 0))
+    found["aborted"] = all(one.failure() is not None for one in met) or dist.get_rank() == 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "setting", "own", "rails"),
+    [
+        ([0, 0, 0, 0], "auto", False, [None] * 4),
+        ([0, 0, 0, 0], "staged", True, [None] * 4),
+        ([0, 1, 2, 3], "auto", True, [None] * 4),
+        ([0, 0, 1, 1], "auto", True, [[0, 2], [1, 3], [0, 2], [1, 3]]),
+        ([0, 0, 1, 1], "nccl", False, [None] * 4),
+    ],
+)
+def test_calls_on_devices_that_pass_the_host_have_communicators_of_their_own(
+    nodes: list[int], setting: str, own: bool, rails: list[list[int] | None]
+) -> None:
+    reports = conftest.run(beside, 4, nodes=nodes, env={"SMDDP_CUDA": setting}).check().reports
+    for report, rail in zip(reports, rails, strict=True):
+        assert (report["own"], report["rail"]) == (own, rail)
+        assert report["sizes"] == [4] * own + [2] * bool(rail)
+        assert report["named as the group"] == [True] * own + [False] * bool(rail)
+        assert report["limits"]
+        assert report["aborted"]

@@ -11,7 +11,8 @@
 
 use crate::call::Collective;
 use crate::memory::Region;
-use crate::plan::{Buf, Span, cut};
+use crate::plan::build::cut;
+use crate::plan::data::{Buf, Span};
 
 /// The device's memory of a call. Empty: messages use the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

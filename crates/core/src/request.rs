@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::far::{self, Far, FarCall};
 use crate::gate::Gate;
 use crate::memory::Region;
-use crate::plan::{Buf, source_of};
+use crate::plan::data::{Buf, source_of};
 
 /// Elements of each rank's block, by group rank.
 pub type Blocks = Arc<[usize]>;

@@ -15,7 +15,7 @@ use crate::call::PackedCall;
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};
 use crate::memory::{Owner, Region};
-use crate::plan::{Buf, Plan, Span};
+use crate::plan::data::{Buf, Plan, Span};
 use crate::shared::Shared;
 use crate::yields::{LOOK_OUT, LookOut, Yields};
 

@@ -13,8 +13,8 @@
 
 use super::build::{Builder, spread};
 use super::context::Context;
+use super::data::{Schedule, Span};
 use super::rail::Rail;
-use super::{Schedule, Span};
 
 /// At most so many phases spread what comes from other nodes.
 const PHASES: usize = 16;

@@ -1,8 +1,8 @@
 //! All-reduce by recursive halving, then doubling (Rabenseifner): 2 log2(N) steps and, for a power of two, the fewest
 //! bytes, 2(N-1)/N of the data each way. Other N fold as in recursive doubling, which costs up to one more.
 
-use super::Span;
 use super::build::{Builder, LINE, cut};
+use super::data::Span;
 use super::rail::{Fold, Rail, Role};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {

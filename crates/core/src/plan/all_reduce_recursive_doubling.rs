@@ -4,8 +4,8 @@
 //! (Thakur, Rabenseifner and Gropp, 2005). The operand of the lower participant comes first on both sides, so both
 //! hold the same bits.
 
-use super::Span;
 use super::build::{Builder, LINE};
+use super::data::Span;
 use super::rail::{Fold, Rail, Role};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, _elem: usize) {

@@ -2,8 +2,8 @@
 //!
 //! Fewest bytes over each link, 2(N-1)/N of the data each way, and only neighbours talk; 2(N-1) steps.
 
-use super::Span;
 use super::build::{Builder, LINE, cut, longest_cut};
+use super::data::Span;
 use super::rail::Rail;
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {

@@ -3,8 +3,8 @@
 //!
 //! Over each link, each way: all but the own part, and the own part once a peer: 2(N-1)/N of the data.
 
-use super::Span;
 use super::build::{Builder, LINE, cut, longest_cut};
+use super::data::Span;
 use super::rail::Rail;
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, elem: usize) {

@@ -1,7 +1,7 @@
 //! All-reduce up and down a binomial tree: 2 log2(N) steps, no node meets more than log2(N) others.
 
-use super::Span;
 use super::build::Builder;
+use super::data::Span;
 use super::rail::{Rail, Tree};
 
 pub(super) fn build(b: &mut Builder, rail: &Rail, data: Span, out: Span, _elem: usize) {

@@ -6,9 +6,9 @@
 
 use super::build::{Builder, spread};
 use super::context::Context;
+use super::data::{Plan, Schedule, Span};
 use super::rail::{Rail, Tree, leader};
 use super::rounds::{Cutting, Rounds};
-use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
 /// Passes `data` from the root of `tree` to everyone; the child with the largest subtree first.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{Buf, Move, Op, Plan, Span, Step, StepId, Who};
+use super::data::{Buf, Move, Op, Plan, Span, Step, StepId, Who};
 
 /// Cuts below this size follow elements, larger ones cache lines.
 const ALIGN_FROM: usize = 4096;

@@ -1,7 +1,7 @@
 //! What an algorithm is asked for.
 
-use super::Span;
 use super::algorithms::inside_node;
+use super::data::Span;
 use super::shape::CallShape;
 use super::tuning::Tuning;
 use crate::topology::GroupShape;

@@ -9,9 +9,9 @@
 
 use super::build::{Builder, LINE, cut, gather_sum, longest_cut, spread};
 use super::context::Context;
+use super::data::{Move, Op, Plan, Schedule, Span, Who};
 use super::rail::Rail;
 use super::rounds::{Cutting, Rounds};
-use super::{Move, Op, Plan, Schedule, Span, Who};
 use crate::error::Result;
 
 /// One way to all-reduce between participants, one a node.

@@ -3,8 +3,8 @@
 
 use super::build::{Builder, pass};
 use super::context::Context;
+use super::data::{Schedule, Span};
 use super::rail::Rail;
-use super::{Schedule, Span};
 
 fn input(cx: &Context<'_>, block: usize) -> Span {
     Span::input(block * cx.bytes(), cx.bytes())

@@ -5,9 +5,9 @@
 
 use super::build::{Builder, LINE, gather_sum};
 use super::context::Context;
+use super::data::{Plan, Schedule, Span};
 use super::rail::{Rail, Tree, leader};
 use super::rounds::{Cutting, Rounds};
-use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
 /// Combines the participants' `data` up `tree`; at the root the result is `out`. Returns where this rank's sum is.

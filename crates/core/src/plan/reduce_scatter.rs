@@ -6,9 +6,9 @@
 
 use super::build::{Builder, LINE, gather_sum};
 use super::context::Context;
+use super::data::{Plan, Schedule, Span};
 use super::rail::Rail;
 use super::rounds::Cutting;
-use super::{Plan, Schedule, Span};
 use crate::error::Result;
 
 pub(super) fn schedule(cx: &Context<'_>) -> Result<Schedule> {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::check::World;
-use super::{Move, Op, Plan, Who};
+use super::data::{Move, Op, Plan, Who};
 
 /// What happens at a tick.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::build::LINE;
 use super::context::Context;
+use super::data::{Plan, Schedule};
 use super::tuning::Tuning;
-use super::{Plan, Schedule};
 use crate::error::{Error, Result};
 
 const KIB: usize = 1024;

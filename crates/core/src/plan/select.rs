@@ -3,9 +3,10 @@
 use super::algorithms::inside_node;
 use super::build::LINE;
 use super::context::Context;
+use super::data::{Op, Plan, Schedule, Span};
 use super::shape::CallShape;
 use super::tuning::{Override, Tuning};
-use super::{Op, Plan, Schedule, Span, cost, hierarchical};
+use super::{cost, hierarchical};
 use crate::call::Collective;
 use crate::error::{Error, Result};
 use crate::far;
@@ -120,7 +121,7 @@ pub fn choose(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Result<&
     }
 }
 
-/// What rank `rank` does in a call, by the algorithm that [`choose`] gives.
+/// What rank `rank` does in a call, by the algorithm that the table or a person gives.
 pub fn schedule(shape: &GroupShape, rank: usize, call: &CallShape, tuning: &Tuning) -> Result<Schedule> {
     check(shape, rank, call)?;
     let cx = Context { shape, rank, call, tuning };

@@ -44,7 +44,7 @@ impl Tuning {
     }
 }
 
-/// One entry of SMDDP_ALGORITHM: `collective[:from-to]=algorithm`, bytes as [`CallShape::bytes`] counts them.
+/// One entry of SMDDP_ALGORITHM: `collective[:from-to]=algorithm`, bytes as [`CallShape::bytes`](super::CallShape::bytes) counts them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Override {
     pub collective: Collective,

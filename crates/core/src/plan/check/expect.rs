@@ -5,7 +5,7 @@ use super::run::Run;
 use super::values::{Cell, ValueId};
 use super::world::World;
 use crate::call::Collective;
-use crate::plan::Buf;
+use crate::plan::data::Buf;
 
 /// An element of the result.
 enum Wanted {

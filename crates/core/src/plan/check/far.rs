@@ -4,7 +4,7 @@ use super::fault::Fault;
 use super::world::World;
 use crate::call::Collective;
 use crate::far::{least_message, own_share};
-use crate::plan::{Buf, Op, Span};
+use crate::plan::data::{Buf, Op, Span};
 
 pub(super) fn check(world: &World, rank: usize) -> Result<(), Fault> {
     let (call, schedule) = (&world.calls[rank], &world.schedules[rank]);

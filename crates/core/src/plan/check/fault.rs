@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::plan::{Buf, Span};
+use crate::plan::data::{Buf, Span};
 
 /// A step of a rank in a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::fault::{Fault, Place};
 use super::world::World;
-use crate::plan::Op;
+use crate::plan::data::Op;
 
 /// One side of a message: (sender, receiver, tag) and (step, bytes).
 type Sides = HashMap<(usize, usize, u32), (usize, usize)>;

@@ -18,7 +18,7 @@ mod world;
 pub use fault::{Blocked, Fault, Place, Way};
 pub use world::{Report, World};
 
-use super::{Op, Plan, Schedule};
+use super::data::{Op, Plan, Schedule};
 
 impl World {
     /// Proves P1 to P7, and that the result is the collective's.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::fault::Fault;
 use super::world::World;
-use crate::plan::{Buf, Op, Plan, Span, Who};
+use crate::plan::data::{Buf, Op, Plan, Span, Who};
 
 /// Bytes that a step touches. `item`: the move of a phase.
 #[derive(Clone, Copy)]

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use super::fault::{Blocked, Fault, Place, Way};
 use super::values::{Cell, Values, Wrong};
 use super::world::{Report, World};
-use crate::plan::{Buf, Move, Op, Plan, Schedule, Span, StepId, Who};
+use crate::plan::data::{Buf, Move, Op, Plan, Schedule, Span, StepId, Who};
 
 /// At most so many blocked steps are listed.
 const LISTED: usize = 8;

@@ -4,10 +4,10 @@ use std::fmt;
 
 use crate::call::Collective;
 use crate::error::Result;
+use crate::plan::data::{Buf, Schedule};
 use crate::plan::select::schedule;
 use crate::plan::shape::CallShape;
 use crate::plan::tuning::Tuning;
-use crate::plan::{Buf, Schedule};
 use crate::topology::GroupShape;
 
 /// The schedules of all ranks of a group for one call.
