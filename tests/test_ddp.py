@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import conftest
+import training
 
-SHAPES = {"1 node x 2": [0, 0], "2 nodes x 2": [0, 0, 1, 1]}
 
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(20, 50)
+        self.extra = torch.nn.Linear(50, 50)
+        self.last = torch.nn.Linear(50, 3)
 
-def _model() -> object:
-    import torch
-
-    torch.manual_seed(1)
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = torch.nn.Linear(20, 50)
-            self.extra = torch.nn.Linear(50, 50)
-            self.last = torch.nn.Linear(50, 3)
-
-        def forward(self, x: torch.Tensor, use_extra: bool) -> torch.Tensor:
-            h = torch.tanh(self.first(x))
-            return self.last(torch.tanh(self.extra(h)) if use_extra else h)
-
-    return Net()
+    def forward(self, x: torch.Tensor, use_extra: bool) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.extra(h)) if use_extra else h)
 
 
 def _losses(rank: int, world: int, variant: str) -> list[float]:
     """Ten steps on this rank's part of each batch; the losses are those of the whole batch."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-    from torch.nn.parallel import DistributedDataParallel
-
-    net = model = _model()
+    torch.manual_seed(1)
+    net = model = Net()
     if world > 1:
         options = {
             "views": {"gradient_as_bucket_view": True},
@@ -73,19 +67,6 @@ def _losses(rank: int, world: int, variant: str) -> list[float]:
     return losses
 
 
-def train(variant: str) -> list[float]:
-    import torch
-    import torch.distributed as dist
-
-    import smdistributed_rs  # noqa: F401
-
-    torch.set_num_threads(1)
-    dist.init_process_group("smddp")
-    losses = _losses(dist.get_rank(), dist.get_world_size(), variant)
-    dist.destroy_process_group()
-    return losses
-
-
 VARIANTS = {
     "plain": 1e-5, "views": 1e-5, "static graph": 1e-5, "unused": 1e-5,
     "bf16 hook": 2e-2, "PowerSGD": 1e-3, "PowerSGD buckets": 1e-5,
@@ -93,14 +74,23 @@ VARIANTS = {
 """and how far losses may be from those of one process"""
 
 
+def every_variant() -> dict[str, object]:
+    mine = lambda variant: _losses(dist.get_rank(), dist.get_world_size(), variant)  # noqa: E731
+    return training.run_cases({variant: functools.partial(mine, variant) for variant in VARIANTS})
+
+
+@functools.cache
+def found(shape: str) -> conftest.Ranks:
+    nodes = training.SHAPES[shape]
+    return conftest.run(every_variant, len(nodes), nodes=nodes, limit=150)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.replace(" ", ""))
+@pytest.mark.parametrize("shape", training.SHAPES, ids=lambda s: s.replace(" ", ""))
 def test_the_losses_are_those_of_one_process(shape: str, variant: str) -> None:
-    nodes = SHAPES[shape]
-    ranks = conftest.run(train, len(nodes), nodes=nodes, limit=120, variant=variant).check()
+    reports = found(shape).check().reports
     alone = _losses(0, 1, variant)
     assert alone[-1] != alone[0]
-    assert len(ranks.reports) == len(nodes)
-    for losses in ranks.reports:
-        assert losses == ranks.reports[0]
-        assert losses == pytest.approx(alone, rel=VARIANTS[variant])
+    for report in reports:
+        assert report[variant] == reports[0][variant]
+        assert report[variant] == pytest.approx(alone, rel=VARIANTS[variant])

@@ -38,24 +38,33 @@ def two_nodes() -> list[str]:
     return [*mpi.ranks(4), *conftest.spread(2), sys.executable]
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(tmp_path_factory.mktemp("two"), conftest.torchrun(2))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(tmp_path_factory.mktemp("four"), two_nodes())
+
+
 @pytest.mark.parametrize(
-    ("launcher", "world"),
-    [(lambda: conftest.torchrun(2), 2), (two_nodes, 4)],
-    ids=["torchrun, 2 ranks", "mpirun, 2 nodes x 2"],
+    ("ranks", "world"), [("two_ranks", 2), ("four_ranks", 4)], ids=["torchrun, 2 ranks", "mpirun, 2 nodes x 2"]
 )
-def test_the_loss_curve_is_that_of_one_process(launcher: object, world: int, alone: dict, tmp_path: Path) -> None:
-    several = train(tmp_path, launcher())
+def test_the_loss_curve_is_that_of_one_process(
+    ranks: str, world: int, alone: dict, request: pytest.FixtureRequest
+) -> None:
+    several = request.getfixturevalue(ranks)
     assert (several["world"], several["nodes"]) == (world, world // 2)
     assert len(several["losses"]) == 12
     assert several["losses"] == pytest.approx(alone["losses"], rel=2e-4)
     assert several["losses"][-1] < several["losses"][0] - 0.3
 
 
-def test_the_checkpoints_agree(alone: dict, tmp_path: Path) -> None:
+def test_the_checkpoints_agree(alone: dict, two_ranks: dict) -> None:
     import torch
 
-    several = train(tmp_path, conftest.torchrun(2))
-    one, two = (torch.load(run["checkpoint"], weights_only=True) for run in (alone, several))
+    one, two = (torch.load(run["checkpoint"], weights_only=True) for run in (alone, two_ranks))
 
     def tensors(tree: object, path: str = "") -> dict[str, torch.Tensor]:
         if isinstance(tree, torch.Tensor):
