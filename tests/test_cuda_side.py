@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -302,6 +302,59 @@ def test_memory_of_a_call_that_fails_is_kept_for_its_stream(side: CudaSide) -> N
     with pytest.raises(Full):
         side.short(2, 0, 0, alone, None, None, False)
     assert not alone.kept
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_memory_of_a_call_that_is_enqueued_is_kept_for_its_stream(side: CudaSide, is_async: bool) -> None:
+    """On the caller's own stream, where a synchronous call is, the allocator knows by itself."""
+    native: Any = side._native
+    native.start = native.start_tensors = lambda *_: native.handle
+    made = [torch.zeros(4).as_subclass(_OnDevice) for _ in range(6)]
+    source, target = (Span((100, 16), 4, tensor, None, 0) for tensor in made[:2])
+    side.issue("all_gather", 0, (), source, target, [made[2]], is_async)
+    side.short(2, 0, 0, made[3], made[4], None, is_async)
+    side.short(2, 0, 0, made[5], None, None, is_async)
+    assert [tensor.kept for tensor in made] == [int(is_async)] * 6
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_call_lasts_until_what_it_copied_back_is_there(
+    side: CudaSide, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    """Copying back is enqueued behind the call, on its stream, and is then a part of it."""
+    order: list[object] = []
+    callers = object()
+
+    @contextmanager
+    def entered(stream: object) -> Iterator[None]:
+        order.append(stream)
+        yield
+
+    def started(*_: object) -> object:
+        order.append("start")
+        return SimpleNamespace(extend=lambda stream: order.append(("extend", stream)))
+
+    monkeypatch.setattr(cuda, "current", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: callers)
+    native: Any = side._native
+    native.start = started
+    source = Span((100, 16), 4, torch.zeros(4), None, 0)
+    target = Span((200, 16), 4, torch.zeros(4), Once(lambda: order.append("finish")), 0)
+    side.issue("all_gather", 0, (), source, target, [], is_async)
+    assert order == ["start", side._stream if is_async else callers, "finish", ("extend", 7)]
+
+
+def test_a_barrier_waits_for_the_current_stream_of_the_groups_device(
+    side: CudaSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    current = lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    side.synchronize()
+    assert waited == [0]
+    # Without a device there is nothing to wait for.
+    CudaSide(_host(), lambda: None).synchronize()
+    assert waited == [0]
 
 
 def test_threads_that_call_at_once_use_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
