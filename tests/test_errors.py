@@ -48,7 +48,7 @@ def bad_arguments() -> dict[str, dict]:
     from torch.distributed import ReduceOp
 
     start()
-    n = dist.get_world_size()
+    rank, n = dist.get_rank(), dist.get_world_size()
     half = torch.zeros(4, dtype=torch.float16)
     expanded = torch.zeros(1).expand(4)
     calls = {
@@ -60,6 +60,8 @@ def bad_arguments() -> dict[str, dict]:
         "expanded output": lambda: dist.all_reduce(expanded),
         "sparse": lambda: dist.broadcast(torch.zeros(4).to_sparse(), 0),
         "sparse maximum": lambda: dist.all_reduce(torch.zeros(4).to_sparse(), dist.ReduceOp.MAX),
+        "sparse shapes": lambda: dist.all_reduce(torch.ones(4 + rank).to_sparse()),
+        "sparse dimensions": lambda: dist.all_reduce(torch.ones(2, 2).to_sparse(sparse_dim=1 + rank)),
         "meta device": lambda: dist.all_reduce(torch.zeros(4, device="meta")),
         "output too small": lambda: dist.all_gather_into_tensor(torch.zeros(4 * n - 1), torch.zeros(4)),
         "list too short": lambda: dist.all_gather([torch.zeros(4)] * (n - 1), torch.zeros(4)),
@@ -70,9 +72,9 @@ def bad_arguments() -> dict[str, dict]:
         "too few splits": lambda: dist.all_to_all_single(torch.zeros(n), torch.zeros(n), [n], [n]),
         "indivisible": lambda: dist.all_to_all_single(torch.zeros(n + 1), torch.zeros(n + 1)),
         "several tensors": lambda: dist.group.WORLD.allreduce([torch.zeros(1), torch.zeros(1)], reduce_options()),
-        "send to itself": lambda: dist.group.WORLD.send([torch.zeros(1)], dist.get_rank(), 0),
+        "send to itself": lambda: dist.group.WORLD.send([torch.zeros(1)], rank, 0),
         "root outside": lambda: dist.group.WORLD.broadcast([torch.zeros(1)], broadcast_options(n)),
-        "negative tag": lambda: dist.isend(torch.zeros(1), (dist.get_rank() + 1) % n, tag=-1),
+        "negative tag": lambda: dist.isend(torch.zeros(1), (rank + 1) % n, tag=-1),
     }
     found = {name: caught(call) for name, call in calls.items()}
     # After all that the group is as good as new.
@@ -121,6 +123,8 @@ EXPECTED = {
     "expanded output": ("ArgumentError", ["all_reduce", "'tensor'", "share memory", "(4,)"]),
     "sparse": ("ArgumentError", ["'tensor'", "sparse", "to_dense"]),
     "sparse maximum": ("UnsupportedError", ["MAX", "sparse", "to_dense"]),
+    "sparse shapes": ("ArgumentError", ["all_reduce", "'tensor'", "one shape", "[(4,), (5,)]", "on all ranks"]),
+    "sparse dimensions": ("ArgumentError", ["all_reduce", "'tensor'", "[(2, 2), (2, 2)] with [1, 2]"]),
     "meta device": ("ArgumentError", ["'tensor'", "CPU", "meta"]),
     "output too small": ("ArgumentError", ["all_gather_single", "'output'", "8 elements", "7 elements"]),
     "list too short": ("ArgumentError", ["all_gather", "'tensor_list'", "2 tensors", "1 tensors"]),

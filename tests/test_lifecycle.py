@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +68,39 @@ def test_init_after_destroy_in_one_process(nodes: list[int]) -> None:
         # same. Staging that stayed would map 16 MiB a round, resident or not; an arena of malloc may map 64 MiB.
         for what, allowed in [("files", 2), ("threads", 1), ("mib", 28), ("mapped", 100)]:
             assert report["after"][what] <= report["before"][what] + allowed, (what, report)
+
+
+def init_again_at_the_same_port(folder: str) -> dict:
+    """Rank 1, which would be back too soon, is let go on once the store that rank 0 served is gone."""
+    import torch.distributed as dist
+
+    from smdistributed_rs import process_group
+
+    ended, pauses = Path(folder, "ended"), []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        while not ended.exists():
+            time.sleep(0.01)
+
+    process_group.time = SimpleNamespace(sleep=pause)
+    start()
+    sums = [summed()]
+    dist.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"]))).close()
+                time.sleep(0.01)
+        ended.touch()
+    start()
+    sums.append(summed())
+    return {"sums": sums, "pauses": len(pauses)}
+
+
+def test_init_again_at_the_same_port_is_left_to_rank_0_first(tmp_path: Path) -> None:
+    reports = conftest.run(init_again_at_the_same_port, 2, folder=str(tmp_path)).check().reports
+    assert reports == [{"sums": [2.0, 2.0], "pauses": rank} for rank in range(2)]
 
 
 def groups_without_growth(count: int) -> dict:
@@ -507,7 +542,7 @@ def fail_numpy(how: str, others: str) -> None:
     import smdistributed_rs
 
     world = smdistributed_rs.init()
-    with world if how == "exit in with" else nullcontext():
+    with world if how == "exit in with" else contextlib.nullcontext():
         one_fails(lambda: world.all_reduce(np.ones(4)), world.rank, how, others)
 
 
