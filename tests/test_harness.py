@@ -110,20 +110,23 @@ def test_what_is_skipped_for_no_good_reason_has_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharing_works", "wrong", "verdicts"),
+    ("sharing", "wrong", "verdicts"),
     [
-        (True, "", ["passed", "passed", "passed"]),
-        (True, "3 of 4 elements are not 2.0", ["passed", "passed", "FAILED"]),
-        (False, "", ["passed", gpu.run.IMPOSSIBLE, gpu.run.IMPOSSIBLE]),
+        ("works", "", ["passed", "passed", "passed"]),
+        ("works", "3 of 4 elements are not 2.0", ["passed", "passed", "FAILED"]),
+        ("cannot", "", ["passed", CANNOT, CANNOT]),
+        ("crashes", "", ["passed", "FAILED", f"not run: {gpu.run.SHARING.name}: FAILED"]),
     ],
 )
-def test_only_a_machine_where_nccl_cannot_share_excuses_a_step(
-    monkeypatch: pytest.MonkeyPatch, sharing_works: bool, wrong: str, verdicts: list[str]
+def test_only_an_nccl_that_says_it_cannot_share_excuses_a_step(
+    monkeypatch: pytest.MonkeyPatch, sharing: str, wrong: str, verdicts: list[str]
 ) -> None:
     def play(function: str, size: int, **_: object) -> conftest.Ranks:
-        works = sharing_works or "shares" not in function
-        cases = {"cases": {"a sum": wrong if function == "gpu.messages:messages" else ""}}
-        return conftest.Ranks([0 if works else 1] * size, [""] * size, 1, collected=[cases] * size, expected=size)
+        if "shares" in function and sharing == "cannot":
+            return reported({"cases": {}, "impossible": "a duplicate GPU"}, size)
+        crashes = "shares" in function and sharing == "crashes"
+        cases = {"a sum": wrong if function == "gpu.messages:messages" else ""}
+        return reported({"cases": cases}, size, 1 if crashes else 0)
 
     monkeypatch.setattr(conftest, "run", play)
     alone = gpu.run.Step("alone", "streams:streams", [0], 30)
@@ -140,6 +143,13 @@ def test_the_page_of_a_gpu_run_names_the_cases_that_passed() -> None:
 
 
 def test_a_step_that_no_longer_fits_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def reported(report: dict, size: int, status: int = 0) -> conftest.Ranks:
+    return conftest.Ranks([status] * size, [""] * size, 1, collected=[report] * size, expected=size)
+
+
+CANNOT = f"{gpu.run.IMPOSSIBLE}: a duplicate GPU"
+
+
     """Cut short it would look as if it had hung."""
     monkeypatch.setattr(gpu.run, "TOTAL", 20.0)
     limits: list[float] = []
@@ -157,9 +167,43 @@ def test_a_step_that_no_longer_fits_is_not_run(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_machine_cannot_do_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def play(function: str, size: int, **_: object) -> conftest.Ranks:
-        report = {"cases": {}, "impossible": "it needs a newer torch"}
-        return conftest.Ranks([0] * size, [""] * size, 1, collected=[report] * size, expected=size)
+        return reported({"cases": {}, "impossible": "it needs a newer torch"}, size)
 
     monkeypatch.setattr(conftest, "run", play)
     step = gpu.run.Step("messages", "messages:messages", [0, 0], 30)
     assert gpu.run.run(step, 30, "cuda").verdict == f"{gpu.run.IMPOSSIBLE}: it needs a newer torch"
+
+
+@pytest.mark.parametrize("not_run", [{}, {"a graph": "NCCL does not carry it"}], ids=["none", "none that was run"])
+def test_a_step_without_cases_has_failed(monkeypatch: pytest.MonkeyPatch, not_run: dict[str, str]) -> None:
+    monkeypatch.setattr(conftest, "run", lambda _, size, **__: reported({"cases": {}, "not run": not_run}, size))
+    result = gpu.run.run(gpu.run.Step("streams", "streams:streams", [0, 0], 30), 30, "cuda")
+    assert result.verdict == "FAILED"
+    assert result.failures == {f"report {number}": "no case was run" for number in range(2)}
+
+
+def suite() -> dict:
+    from gpu.common import NotRun, Suite, case, run_suite
+
+    cases: Suite = {}
+
+    @case(cases)
+    def a_sum() -> None:
+        pass
+
+    @case(cases)
+    def a_graph() -> None:
+        raise NotRun("NCCL does not carry it")
+
+    return run_suite(cases)
+
+
+def test_a_case_that_is_not_run_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = conftest.run(suite, 1, env={"SMDDP_TEST_DEVICE": "cpu"}).check()
+    monkeypatch.setattr(conftest, "run", lambda *_, **__: ranks)
+    result = gpu.run.run(gpu.run.Step("streams", "streams:streams", [0], 30), 30, "cpu")
+    assert (result.verdict, result.passed, result.cases) == ("passed", 1, ["a_sum"])
+    assert result.not_run == {"a_graph": "NCCL does not carry it"}
+    page = gpu.run.markdown({"date": "today"}, [result])
+    assert gpu.run.cases_by_step(page) == {"streams": {"a_sum"}}
+    assert "Not run in streams: a_graph: NCCL does not carry it." in page

@@ -18,6 +18,12 @@ import cases_collectives
 DEVICE = cases_collectives.DEVICE
 ON_GPU = DEVICE != "cpu"
 Suite = dict[str, Callable[[], None]]
+NEEDS_GPU = {"cases": {}, "impossible": "it needs a GPU"}
+"""the report of a step that has nothing to do without one"""
+
+
+class NotRun(Exception):
+    """Raised by a case that cannot be tried here, with why: it has neither passed nor failed."""
 
 
 def case(suite: Suite, *, gpu: bool = False) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -46,14 +52,17 @@ def start() -> None:
 
 def run_suite(suite: Suite) -> dict[str, Any]:
     start()
-    found = {}
+    found, not_run = {}, {}
     for name, function in suite.items():
-        found[name] = outcome(function)
-        print(name, "ok" if not found[name] else "FAILED", flush=True)
+        try:
+            found[name] = outcome(function)
+        except NotRun as why:
+            not_run[name] = str(why)
+        print(name, "not run" if name in not_run else "FAILED" if found[name] else "ok", flush=True)
     figures = {"group": dist.group.WORLD.describe()}
     dist.barrier()
     dist.destroy_process_group()
-    return {"cases": found, "figures": figures}
+    return {"cases": found, "not run": not_run, "figures": figures}
 
 
 def outcome(function: Callable[[], None]) -> str:
@@ -61,6 +70,8 @@ def outcome(function: Callable[[], None]) -> str:
     try:
         function()
         synchronize()
+    except NotRun:
+        raise
     except Exception:  # noqa: BLE001
         return traceback.format_exc()
     return ""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import cases_collectives
-from gpu.common import ON_GPU, choose_device, full, is_all, outcome, start, total
+from gpu.common import NEEDS_GPU, ON_GPU, choose_device, full, is_all, outcome, start, total
 from torch_versions import TORCH
 
 
@@ -30,7 +30,7 @@ def collectives() -> dict[str, Any]:
 def backends_by_device() -> dict[str, Any]:
     """This backend for one kind of memory, another for the other, in one group and in a part of it. On a GPU only."""
     if not ON_GPU:
-        return {"cases": {}}
+        return NEEDS_GPU
     choose_device()
     torch.set_num_threads(1)
     found = {}
@@ -63,7 +63,10 @@ def shares_by_nccl() -> dict[str, Any]:
     choose_device()
     dist.init_process_group("nccl", timeout=timedelta(seconds=30))
     tensor = full(1000, dist.get_rank() + 1)
-    dist.all_reduce(tensor)
+    try:
+        dist.all_reduce(tensor)
+    except dist.DistBackendError as error:
+        return {"cases": {}, "impossible": f"torch's NCCL refuses: {str(error).strip().splitlines()[-1]}"}
     is_all(tensor, total())
     dist.destroy_process_group()
     return {"cases": {"NCCL is set up": ""}}
@@ -72,7 +75,7 @@ def shares_by_nccl() -> dict[str, Any]:
 def chosen_device() -> dict[str, Any]:
     """The device that is chosen when the group is made, of a script that chooses none. On a GPU only."""
     if not ON_GPU:
-        return {"cases": {}}
+        return NEEDS_GPU
     chosen: list[int] = []
     choose = torch.cuda.set_device
 
@@ -101,7 +104,7 @@ def chosen_device() -> dict[str, Any]:
 def made_for_a_device() -> dict[str, Any]:
     """`device_id` connects the devices when the group is made; messages of its tensors, whichever way they take."""
     if not ON_GPU:
-        return {"cases": {}}
+        return NEEDS_GPU
     choose_device()
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("smddp", timeout=timedelta(seconds=40), device_id=device)

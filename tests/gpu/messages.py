@@ -8,7 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpu.common import ON_GPU, choose_device, full, is_all, outcome, refused, start, still_works, synchronize, total
+from gpu.common import (
+    NEEDS_GPU,
+    ON_GPU,
+    choose_device,
+    full,
+    is_all,
+    outcome,
+    refused,
+    start,
+    still_works,
+    synchronize,
+    total,
+)
 from torch_versions import TORCH
 
 
@@ -61,7 +73,7 @@ def messages() -> dict[str, Any]:
 def messages_natively() -> dict[str, Any]:
     """The same by the native half itself, whichever torch is here: what `messages` needs of it."""
     if not ON_GPU:
-        return {"cases": {}}
+        return NEEDS_GPU
     start()
     rank, size = dist.get_rank(), dist.get_world_size()
 

@@ -124,6 +124,8 @@ class Result:
     passed: int = 0
     cases: list[str] = field(default_factory=list)
     """those that passed on every rank that reported"""
+    not_run: dict[str, str] = field(default_factory=dict)
+    """cases that a rank could not try, and why"""
     failures: dict[str, str] = field(default_factory=dict)
     figures: list[Any] = field(default_factory=list)
     """of each rank that reported"""
@@ -142,6 +144,9 @@ def run(step: Step, limit: float, device: str, patience: float = 1) -> Result:
         cases = report["cases"]
         result.passed += sum(1 for wrong in cases.values() if not wrong)
         result.failures |= {f"report {number}: {name}": wrong for name, wrong in cases.items() if wrong}
+        if not cases and "impossible" not in report:
+            result.failures[f"report {number}"] = "no case was run"
+        result.not_run |= report.get("not run", {})
         result.figures.append(report.get("figures"))
     reports = [report["cases"] for report in ranks.collected]
     result.cases = [name for name in (reports or [{}])[0] if all(cases.get(name) == "" for cases in reports)]
@@ -153,25 +158,27 @@ def run(step: Step, limit: float, device: str, patience: float = 1) -> Result:
         result.failures["processes left behind"] = "\n".join(left)
     if result.failures:
         result.verdict = "FAILED"
-    elif any("impossible" in report for report in ranks.collected):
-        result.verdict = f"{IMPOSSIBLE}: {ranks.collected[0]['impossible']}"
+    elif whys := [report["impossible"] for report in ranks.collected if "impossible" in report]:
+        result.verdict = f"{IMPOSSIBLE}: {whys[0]}"
     return result
 
 
 def run_all(steps: list[Step], device: str, patience: float) -> Iterator[list[Result]]:
-    """The results so far, whenever there is another. What shares a GPU is left out where torch's NCCL cannot."""
+    """The results so far, whenever there is another. What shares a GPU is left out where torch's NCCL says that it
+    cannot, and where that was not to be found out."""
     end = time.monotonic() + TOTAL * patience
     results: list[Result] = []
     sharing: Result | None = None
     for step in steps:
         if step.shares and sharing is None:
             sharing = run(SHARING, SHARING.limit * patience, device, patience)
-            sharing.verdict = "passed" if sharing.verdict == "passed" else IMPOSSIBLE
             results.append(sharing)
             yield results
         limit = step.limit * patience
-        if step.shares and sharing.verdict == IMPOSSIBLE:
-            results.append(Result(step.name, IMPOSSIBLE, 0))
+        if step.shares and sharing.verdict.startswith(IMPOSSIBLE):
+            results.append(Result(step.name, sharing.verdict, 0))
+        elif step.shares and sharing.verdict != "passed":
+            results.append(Result(step.name, f"not run: {SHARING.name}: {sharing.verdict}", 0))
         elif time.monotonic() + limit > end:
             # Less than its limit would look as if it had hung.
             results.append(Result(step.name, "not run: no time left", 0))
@@ -203,6 +210,7 @@ def markdown(about: dict[str, str], results: list[Result]) -> str:
         if result.cases:
             alike.setdefault(tuple(result.cases), []).append(result.step)
     lines += [f"\n{CASES_OF} {'; '.join(steps)}: {', '.join(cases)}." for cases, steps in alike.items()]
+    lines += [f"\nNot run in {r.step}: {name}: {why}." for r in results for name, why in r.not_run.items()]
     for result in results:
         for figures in [f for f in result.figures if f and "rows" in f][:1]:
             table, legend = figures["rows"], figures.get("columns")
@@ -239,6 +247,8 @@ def main() -> int:
     for results in run_all(steps, given.device, given.patience):
         last = results[-1]
         print(f"{last.verdict:12} {last.seconds:6} s {last.passed:5} checks  {last.step}", flush=True)
+        for name, why in last.not_run.items():
+            print(f"    {name}: not run: {why}", flush=True)
         for name, wrong in last.failures.items():
             print(f"    {name}: {wrong.strip().splitlines()[-1] if wrong.strip() else ''}", flush=True)
         whole = {"machine": about, "results": [vars(r) for r in results]}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import smdistributed_rs
-from gpu.common import DEVICE, ON_GPU, Suite, case, full, is_all, run_suite, still_works, synchronize, total
+from gpu.common import DEVICE, ON_GPU, NotRun, Suite, case, full, is_all, run_suite, still_works, synchronize, total
 
 STREAMS: Suite = {}
 
@@ -79,11 +79,15 @@ def waited_for_on_another_stream() -> None:
     is_all(doubled, 2 * total())
 
 
+def _the_host_may_go_on() -> None:
+    if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
+        raise NotRun("CUDA_DEVICE_MAX_CONNECTIONS is set, where the host waits so that no computing stream is stopped")
+
+
 @case(STREAMS, gpu=True)
 def the_host_does_not_wait() -> None:
     """Until the sleeping stream reaches the call, the host has long gone on."""
-    if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
-        return  # then it does, so that computing streams are not stopped
+    _the_host_may_go_on()
     for asynchronous in (True, False):
         tensor = full(100_000, dist.get_rank() + 1)
         torch.cuda.synchronize()
@@ -99,8 +103,7 @@ def the_host_does_not_wait() -> None:
 @case(STREAMS, gpu=True)
 def a_wait_with_a_limit() -> None:
     """The host waits as long as it was told to, and not without being told."""
-    if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
-        return
+    _the_host_may_go_on()
     tensor = full(100_000, dist.get_rank() + 1)
     torch.cuda.synchronize()
     asleep(1_000_000_000)
@@ -254,16 +257,15 @@ def every_collective_in_many_pieces() -> None:
         is_all(handed, rank + 1)
 
 
-def _captures() -> bool:
-    """Whether calls may be captured: NCCL carries them."""
-    return os.environ.get("SMDDP_CUDA") == "nccl"
+def _calls_are_captured() -> None:
+    if os.environ.get("SMDDP_CUDA") != "nccl":
+        raise NotRun("SMDDP_CUDA is not nccl: only what NCCL carries is captured")
 
 
 @case(STREAMS, gpu=True)
 def calls_in_a_graph() -> None:
     """Synchronous and asynchronous ones, replayed on other numbers."""
-    if not _captures():
-        return
+    _calls_are_captured()
     size = dist.get_world_size()
     given, summed, doubled = full(50_000, 0), full(50_000, 0), full(50_000, 0)
     graph = torch.cuda.CUDAGraph()
@@ -288,8 +290,7 @@ def calls_in_a_graph() -> None:
 @case(STREAMS, gpu=True)
 def calls_in_a_graph_while_others_are_pending() -> None:
     """An eager call on the group's stream lies behind a sleeping one when the capture begins, and ends after it."""
-    if not _captures():
-        return
+    _calls_are_captured()
     given, doubled = full(50_000, 0), full(50_000, 0)
     tensors = [full(100_000, dist.get_rank() + 1) for _ in range(2)]
     side = torch.cuda.Stream()
