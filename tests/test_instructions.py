@@ -15,6 +15,8 @@ import pytest
 
 import conftest
 
+# The program is built first, for up to 900 s.
+pytestmark = pytest.mark.timeout(1300)
 ROOT = conftest.HERE.parent
 CALLS = 20
 COUNTED = {4: 1_600, 1024: 2_000, 16 << 10: 21_100}
