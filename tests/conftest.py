@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -75,10 +77,34 @@ class Ranks:
         return self.collected
 
 
+PORTS, BLOCKS = 200, 40
+"""in a block of ports, and blocks"""
+
+
+@functools.cache
+def port_block() -> Iterator[int]:
+    """Ports that the kernel gives to nobody who asks for any, and that no other run of the tests uses: each has a block
+    of its own, as long as it lives, by a lock."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]) - PORTS * BLOCKS
+    assert first > 1024, "there is no room below the ports that the kernel gives out"
+    for number in range(BLOCKS):
+        lock = os.open(f"/tmp/smddp-ports-{os.getuid()}-{number}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            return itertools.cycle(range(first + number * PORTS, first + (number + 1) * PORTS))
+    raise AssertionError(f"{BLOCKS} runs of the tests use all ports")
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at; it is given again after all others of its block."""
+    for port in itertools.islice(port_block(), PORTS):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port of the block is free")
 
 
 @functools.cache
