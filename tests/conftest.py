@@ -237,6 +237,7 @@ def launch(
     launcher: Sequence[str],
     function: Callable[..., object] | str,
     *,
+    size: int,
     env: dict[str, str] | None = None,
     limit: float = 90,
     python: Sequence[str] = (sys.executable,),
@@ -266,7 +267,6 @@ def launch(
 
 def command(
     function: Callable[..., object] | str, folder: str, arguments: dict, python: Sequence[str] = (sys.executable,)
-    size: int,
 ) -> list[str]:
     name = function if isinstance(function, str) else f"{function.__module__}:{function.__name__}"
     return [*python, str(WORKER), name, folder, json.dumps(arguments)]
@@ -364,6 +364,46 @@ def end_leftovers(before: set[int], patience: float = 10) -> list[str]:
     return said
 
 
+SHARED_MEMORY = Path("/dev/shm")
+MPIS_OWN = ("mpich_shm_", "sm_segment", "vader_segment")
+"""what MPIs call theirs, and leave behind where ranks are killed"""
+
+
+def own_folder() -> None:
+    """Temporary files of this process, and of what it starts, lie in a folder of their own from now on: beside other
+    runs of the tests, what is left over can be told by its name. It goes with this process."""
+    # pytest keeps the folders of tests for a while.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="smddp-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def files_left() -> set[Path]:
+    """Folders of ours, and shared memory with a name. (That of groups has none.)"""
+    named = {path for path in SHARED_MEMORY.iterdir() if not path.name.startswith(MPIS_OWN)}
+    return named.union(Path(tempfile.gettempdir()).glob("smddp*"))
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether a process uses this memory, which may be one of somebody else's."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path) in maps.read_text():
+                return True
+    return False
+
+
+def remove_left(before: set[Path], patience: float = 10) -> list[str]:
+    """Removes what is there that was not there `before`, and does not go by itself."""
+    end = time.monotonic() + patience
+    while (left := files_left() - before) and time.monotonic() < end:
+        time.sleep(0.02)
+    left = {path for path in left if path.parent != SHARED_MEMORY or not is_mapped(path)}
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return sorted(map(str, left))
+
+
 # ---- what is left out
 
 
@@ -397,11 +437,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_configure() -> None:
     adopt_orphans()
+    own_folder()
+    cache_home()
 
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """No test leaves processes behind."""
-    before = below()
+    """No test leaves processes, folders or shared memory behind."""
+    processes, files = below(), files_left()
     yield
-    assert not end_leftovers(before), "these processes were left behind"
+    left = [*end_leftovers(processes), *remove_left(files)]
+    assert not left, "this was left behind"

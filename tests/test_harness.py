@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -77,6 +79,35 @@ def test_what_ranks_leave_behind_is_found_and_killed() -> None:
     assert conftest.below() == before
 
 
+def test_what_a_test_leaves_in_folders_is_found_and_removed() -> None:
+    before = conftest.files_left()
+    left = [
+        Path(tempfile.mkdtemp(prefix="smddp-test-")),
+        conftest.SHARED_MEMORY / f"left-by-{os.getpid()}",
+        # Not ours, and what MPIs do.
+        Path(tempfile.mkdtemp(prefix="other-")),
+        conftest.SHARED_MEMORY / f"mpich_shm_{os.getpid()}",
+    ]
+    for path in left[1::2]:
+        path.touch()
+    assert conftest.remove_left(before, patience=0.1) == sorted(map(str, left[:2]))
+    assert [path.exists() for path in left] == [False, False, True, True]
+    left[2].rmdir()
+    left[3].unlink()
+
+
+def test_ports_are_out_of_the_kernels_reach_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = {conftest.free_port() for _ in range(20)}
+    assert len(ports) == 20
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < lowest
+    used, free = sorted(ports)[:2]
+    monkeypatch.setattr(conftest, "port_block", lambda: iter([used, free]))
+    with socket.socket() as taken:
+        taken.bind(("", used))
+        assert conftest.free_port() == free
+
+
 def test_a_pool_that_does_not_end_well_is_told() -> None:
     pool = Pool("1node")
     assert pool.failure({"groups": [], "fresh": False, "delay": 0, "steps": []}) == ""
@@ -107,6 +138,13 @@ def test_what_is_skipped_for_no_good_reason_has_failed(tmp_path: Path) -> None:
 
 
 # ---- the steps on a GPU, played without one
+
+
+def reported(report: dict, size: int, status: int = 0) -> conftest.Ranks:
+    return conftest.Ranks([status] * size, [""] * size, 1, collected=[report] * size, expected=size)
+
+
+CANNOT = f"{gpu.run.IMPOSSIBLE}: a duplicate GPU"
 
 
 @pytest.mark.parametrize(
@@ -143,13 +181,6 @@ def test_the_page_of_a_gpu_run_names_the_cases_that_passed() -> None:
 
 
 def test_a_step_that_no_longer_fits_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-def reported(report: dict, size: int, status: int = 0) -> conftest.Ranks:
-    return conftest.Ranks([status] * size, [""] * size, 1, collected=[report] * size, expected=size)
-
-
-CANNOT = f"{gpu.run.IMPOSSIBLE}: a duplicate GPU"
-
-
     """Cut short it would look as if it had hung."""
     monkeypatch.setattr(gpu.run, "TOTAL", 20.0)
     limits: list[float] = []

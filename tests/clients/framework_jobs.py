@@ -7,11 +7,12 @@ defined, and equal but for rounding.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,16 @@ def my_batches() -> list[dict[str, torch.Tensor]]:
     return batches_of(rank(), world())
 
 
+def folder(name: str = "") -> str:
+    """For what a framework writes, removed when this process ends; with a name, the same one for all ranks, which must
+    be done with it before one of them ends."""
+    found = (
+        f"{tempfile.gettempdir()}/smddp-{name}-{os.environ.get('MASTER_PORT', 'one')}" if name else tempfile.mkdtemp()
+    )
+    atexit.register(shutil.rmtree, found, ignore_errors=True)
+    return found
+
+
 def plain() -> dict:
     """One process, no framework: what all are compared with."""
     model = Net()
@@ -96,7 +107,7 @@ def _trainer(**more: object) -> object:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder(),
         per_device_train_batch_size=BATCH // world(),
         max_steps=STEPS,
         optim="sgd",
@@ -172,8 +183,9 @@ def accelerator(backend: str) -> dict:
     total = made.reduce(torch.tensor([1.0 + made.process_index]), reduction="sum").item()
     found = {"weights": weights(made.unwrap_model(model)), "labels": sorted(seen), "sum": total}
     found["objects"] = made.gather_for_metrics([made.process_index], use_gather_object=True)
-    made.save_state(Path(tempfile.gettempdir(), f"accelerate-{os.environ.get('MASTER_PORT', 'one')}"))
+    made.save_state(folder("accelerate"))
     if world() > 1:
+        dist.barrier()
         found |= {"backend": dist.get_backend(), "distributed": str(made.distributed_type)}
         dist.destroy_process_group()
     return found
@@ -252,11 +264,12 @@ def deepspeed(backend: str, stage: int) -> dict:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    folder = f"{tempfile.gettempdir()}/deepspeed-{os.environ['MASTER_PORT']}"
-    engine.save_checkpoint(folder)
-    engine.load_checkpoint(folder)
+    saved = folder("deepspeed")
+    engine.save_checkpoint(saved)
+    engine.load_checkpoint(saved)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
         found = {"weights": weights(engine.module), "losses": losses, "backend": dist.get_backend()}
+    dist.barrier()
     dist.destroy_process_group()
     return found
 
@@ -287,7 +300,7 @@ def mmengine(way: str, backend: str) -> dict:
 
     runner = Runner(
         model=Model(),
-        work_dir=tempfile.mkdtemp(),
+        work_dir=folder(),
         train_dataloader={
             "dataset": Data(),
             "batch_size": BATCH // world() if way != "mpi" else BATCH // int(os.environ["OMPI_COMM_WORLD_SIZE"]),

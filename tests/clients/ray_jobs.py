@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -57,3 +58,4 @@ def trainer(dies: bool = False) -> dict:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
