@@ -38,6 +38,7 @@ class _Native:
     """Notes what was exchanged."""
 
     carries_messages = True
+    failed: BaseException | None = None
     made = 0
     wanted = staticmethod(lambda _: (False, None))
 
@@ -45,6 +46,9 @@ class _Native:
         _Native.made += 1
         self.exchanged: list[list[tuple[int, bool, int, int]]] = []
         self.handle = _Handle()
+
+    def failure(self) -> BaseException | None:
+        return self.failed
 
     def abort(self, reason: str) -> None:
         pass
@@ -352,9 +356,14 @@ def test_a_barrier_waits_for_the_current_stream_of_the_groups_device(
     monkeypatch.setattr(torch.cuda, "current_stream", current)
     side.synchronize()
     assert waited == [0]
+    native: Any = side._native
+    native.failed = ValueError("a call has failed")
+    with pytest.raises(ValueError, match="a call has failed"):
+        side.synchronize()
+    assert waited == [0, 0]
     # Without a device there is nothing to wait for.
     CudaSide(_host(), lambda: None).synchronize()
-    assert waited == [0]
+    assert waited == [0, 0]
 
 
 def test_threads_that_call_at_once_use_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
