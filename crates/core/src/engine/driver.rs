@@ -205,6 +205,10 @@ impl<T: Transports> Driver<T> {
         self.after_poll(key.index, result);
         if spans_nodes {
             self.poll_fabric();
+            // Nothing of the group is posted there that would have failed by it.
+            if let Some(error) = self.fabric.as_mut().and_then(|fabric| fabric.aborted(key.id)) {
+                self.fail(key.index, &error, None);
+            }
         }
     }
 

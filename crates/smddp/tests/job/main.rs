@@ -508,7 +508,12 @@ fn timeout() {
     let world = World::init().unwrap();
     world.set_timeout(Duration::from_millis(500));
     if world.rank() == 2 {
-        std::thread::sleep(Duration::from_secs(3));
+        // It is there, and does not call before the others have given up.
+        let until = Instant::now() + LIMIT;
+        while world.failure().is_none() {
+            assert!(Instant::now() < until, "nobody gave up");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     } else {
         let error = world.all_reduce(&mut vec![1f32; 100_000], ReduceOp::Sum).unwrap_err();
         println!("said: {error}");
