@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use smddp::{Collective, DType, Error, ReduceOp, Region, Request, Settings, SharedMemory, World};
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// A rank's last words. Who ends well without them has not played its role: `worker` is not what it was, or was not found.
+const PLAYED: &str = "@@ the role is played";
 
 /// One rank's end.
 struct End {
@@ -81,7 +83,9 @@ fn job(role: &str, nodes: &[usize], more: &[(&str, &str)]) -> Vec<End> {
             std::thread::sleep(Duration::from_millis(5));
         };
         drop(child);
-        End { rank, code, output: output.map(|text| text.join().unwrap()).concat() }
+        let output = output.map(|text| text.join().unwrap()).concat();
+        assert!(code != Some(0) || output.contains(PLAYED), "rank {rank} never played {role}:\n{output}");
+        End { rank, code, output }
     });
     ended.collect()
 }
@@ -131,6 +135,7 @@ fn worker() {
         }),
         other => panic!("no role {other}"),
     }
+    println!("{PLAYED}");
 }
 
 fn value(rank: usize, i: usize) -> f32 {
