@@ -1,5 +1,7 @@
 //! A process group as its user holds it: checks arguments, finds the plan, hands the operation to the engine.
 
+#[cfg(test)]
+mod tests;
 mod typed;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

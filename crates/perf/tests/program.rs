@@ -318,6 +318,17 @@ fn info_and_plan_need_no_job() {
     assert!(text(&plan).contains("rank 5") && text(&plan).contains("modelled time"), "{}", text(&plan));
 }
 
+#[test]
+fn plans_are_cut_as_set() {
+    let line = "plan all_reduce --nodes 2 --local 1 --bytes 8M --rank 0";
+    for (name, value, cut) in
+        [("SMDDP_CHUNK", "64K", "128 rounds of 64 KiB"), ("SMDDP_STAGING", "1M", "64 rounds of 128 KiB")]
+    {
+        let plan = finish(command(line).env(name, value), line);
+        assert!(text(&plan).contains(cut), "{name}: {}", text(&plan));
+    }
+}
+
 /// On the stand-in for CUDA and NCCL, whose times mean nothing.
 fn on_device(line: &str, nccl: &str) -> Value {
     let driver = smddp_standin::paths();

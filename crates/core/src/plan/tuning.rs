@@ -108,6 +108,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn settings_of_schedules_are_obeyed() {
+        let pairs = [("SMDDP_CHUNK", "20K"), ("SMDDP_STAGING", "3M"), ("SMDDP_ALGORITHM", "broadcast=tree")];
+        let given = pairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let tuning = Tuning::from_settings(&Settings::from_vars(given).unwrap()).unwrap();
+        let overrides = Override::parse_all(pairs[2].1).unwrap();
+        assert_eq!(tuning, Tuning { chunk: 20 << 10, staging: 3 << 20, overrides, ..Tuning::default() });
+        let usual = Tuning::from_settings(&Settings::from_vars([]).unwrap()).unwrap();
+        assert_eq!(usual, Tuning::default());
+    }
+
+    #[test]
     fn overrides_are_read_and_refused() {
         let list = Override::parse_all("all_reduce:64K-=sharded, broadcast=tree").unwrap();
         assert_eq!(list[0].from, 64 << 10);

@@ -133,6 +133,7 @@ fn worker() {
             let mut own = vec![0f32; data.len() / world.size()];
             world.reduce_scatter(&data[..own.len() * world.size()], &mut own, ReduceOp::Sum)
         }),
+        "moved, shared or not" => moved_shared_or_not(),
         other => panic!("no role {other}"),
     }
     println!("{PLAYED}");
@@ -361,6 +362,31 @@ fn one_rank_in_shared_memory_and_one_not_are_told() {
                 assert!(output.contains("in shared memory"), "{role} on {nodes:?}: {output}");
             }
         }
+    }
+}
+
+/// Broadcasts and gathers of several nodes take shared memory as any other: it need not be shared on all ranks.
+fn moved_shared_or_not() {
+    let world = World::init().unwrap();
+    let (n, me) = (world.size(), world.rank());
+    let memory = SharedMemory::new(&world, 1 << 20).unwrap();
+    let mut plain = vec![0f32; (1 << 20) / 4];
+    let given = if me == 0 { floats(&memory) } else { &mut plain };
+    for root in [0, n - 1] {
+        given.fill(me as f32);
+        world.broadcast(given, root).unwrap();
+        assert!(given.iter().all(|&x| x == root as f32));
+    }
+    given.fill(me as f32);
+    let mut all = vec![-1f32; n * given.len()];
+    world.all_gather(given, &mut all).unwrap();
+    assert!(all.chunks(given.len()).enumerate().all(|(rank, part)| part.iter().all(|&x| x == rank as f32)));
+}
+
+#[test]
+fn what_several_nodes_move_may_be_shared_on_one_rank_alone() {
+    for nodes in [&[2, 1][..], &[2, 2]] {
+        good_job("moved, shared or not", nodes, &[]);
     }
 }
 
