@@ -4,6 +4,7 @@ that plays them, in which each rank makes the same ones."""
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -92,6 +93,9 @@ def job(which: str) -> dict:
     """What this rank found wrong, and the digests of what must be the same on all ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("smddp", timeout=timedelta(seconds=60))
+    if os.environ.get("SMDDP_SHM_SLOT") == str(SLOT) and os.environ["LOCAL_WORLD_SIZE"] != "1":
+        told = dist.group.WORLD.describe()
+        assert "(2 slots of 4 KiB)" in told, told
     size = dist.get_world_size()
     player = programs.Player([tuple(range(size))])
     reports = [player.play(program) for program in PROGRAMS[which](size)]

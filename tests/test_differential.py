@@ -48,6 +48,7 @@ SHAPES: dict[str, tuple[list[int], dict[str, str]]] = {
             "SMDDP_STAGING": "1M",
             "SMDDP_CHUNK": "8K",
             "SMDDP_TORCH_GROUP": "backend",
+            "SMDDP_LOG": "info",
         },
     ),
 }
@@ -216,6 +217,9 @@ class Pool:
             os.close(end)
         self._pids: list[int] = []
         self._pids = [int(answer) for answer in self._answers(120)]
+        if self._env.get("SMDDP_SHM_SLOT") == "4K":
+            told = (Path(self._folder.name) / "0.log").read_text()
+            assert "(2 slots of 4 KiB)" in told, told
 
     def _answers(self, limit: float) -> list[str]:
         """One line of each rank."""

@@ -20,6 +20,7 @@ use crate::engine::op::{Callback, GroupKey, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
 use crate::memory::{Owner, Region};
 use crate::plan::{CallShape, Tuning, schedule};
+use crate::reduce;
 use crate::request::{Blocks, Request};
 use crate::shared::{OwnParts, Shared};
 use crate::topology::GroupShape;
@@ -47,6 +48,8 @@ struct Inner<T: Transports> {
     name: Arc<str>,
     rank: usize,
     shape: Arc<GroupShape>,
+    /// What carries bytes in a node.
+    local: String,
     tuning: Tuning,
     timeout_nanos: AtomicU64,
     plans: Mutex<Plans>,
@@ -192,6 +195,7 @@ impl<T: Transports> Communicator<T> {
         timeout: Duration,
     ) -> Result<Communicator<T>> {
         let (name, rank, shape) = (Arc::clone(&seat.name), seat.rank, Arc::clone(&seat.shape));
+        let local = seat.local.describe();
         let (key, failed) = engine.add(seat)?;
         let inner = Inner {
             engine,
@@ -199,6 +203,7 @@ impl<T: Transports> Communicator<T> {
             name,
             rank,
             shape,
+            local,
             tuning,
             timeout_nanos: AtomicU64::new(nanos(timeout)),
             plans: Mutex::default(),
@@ -260,7 +265,7 @@ impl<T: Transports> Communicator<T> {
         plans.last.as_ref().map_or("none", |(_, ready)| ready.schedule.algorithm).to_owned()
     }
 
-    /// One line for people: shape and fabric.
+    /// One line for people: shape, shared memory, fabric and kernels.
     pub fn describe(&self) -> String {
         let shape = self.shape();
         let fabric = match shape.node_count() {
@@ -268,10 +273,12 @@ impl<T: Transports> Communicator<T> {
             _ => self.inner.engine.fabric_info(|f| f.describe()),
         };
         format!(
-            "{} ranks on {} node(s) ({shape}), shared memory in a node{}",
+            "{} ranks on {} node(s) ({shape}), {} in a node{}, {} kernels",
             shape.size(),
             shape.node_count(),
-            fabric.map_or_else(String::new, |f| format!(", {f} between nodes"))
+            self.inner.local,
+            fabric.map_or_else(String::new, |f| format!(", {f} between nodes")),
+            reduce::variant()
         )
     }
 

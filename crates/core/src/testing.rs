@@ -219,6 +219,10 @@ impl NodeState {
 }
 
 impl NodeLocal for MemoryNode {
+    fn describe(&self) -> String {
+        "plain memory".to_owned()
+    }
+
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
         self.check_awake()?;
         lock(&self.state).queues[self.rank].push_back(run);

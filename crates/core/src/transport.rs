@@ -239,6 +239,9 @@ pub trait NodeLocal: Send {
     /// Tells the node's other members of this group why it failed here: their next poll returns `Error::Aborted`
     /// with that text. Forgets all queued work; nothing submitted is touched afterwards.
     fn abort(&mut self, why: &Error);
+
+    /// A few words for people: what carries the bytes.
+    fn describe(&self) -> String;
 }
 
 /// Messages between processes on different nodes. One for the whole process; groups share it.

@@ -155,6 +155,10 @@ struct Frail {
 }
 
 impl NodeLocal for Frail {
+    fn describe(&self) -> String {
+        self.node.describe()
+    }
+
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
         self.node.submit(run)
     }

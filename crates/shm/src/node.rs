@@ -313,6 +313,11 @@ fn look_for(peer: usize, patience: &mut Patience<'_>, segment: &Segment, ring: &
 }
 
 impl NodeLocal for ShmNode {
+    fn describe(&self) -> String {
+        let Geometry { slot, slots } = self.geometry();
+        format!("shared memory ({slots} slots of {} KiB)", slot >> 10)
+    }
+
     fn submit(&mut self, run: PhaseRun) -> Result<()> {
         self.check()?;
         self.stuck_on = None;

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use smddp::{Collective, DType, Error, ReduceOp, Region, Request, Settings, SharedMemory, World};
+use smddp_core::reduce::Variant;
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// A rank's last words. Who ends well without them has not played its role: `worker` is not what it was, or was not found.
@@ -134,6 +135,7 @@ fn worker() {
             world.reduce_scatter(&data[..own.len() * world.size()], &mut own, ReduceOp::Sum)
         }),
         "moved, shared or not" => moved_shared_or_not(),
+        "told" => told(),
         other => panic!("no role {other}"),
     }
     println!("{PLAYED}");
@@ -387,6 +389,48 @@ fn moved_shared_or_not() {
 fn what_several_nodes_move_may_be_shared_on_one_rank_alone() {
     for nodes in [&[2, 1][..], &[2, 2]] {
         good_job("moved, shared or not", nodes, &[]);
+    }
+}
+
+/// Says what the first group and one after it are like.
+fn told() {
+    let world = World::init().unwrap();
+    let all: Vec<usize> = (0..world.size()).collect();
+    let later = world.new_group(&all).unwrap().unwrap();
+    println!("first: {}\nlater: {}", world.describe(), later.describe());
+}
+
+/// The rest of the line behind `name`.
+fn words<'a>(output: &'a str, name: &str) -> &'a str {
+    let (_, after) = output.split_once(name).unwrap_or_else(|| panic!("no {name} in {output}"));
+    after.lines().next().unwrap_or_default()
+}
+
+#[test]
+fn slots_are_as_set_until_groups_have_too_many() {
+    // Together more than a rank's groups may have.
+    let large = [("SMDDP_SHM_SLOT", "4M"), ("SMDDP_SHM_SLOTS", "3")];
+    let small = [("SMDDP_SHM_SLOT", "8K"), ("SMDDP_SHM_SLOTS", "5")];
+    for (settings, first, later) in
+        [(large, "3 slots of 4096 KiB", "3 slots of 64 KiB"), (small, "5 slots of 8 KiB", "5 slots of 8 KiB")]
+    {
+        for output in good_job("told", &[2], &settings) {
+            assert!(words(&output, "first:").contains(first), "{output}");
+            assert!(words(&output, "later:").contains(later), "{output}");
+        }
+    }
+}
+
+#[test]
+fn kernels_and_log_are_as_set() {
+    let fastest = Variant::available().last().unwrap().name();
+    for (simd, kernels) in [("portable", "portable"), ("auto", fastest)] {
+        for (log, is_told) in [("info", true), ("error", false)] {
+            let output = good_job("told", &[1], &[("SMDDP_SIMD", simd), ("SMDDP_LOG", log)]).concat();
+            assert!(words(&output, "first:").ends_with(&format!(" {kernels} kernels")), "{output}");
+            // That a group was made.
+            assert_eq!(output.contains("INFO"), is_told, "{log}: {output}");
+        }
     }
 }
 
