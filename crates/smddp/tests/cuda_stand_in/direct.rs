@@ -1,5 +1,7 @@
 //! GPUDirect: messages between nodes from and to device memory, over a libfabric that reaches the stand-in's devices.
 
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use smddp::{Collective, DType, Result, library_dirs};
@@ -193,6 +195,38 @@ fn what_the_provider_has_not_is_not_used() {
     with("direct::what_the_provider_has_not_is_not_used", nodes, "ordered").run(|rank| {
         let job = Job::start(rank, nodes);
         goes_through_the_host(&job, &[("SMDDP_LIBFABRIC", "")]);
+        rank.barrier("over");
+        job.end();
+    });
+}
+
+/// What the log was given.
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Its calls could wait for the very stream that waits for the message. The stand-in ends a rank that registers memory then.
+#[test]
+fn a_provider_that_makes_cuda_calls_is_not_used() {
+    let nodes = &[1, 1];
+    let test = "direct::a_provider_that_makes_cuda_calls_is_not_used";
+    with(test, nodes, "ordered").env("SMDDP_STANDIN_CUDA_CALLS", "1").run(|rank| {
+        let said = Said::default();
+        let log = said.clone();
+        tracing_subscriber::fmt().with_ansi(false).with_writer(move || log.clone()).init();
+        let job = Job::start(rank, nodes);
+        goes_through_the_host(&job, &[]);
+        let said = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
+        assert!(said.contains("WARN") && said.contains("SMDDP_GPUDIRECT=on has no effect"), "{said}");
         rank.barrier("over");
         job.end();
     });

@@ -4,6 +4,9 @@
 //! devices is registered as the host memory that it is, and FI_OPT_CUDA_API_PERMITTED is taken. Objects get copies of their
 //! tables of functions with those entries changed; the copies are never freed, as the library is never unloaded.
 //!
+//! Memory of devices is registered only after the promise that no CUDA calls are needed, as a provider that makes some can wait
+//! for the stream that waits for it. With SMDDP_STANDIN_CUDA_CALLS=1 this one makes some, and says so.
+//!
 //! With SMDDP_STANDIN_MR_LOCAL=1 a NIC also wants what it sends and receives to be registered, as EFA's does.
 
 // What fails here fails a test: a panic is the report.
@@ -12,7 +15,7 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use smddp_libfabric_sys::abi::*;
 use smddp_libfabric_sys::{Library, places};
@@ -20,6 +23,8 @@ use smddp_libfabric_sys::{Library, places};
 /// Folders in which the real libfabric may lie, beside the usual ones; as PATH is written.
 const DIRS: &str = "SMDDP_STANDIN_LIBRARY_DIRS";
 
+/// No CUDA calls are made: FI_OPT_CUDA_API_PERMITTED was set to 0.
+static FORBIDDEN: AtomicBool = AtomicBool::new(false);
 /// Bytes registered so far.
 static REGISTERED: AtomicU64 = AtomicU64::new(0);
 
@@ -28,8 +33,12 @@ extern "C" fn smddp_standin_fabric_registered() -> u64 {
     REGISTERED.load(Ordering::SeqCst)
 }
 
+fn is_on(switch: &str) -> bool {
+    std::env::var_os(switch).is_some_and(|value| value == "1")
+}
+
 fn wants_local_registration() -> bool {
-    std::env::var_os("SMDDP_STANDIN_MR_LOCAL").is_some_and(|value| value == "1")
+    is_on("SMDDP_STANDIN_MR_LOCAL")
 }
 
 fn real() -> &'static Library {
@@ -212,6 +221,14 @@ unsafe extern "C" fn set_option(
     len: usize,
 ) -> c_int {
     if option == FI_OPT_CUDA_API_PERMITTED {
+        const EOPNOTSUPP: c_int = 95;
+        assert_eq!((level, len), (FI_OPT_ENDPOINT, 1));
+        // SAFETY: one byte, as was looked at.
+        let permitted = unsafe { *value.cast::<u8>() } != 0;
+        if !permitted && is_on("SMDDP_STANDIN_CUDA_CALLS") {
+            return -EOPNOTSUPP;
+        }
+        FORBIDDEN.store(!permitted, Ordering::SeqCst);
         return 0;
     }
     // SAFETY: the caller's arguments.
@@ -266,6 +283,7 @@ unsafe extern "C" fn register_of_device(
     unsafe {
         let attr = &*attr;
         assert!(attr.iface == FI_HMEM_CUDA && attr.iov_count == 1, "only devices' memory comes here");
+        assert!(FORBIDDEN.load(Ordering::SeqCst), "memory of a device, and CUDA calls are permitted");
         let part = &*attr.mr_iov;
         let (start, len) = (part.iov_base.cast_const(), part.iov_len);
         ask_the_driver(start);
