@@ -211,10 +211,7 @@ impl Serving<'_> {
 
     /// Checks a newcomer and gives it the segment. An error concerns the newcomer alone.
     fn admit(&mut self, socket: OwnedFd) -> Result<(), String> {
-        let peer = credentials(&socket).map_err(|e| e.to_string())?;
-        if peer.uid != rustix::process::geteuid().as_raw() {
-            return Err(format!("it belongs to user {}", peer.uid));
-        }
+        let peer = of_this_user(&socket).map_err(|e| e.to_string())?;
         let patience = self.who.deadline.min(Instant::now() + PATIENCE);
         let refuse = |reason: String| {
             // It may have left already; the reason is logged here anyway.
@@ -335,11 +332,7 @@ fn dial(name: &str, who: &Membership, started: Instant) -> Result<OwnedFd, ShmEr
             Err(error) => return Err(ShmError::system("connect", error)),
         }
     }
-    let peer = credentials(&socket)?;
-    let own = rustix::process::geteuid().as_raw();
-    if peer.uid != own {
-        return Err(ShmError::Refused(format!("'{name}' belongs to user {}, not to {own}", peer.uid)));
-    }
+    of_this_user(&socket)?;
     Ok(socket)
 }
 
@@ -416,6 +409,20 @@ fn new_socket() -> Result<OwnedFd, ShmError> {
 fn address(name: &str) -> Result<SocketAddrUnix, ShmError> {
     SocketAddrUnix::new_abstract_name(name.as_bytes())
         .map_err(|e| ShmError::Refused(format!("'{name}' is no socket name: {e}")))
+}
+
+/// Who is at the other end, which must be this user's process.
+fn of_this_user(socket: &OwnedFd) -> Result<libc::ucred, ShmError> {
+    let peer = credentials(socket)?;
+    check_user(peer.uid, rustix::process::geteuid().as_raw())?;
+    Ok(peer)
+}
+
+fn check_user(theirs: u32, own: u32) -> Result<(), ShmError> {
+    if theirs == own {
+        return Ok(());
+    }
+    Err(ShmError::Refused(format!("the other process belongs to user {theirs}, not to {own}")))
 }
 
 fn credentials(socket: &OwnedFd) -> Result<libc::ucred, ShmError> {
@@ -514,10 +521,8 @@ mod tests {
         }
     }
 
-    /// Packets that no rank of ours would send, from processes of this user, which nothing keeps from the socket.
-    #[test]
-    fn whoever_says_anything_else_changes_nothing() {
-        let who = |local_rank| Membership {
+    fn who(local_rank: usize) -> Membership {
+        Membership {
             group: 7,
             secret: [3; 32],
             local_rank,
@@ -527,11 +532,73 @@ mod tests {
             hands_back: false,
             streams_from: None,
             deadline: Instant::now() + Duration::from_secs(60),
+        }
+    }
+
+    /// What local rank 1 says first.
+    const HELLO: Hello = Hello { version: VERSION, local_rank: 1, group: 7, secret: [3; 32] };
+
+    #[test]
+    fn no_user_is_another() {
+        check_user(7, 7).unwrap();
+        for (theirs, own) in [(7, 0), (0, 7), (u32::MAX, 7)] {
+            let said = check_user(theirs, own).unwrap_err().to_string();
+            assert!(said.contains(&format!("user {theirs}, not to {own}")), "{said}");
+        }
+    }
+
+    /// Runs `act` on a thread of another user, which root alone can; whether it did.
+    fn as_nobody(act: impl FnOnce() + Send) -> bool {
+        const NOBODY: libc::c_long = 65534;
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("NOT RUN: only root can be another user");
+            return false;
+        }
+        let nobody = || {
+            // SAFETY: no memory is involved. The call itself changes its thread alone, unlike libc's function.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) }, 0);
+            act();
         };
+        std::thread::scope(|scope| scope.spawn(nobody).join().unwrap());
+        true
+    }
+
+    #[test]
+    fn another_user_gets_no_segment_though_it_knows_the_secret() {
+        let listener = Listener::bind().unwrap();
+        let name = listener.name().to_owned();
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(|| listener.serve(&who(0), Geometry { slot: 4096, slots: 2 }));
+            as_nobody(|| {
+                let socket = new_socket().unwrap();
+                rustix::net::connect(&socket, &address(&name).unwrap()).unwrap();
+                // It may be turned away before it has said a word.
+                let _ = send(&socket, bytemuck::bytes_of(&HELLO), None);
+                let mut answer = [0; PACKET];
+                let answer = receive(&socket, &mut answer, who(1).deadline).unwrap();
+                assert!(matches!(answer, Some((0, None))), "{answer:?}");
+            });
+            ShmNode::connect(&name, &who(1)).unwrap();
+            serving.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn no_rank_takes_a_segment_of_another_user() {
+        let mut theirs = None;
+        if as_nobody(|| theirs = Some(Listener::bind().unwrap())) {
+            let refused = dial(theirs.unwrap().name(), &who(1), Instant::now()).unwrap_err();
+            assert!(matches!(&refused, ShmError::Refused(why) if why.contains("65534")), "{refused}");
+        }
+    }
+
+    /// Packets that no rank of ours would send, from processes of this user, which nothing keeps from the socket.
+    #[test]
+    fn whoever_says_anything_else_changes_nothing() {
         let listener = Listener::bind().unwrap();
         let name = listener.name().to_owned();
         let hello = |change: fn(&mut Hello)| {
-            let mut hello = Hello { version: VERSION, local_rank: 1, group: 7, secret: [3; 32] };
+            let mut hello = HELLO;
             change(&mut hello);
             bytemuck::bytes_of(&hello).to_vec()
         };
