@@ -123,10 +123,12 @@ mod tests {
         let text = |other: Hello| check("g", 0, &[hello(), other]).unwrap_err().to_string();
         assert!(text(Hello { protocol: 9, ..hello() }).contains("protocol 9"));
         assert!(text(Hello { size: 3, ..hello() }).contains("rank 1 says 3, rank 0 says 2"));
-        let mut odd = hello();
-        odd.settings[0] = "64K".to_owned();
-        let said = text(odd);
-        assert!(said.contains("SMDDP_CHUNK") && said.contains("rank 1"), "{said}");
+        for (at, name) in SHARED.into_iter().enumerate() {
+            let mut odd = hello();
+            odd.settings[at] = "odd".to_owned();
+            let said = text(odd);
+            assert!(said.contains(name) && said.contains("rank 1") && said.contains("odd"), "{said}");
+        }
     }
 
     #[test]

@@ -18,12 +18,34 @@ impl NodeId {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let uname = rustix::system::uname();
         let host = uname.nodename().to_string_lossy().into_owned();
-        let shm = rustix::fs::stat("/dev/shm").map_or(0, |s| s.st_dev);
-        let net = rustix::fs::stat("/proc/self/ns/net").map_or(0, |s| s.st_ino);
         let named = settings.text("SMDDP_NODE_ID");
-        let label = format!("{}/{host}/{shm:x}/{net:x}/{named}", boot.trim());
+        let parts = Parts {
+            boot: boot.trim(),
+            host: &host,
+            shm: rustix::fs::stat("/dev/shm").map_or(0, |s| s.st_dev),
+            net: rustix::fs::stat("/proc/self/ns/net").map_or(0, |s| s.st_ino),
+            named,
+        };
+        let label = parts.label();
         let name = if named.is_empty() { host } else { format!("{named}@{host}") };
         NodeId { label, name }
+    }
+}
+
+/// What ranks that share memory have in common.
+#[derive(Clone, Copy)]
+struct Parts<'a> {
+    boot: &'a str,
+    host: &'a str,
+    shm: u64,
+    net: u64,
+    named: &'a str,
+}
+
+impl Parts<'_> {
+    fn label(self) -> String {
+        let Parts { boot, host, shm, net, named } = self;
+        format!("{boot}/{host}/{shm:x}/{net:x}/{named}")
     }
 }
 
@@ -67,6 +89,23 @@ mod tests {
         assert_eq!([low, high].map(|cores| owned(cores, &[low, high])), [8, 4]);
         assert_eq!([low, &all[..]].map(|cores| owned(cores, &[low, &all])), [4, 8]);
         assert!(are_crowded(&[low; 9]) && !are_crowded(&[low; 8]) && !are_crowded(&[low, high]));
+    }
+
+    #[test]
+    fn ranks_that_differ_in_any_part_share_no_memory() {
+        let here = Parts { boot: "b", host: "h", shm: 1, net: 1, named: "" };
+        let elsewhere = [
+            Parts { boot: "c", ..here },
+            Parts { host: "i", ..here },
+            Parts { shm: 2, ..here },
+            Parts { net: 2, ..here },
+            Parts { named: "n", ..here },
+        ];
+        let mut labels: Vec<String> = elsewhere.map(Parts::label).into();
+        labels.push(here.label());
+        labels.sort();
+        labels.dedup();
+        assert_eq!(labels.len(), 6, "{labels:?}");
     }
 
     #[test]
