@@ -93,6 +93,32 @@ fn a_large_message_is_withdrawn_in_its_midst_whatever_the_network_takes() {
     }
 }
 
+/// Each piece comes soon enough after the one before it, but there are too many of them.
+#[test]
+fn a_peer_whose_pieces_come_and_come_costs_the_endpoint() {
+    const PIECE: usize = 64 << 10;
+    // One at each step, four a second; 8 MiB of them are in flight.
+    let config = SimConfig { max_msg: PIECE, rate: Some(PIECE), depth: 256, ..sockets() };
+    for receives in [true, false] {
+        let mut world = World::new(2, 1, config, &settings(&[]));
+        world.net.pace(Duration::from_millis(250));
+        world.net.in_rounds(true);
+        let (mut a, mut b) = (vec![1u8; 16 << 20], vec![0u8; 16 << 20]);
+        let (from, to) = (region(&mut a), region(&mut b));
+        world.ends[usize::from(receives)].send(message(key(0), usize::from(!receives), from, 0)).unwrap();
+        world.ends[usize::from(!receives)].recv(message(key(0), usize::from(receives), to, 0)).unwrap();
+        for _ in 0..10 {
+            world.poll_all();
+        }
+        let mut said = String::new();
+        while_polled(&mut world, |me| {
+            me.withdraw(GROUP, &[1], Some(&Error::Internal("enough".to_owned())));
+            said = me.poll(&mut Vec::new()).map_err(|failure| failure.error.to_string()).unwrap_err();
+        });
+        assert!(said.contains("node1 did not settle") && said.contains("in 20 s"), "{said}");
+    }
+}
+
 /// Nothing is under way to the peer when it dies, so the network has nothing to tell.
 #[test]
 fn a_peer_that_dies_while_it_is_waited_for_is_missed() {
