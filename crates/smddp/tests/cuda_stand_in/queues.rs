@@ -141,7 +141,8 @@ fn collectives_where_streams_see_nothing_of_the_hosts_words() {
     let test = "queues::collectives_where_streams_see_nothing_of_the_hosts_words";
     children(test, NODES, &[("SMDDP_STANDIN_WAIT_VALUE", "never"), FOR_EVER[1]]).run(|rank| {
         let job = Job::start(rank, NODES);
-        let group = job.group_within("world", &SLOTS, Duration::from_secs(20)).unwrap();
+        // Words are tried for half of it.
+        let group = job.group_within("world", &SLOTS, Duration::from_secs(10)).unwrap();
         group.device.set_timeout(Duration::from_secs(60));
         assert!(group.device.describe().contains("host waits"), "{}", group.device.describe());
         assert!(until(|| job.control.parked() == 0), "a stream still waits for a word");
