@@ -85,6 +85,9 @@ pub struct Env {
     /// What tells this run from another: launcher's job id, torchrun's run id. (Not its restart count, of which the
     /// agents have counts of their own.)
     pub job: Option<String>,
+    /// Where the launcher's daemon of this host listens: equal on all ranks of a job's host, and on those of no other
+    /// job of its network, as ids need not be (mpiruns of two containers may have one host name and one process id).
+    pub daemon: Option<String>,
     /// Started by torchrun.
     pub elastic: bool,
     /// Torch's names make another world than the launcher's: several ranks a task.
@@ -268,6 +271,7 @@ pub fn read(vars: &Vars, torch_rules: bool) -> Result<Env> {
         master_port: master_port(vars)?,
         launcher,
         job: job(vars),
+        daemon: if elastic { None } else { vars.get("PMIX_SERVER_URI2").map(str::to_owned) },
         elastic,
         own_world: !same_world,
     })

@@ -5,17 +5,18 @@ use std::time::Instant;
 
 use smddp_core::settings::Settings;
 
-use crate::env::{self, Env, Vars};
+use crate::env::{self, Env, Launcher, Vars};
 use crate::error::{Error, Result};
 use crate::{host, master, mpi};
 
 /// The variables torch needs and does not find: of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-/// MASTER_PORT those that are missing. Nothing outside of a launcher, and nothing under torchrun.
+/// MASTER_PORT those that are missing. Nothing outside of a launcher, nothing under torchrun, and nothing in a shell that
+/// srun has started (`srun --pty`): what is started there has ranks of its own, and would take the shell's for them.
 ///
 /// The master, where it is not given, is the same on all ranks:
-/// - one host: 127.0.0.1, and a port derived from the launcher's job id (or from the launcher's process where, as with
-///   MPICH, there is none), outside the host's ephemeral range. Two jobs of one host meet on a port by a chance of
-///   1 in 20 000 or so; torch then reports the address in use. MPI is not started for this.
+/// - one host: 127.0.0.1, and a port derived from the launcher's job id and where its daemon listens (or from the
+///   launcher's process where, as with MPICH, there is no id), outside the host's ephemeral range. Two jobs of one host meet
+///   on a port by a chance of 1 in 20 000 or so; torch then reports the address in use. MPI is not started for this.
 /// - several hosts: SMDATAPARALLEL_SERVER_ADDR where SageMaker sets it; else rank 0 chooses its address and a free port, and
 ///   tells all by MPI; without MPI, Slurm's first node and a port derived from the job's id.
 ///
@@ -25,7 +26,8 @@ use crate::{host, master, mpi};
 pub fn launcher_env(settings: &Settings, dirs: &[PathBuf], vars: &Vars) -> Result<Vec<(String, String)>> {
     let mode = settings.text("SMDDP_BOOTSTRAP");
     let env = env::read(vars, mode == "env")?;
-    if env.launcher.is_none() || mode == "single" {
+    let is_shell = env.launcher == Some(Launcher::Slurm) && env.size == Some(1) && vars.has("SLURM_PTY_PORT");
+    if env.launcher.is_none() || mode == "single" || is_shell {
         return Ok(Vec::new());
     }
     let master = master::without_mpi(&env, vars)?;
@@ -151,6 +153,43 @@ mod tests {
         let mut other = ompi("0");
         other.push(("PMIX_NAMESPACE", "prterun-vm-2@1"));
         assert_ne!(exported(&other)["MASTER_PORT"], zero["MASTER_PORT"]);
+    }
+
+    /// Two containers in the host's network: both mpiruns have its name, and the same process id.
+    #[test]
+    fn jobs_of_one_id_on_one_host_have_ports_of_their_own() {
+        let at = |daemon, size| {
+            let mut pairs = ompi("0");
+            pairs.extend([("OMPI_COMM_WORLD_SIZE", size), ("PMIX_SERVER_URI2", daemon)]);
+            pairs.push(("SMDATAPARALLEL_SERVER_ADDR", "algo-1"));
+            exported(&pairs)["MASTER_PORT"].clone()
+        };
+        let (one, other) =
+            ("prterun-vm-1@0.0;tcp4://127.0.0.1:4001", "prterun-vm-1@0.0;tcp4://127.0.0.1:4002");
+        assert_eq!(at(one, "2"), at(one, "2"));
+        assert_ne!(at(one, "2"), at(other, "2"));
+        assert_eq!(at(one, "4"), at(other, "4"), "hosts have daemons of their own");
+    }
+
+    /// Lightning, say, takes LOCAL_RANK for the sign that ranks were started already.
+    #[test]
+    fn a_shell_of_srun_is_left_alone() {
+        let step = [
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_NUM_TASKS", "1"),
+            ("SLURM_LOCALID", "0"),
+            ("SLURM_NODEID", "0"),
+            ("SLURM_STEP_NODELIST", "n1"),
+            ("SLURM_JOB_ID", "9"),
+            ("SLURM_STEP_ID", "0"),
+        ];
+        assert_eq!(exported(&step)["WORLD_SIZE"], "1");
+        let mut shell = step.to_vec();
+        shell.push(("SLURM_PTY_PORT", "40001"));
+        assert!(exported(&shell).is_empty());
+        // What it starts itself may still lack a master.
+        shell.extend([("RANK", "1"), ("WORLD_SIZE", "2")]);
+        assert!(exported(&shell).contains_key("MASTER_PORT"));
     }
 
     #[test]

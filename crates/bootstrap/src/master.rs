@@ -31,10 +31,16 @@ pub(crate) fn without_mpi(env: &Env, vars: &Vars) -> Result<Option<(String, u16)
     Ok(addr.map(str::to_owned).zip(port))
 }
 
-/// The port that the launcher's job id gives, where there is one; on a single host its process will do.
+/// The port that the launcher's job id gives, where there is one; on a single host its process will do. Hosts have daemons of
+/// their own, so where there are several these do not count.
 pub(crate) fn derived_port(env: &Env) -> Option<u16> {
     let single = env.one_host() || env.size == Some(1);
-    let job = env.job.clone().or_else(|| if single { launcher_id(env) } else { None })?;
+    let job = match (&env.job, &env.daemon) {
+        (Some(job), Some(daemon)) if single => format!("{job} of {daemon}"),
+        (Some(job), _) => job.clone(),
+        (None, _) if single => launcher_id(env)?,
+        (None, _) => return None,
+    };
     Some(host::derived_port(&job, single))
 }
 
