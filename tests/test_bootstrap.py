@@ -170,6 +170,13 @@ def python(code: str, **env: str) -> str:
     return done.stdout.strip()
 
 
+def test_variables_that_are_set_to_nothing_are_set() -> None:
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    launcher = {f"OMPI_COMM_WORLD_{name}": str(int("SIZE" in name)) for name in names} | {"PMIX_NAMESPACE": "x"}
+    code = "import os, smdistributed_rs; print(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR')))"
+    assert python(code, RANK="", MASTER_ADDR="", **launcher) == "0 0 127.0.0.1"
+
+
 def test_the_import_loads_no_torch_no_numpy_no_mpi() -> None:
     code = (
         "import sys, smdistributed_rs\n"

@@ -25,8 +25,8 @@ def export_launcher_variables() -> None:
     except SmddpError as error:
         warnings.warn(f"launcher variables were not set: {error}", RuntimeWarning, stacklevel=3)
         return
-    for name, value in found:
-        os.environ.setdefault(name, value)
+    # Also over those that are set to nothing.
+    os.environ.update(found)
     if found:
         atexit.register(leave)
 
