@@ -165,7 +165,7 @@ def test_variables_that_mean_nothing_here_are_named_once() -> None:
 
 
 def devices_job() -> list:
-    """The device chosen for (devices here, CUDA in use already, local rank)."""
+    """The devices chosen when CUDA starts, for (devices here, CUDA in use already, local rank)."""
     import torch
 
     from smdistributed.dataparallel.torch import _environment
@@ -178,12 +178,16 @@ def devices_job() -> list:
         (8, True, "3"),
         (8, False, ""),
     ]:
-        calls = []
+        calls, at_start = [], []
         torch.cuda.device_count = lambda count=count: count
         torch.cuda.is_initialized = lambda initialised=initialised: initialised
         torch.cuda.set_device = calls.append
+        torch.cuda._lazy_call = at_start.append
         os.environ["LOCAL_RANK"] = local
         _environment.after()
+        assert not calls, "each worker of a DataLoader imports the script, and would start CUDA"
+        for call in at_start:
+            call()
         chosen.append(calls)
     return chosen
 

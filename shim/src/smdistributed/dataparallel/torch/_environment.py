@@ -1,12 +1,13 @@
 """What importing `torch_smddp` does to the process: variables of SMDDP are taken over, explained or removed, and the
-current CUDA device is chosen."""
+CUDA device is chosen that is current once CUDA is used."""
 
 from __future__ import annotations
 
 import logging
 import os
 
-import torch
+# Before any part of smdistributed_rs that needs torch: what registers the backend waits for torch, and needs those too.
+import torch  # noqa: F401
 
 _log = logging.getLogger("smdistributed.dataparallel")
 
@@ -38,21 +39,18 @@ def before() -> None:
 
 def after() -> None:
     """After it has set the launcher's variables."""
+    # `before` comes before it.
+    from smdistributed_rs.cuda import choose_device
+
     local = os.environ.get("LOCAL_RANK", "")
     if not local.isdecimal():
         return
-    os.environ.setdefault("SMDATAPARALLEL_LOCAL_RANK", local)
-    _choose_device(int(local))
+    if not os.environ.get("SMDATAPARALLEL_LOCAL_RANK"):
+        os.environ["SMDATAPARALLEL_LOCAL_RANK"] = local
+    # Scripts of SMDDP call a barrier, or move the model to "cuda", before they choose a device of their own.
+    choose_device(int(local))
 
 
 def _first_rank() -> bool:
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
-def _choose_device(local_rank: int) -> None:
-    """Scripts of SMDDP call a barrier, or move the model to "cuda", before they choose a device of their own. Who chose
-    one before the import keeps it."""
-    count = torch.cuda.device_count()
-    if count and not torch.cuda.is_initialized():
-        torch.cuda.set_device(local_rank % count)
