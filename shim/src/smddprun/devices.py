@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,18 @@ def near(devices: list[Efa], share: list[Core]) -> list[Efa]:
     return by_node.get(nodes.pop(), devices)
 
 
-def gpus(dev: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs this host shows."""
-    return sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in dev.iterdir())
+def gpus(environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs that programs see here: those of CUDA_VISIBLE_DEVICES where it is set, else all this host shows."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in dev.iterdir())
+    count = 0
+    for word in visible.split(","):
+        # CUDA too stops at what names no device, such as -1.
+        if not re.fullmatch(r"\d+|(GPU|MIG)-.+", word.strip()):
+            break
+        count += 1
+    return count
 
 
 def _numa_of_cpu(folder: Path) -> int:

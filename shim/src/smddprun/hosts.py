@@ -22,11 +22,9 @@ def read(hosts: str | None, hostfile: str | None) -> list[Host]:
     if hosts is not None and hostfile is not None:
         raise UsageError("--hosts and --hostfile: give one of them")
     if hostfile is not None:
-        found = _file(Path(hostfile))
-    else:
-        found = [_word(word, "--hosts") for word in hosts.split(",")] if hosts is not None else []
-    names = [host.name for host in found]
-    twice = {name for name in names if names.count(name) > 1}
+        return _counted(_file(Path(hostfile)))
+    found = [_word(word, "--hosts") for word in hosts.split(",")] if hosts is not None else []
+    twice = _repeated(found)
     if twice:
         raise UsageError(f"hosts: {', '.join(sorted(twice))} given twice: give it once, as NAME:RANKS")
     return found
@@ -34,8 +32,6 @@ def read(hosts: str | None, hostfile: str | None) -> list[Host]:
 
 def share(hosts: list[Host], ranks: int | None, usual: int) -> list[tuple[str, int]]:
     """(host, ranks) for every host, in order. `usual`: ranks of a host where nobody said a number."""
-    if ranks is not None and ranks < 1:
-        raise UsageError(f"-np: expected 1 or more ranks, given {ranks}")
     hosts = hosts or [Host("localhost")]
     told = [host.ranks for host in hosts if host.ranks is not None]
     if told and len(told) < len(hosts):
@@ -52,6 +48,22 @@ def share(hosts: list[Host], ranks: int | None, usual: int) -> list[tuple[str, i
         raise UsageError(f"-np: {ranks} ranks are too few for {len(hosts)} hosts: name fewer")
     each, more = divmod(ranks, len(hosts))
     return [(host.name, each + (number < more)) for number, host in enumerate(hosts)]
+
+
+def _repeated(found: list[Host]) -> set[str]:
+    names = [host.name for host in found]
+    return {name for name in names if names.count(name) > 1}
+
+
+def _counted(found: list[Host]) -> list[Host]:
+    """Each host once. Where one stands on several lines, as batch systems write it, each line is a rank, or those it
+    tells."""
+    if not _repeated(found):
+        return found
+    ranks: dict[str, int] = {}
+    for host in found:
+        ranks[host.name] = ranks.get(host.name, 0) + (host.ranks or 1)
+    return [Host(name, count) for name, count in ranks.items()]
 
 
 def _word(word: str, where: str) -> Host:

@@ -8,7 +8,6 @@ import os
 import secrets
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from smddprun import devices, hosts, mpi
+from smddprun import devices, hosts, mpi, program
 from smddprun.errors import UsageError
 from smddprun.watch import Failure, Reports, dying_with_us
 
@@ -59,39 +58,68 @@ def _environment(more: list[str]) -> dict[str, str]:
 
 
 def _launch(options: argparse.Namespace, environment: dict[str, str], token: str) -> mpi.Launch:
+    if options.np is not None and options.np < 1:
+        raise UsageError(f"-np: expected 1 or more ranks, given {options.np}")
     wanted = hosts.read(options.hosts, options.hostfile)
+    gpus = devices.gpus(environment)
     tasks = None if wanted else _tasks_of_slurm(environment)
     if tasks is not None:
+        _compare(tasks, gpus, options, environment)
         # mpirun knows the allocation.
         places, ranks = [], options.np or tasks
     else:
-        places = hosts.share(wanted, options.np, devices.gpus() or 1)
+        places = hosts.share(wanted, options.np, gpus or 1)
         ranks = sum(count for _, count in places)
     named = [word.partition("=")[0] for word in options.env]
     return mpi.Launch(
         mpirun=mpi.find(options.mpirun),
         places=places,
         ranks=ranks,
-        program=[*_rank_program(options, token), *_program(options)],
+        program=[*_rank_program(options, token), *program.words(options)],
         variables=sorted({*mpi.to_pass_on(environment), *named}),
         more=mpi.split_options(options.mpi_options),
+        in_slurm="SLURM_JOB_ID" in environment,
     )
 
 
 def _tasks_of_slurm(environment: Mapping[str, str]) -> int | None:
-    """The tasks of the Slurm allocation this is in; None: in none, or in one without tasks that is this host alone."""
+    """The tasks of the Slurm allocation this is in. None: in none, or in one that is this host alone and without tasks,
+    or with none but the shell that we are in (`srun --pty bash`)."""
     if "SLURM_JOB_ID" not in environment:
         return None
-    tasks, nodes = environment.get("SLURM_NTASKS", ""), environment.get("SLURM_JOB_NUM_NODES", "")
+    tasks = environment.get("SLURM_NTASKS", "")
+    # salloc's shell may be on a host that is not in its allocation; Slurm's own processes know their node.
+    alone = environment.get("SLURM_JOB_NUM_NODES") == "1" and "SLURMD_NODENAME" in environment
+    if alone and ((tasks == "1" and "SLURM_PTY_PORT" in environment) or not tasks.isdecimal()):
+        return None
     if tasks.isdecimal():
         return int(tasks)
-    # salloc's shell may be on a host that is not in its allocation; Slurm's own processes know their node.
-    if nodes == "1" and "SLURMD_NODENAME" in environment:
-        return None
     raise UsageError(
         f"Slurm's job {environment['SLURM_JOB_ID']} has no tasks, so it does not say how many ranks to start where: "
         "ask for one task a rank (salloc or sbatch -n 16), or give hosts (--hosts a:8,b:8)"
     )
+
+
+def _compare(tasks: int, gpus: int, options: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Refuses more ranks than Slurm has tasks, and speaks up where its tasks leave GPUs unused."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES", "")
+    number = int(nodes) if nodes.isdecimal() else 1
+    job = f"Slurm's job {environment['SLURM_JOB_ID']} has {tasks} task{'s' * (tasks != 1)}"
+
+    def hint(ranks: int) -> str:
+        each = -(-ranks // number)
+        here = f", or give --hosts localhost:{each} for ranks on this host" if number == 1 else ""
+        return f"ask for one task a rank (salloc or sbatch --ntasks-per-node={each}){here}"
+
+    # Whoever has options for mpirun may want more ranks than slots.
+    if options.np is not None and options.np > tasks and not options.mpi_options:
+        raise UsageError(f"-np: {options.np} ranks, but {job}: {hint(options.np)}")
+    if options.np is None and tasks < gpus * number:
+        on = "this host" if number == 1 else "each host"
+        print(
+            f"smddprun: note: {job}, so there are as many ranks; {on} has {gpus} GPUs: {hint(gpus * number)}",
+            file=sys.stderr,
+        )
 
 
 def _rank_program(options: argparse.Namespace, token: str) -> list[str]:
@@ -101,19 +129,6 @@ def _rank_program(options: argparse.Namespace, token: str) -> list[str]:
     words += ["--bind", options.bind or "cores", "--nics", options.nics]
     words += ["--watch", token] if token else []
     return [*words, "--verbose"] if options.verbose else words
-
-
-def _program(options: argparse.Namespace) -> list[str]:
-    """What ranks run: Python for a .py file."""
-    if options.module:
-        return [sys.executable, "-m", options.program, *options.arguments]
-    if options.program.endswith(".py"):
-        if not Path(options.program).is_file():
-            raise UsageError(f"{options.program}: no such file in {Path.cwd()}")
-        return [sys.executable, options.program, *options.arguments]
-    if shutil.which(options.program) is None:
-        raise UsageError(f"{options.program}: no such program; a Python script's name ends in .py", 127)
-    return [options.program, *options.arguments]
 
 
 class _Job:

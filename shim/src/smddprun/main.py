@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     cores = "cores: share out each host's cores among its ranks; none: do not bind (default: cores; none inside mpirun)"
     made = argparse.ArgumentParser(
         prog="smddprun",
-        description="Starts a training script once per rank, by the mpirun that is there (Open MPI 4 or 5, MPICH).",
+        description="Starts a training script once per rank, by the mpirun that is there (Open MPI 4 or 5, MPICH, "
+        "Intel MPI).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -126,5 +127,4 @@ def launch_options(options: argparse.Namespace) -> dict[str, object]:
         "--mpi-options": options.mpi_options,
         "--env": options.env,
         "--dry-run": options.dry_run,
-        "-m": options.module,
     }

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Launch:
     variables: list[str] = field(default_factory=list)
     """names that other hosts must get"""
     more: list[str] = field(default_factory=list)
+    in_slurm: bool = False
+    """whether this is a job of Slurm's, from which mpirun would take its hosts"""
 
     @property
     def here_only(self) -> bool:
@@ -81,11 +83,13 @@ def _family(mpirun: str) -> Callable[[Launch], list[str]]:
     said = done.stdout + done.stderr
     if "Open MPI" in said or "OpenRTE" in said:
         return _open_mpi
-    if "HYDRA" in said or "Intel(R) MPI" in said:
+    if "Intel(R) MPI" in said:
+        return _intel
+    if "HYDRA" in said:
         return _hydra
     raise UsageError(
-        f"{mpirun} is of no MPI known here (Open MPI, MPICH); it says: {said.strip()[:200]!r}. Name another by "
-        "--mpirun, or call it yourself: it needs no more than to start the script once per rank",
+        f"{mpirun} is of no MPI known here (Open MPI, MPICH, Intel MPI); it says: {said.strip()[:200]!r}. Name another "
+        "by --mpirun, or call it yourself: it needs no more than to start the script once per rank",
     )
 
 
@@ -96,6 +100,9 @@ def _open_mpi(launch: Launch) -> list[str]:
         words.append("--allow-run-as-root")
     if launch.places:
         words += ["--host", ",".join(f"{host}:{ranks}" for host, ranks in launch.places)]
+    if launch.in_slurm and launch.here_only:
+        # Slurm's tasks would be all the slots there are.
+        words += ["--mca", "ras", "^slurm"]
     # smddprun binds ranks itself, in the same way under every MPI.
     words += ["--bind-to", "none"]
     if not launch.here_only:
@@ -103,9 +110,17 @@ def _open_mpi(launch: Launch) -> list[str]:
     return [*words, *launch.more, *launch.program]
 
 
-def _hydra(launch: Launch) -> list[str]:
+def _hydra(launch: Launch, more: Sequence[str] = ()) -> list[str]:
     """MPICH; ranks get the whole environment by themselves."""
     words = [launch.mpirun, "-n", str(launch.ranks)]
     if launch.places and not launch.here_only:
         words += ["-hosts", ",".join(f"{host}:{ranks}" for host, ranks in launch.places)]
-    return [*words, *launch.more, *launch.program]
+    if launch.in_slurm and launch.here_only:
+        # By srun, it would wait for the step that we are in to end.
+        words += ["-launcher", "fork"]
+    return [*words, *more, *launch.more, *launch.program]
+
+
+def _intel(launch: Launch) -> list[str]:
+    """Intel MPI: as MPICH, but it would bind ranks by itself, and each would then share out what it was bound to."""
+    return _hydra(launch, ("-genv", "I_MPI_PIN", "0"))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import signal
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from smddprun import devices, watch
+from smddprun import devices, program, watch
 from smddprun.errors import UsageError
 
 _Names = tuple[str, str, str, str | None]
@@ -63,17 +63,21 @@ def become(options: argparse.Namespace, here: Place) -> int:
     set_variables(os.environ, here)
     share = _bind(options.bind or "none", here, say)
     set_fabric(os.environ, options.nics, share, devices.efa_devices(), say)
-    program = [options.program, *options.arguments]
-    if shutil.which(program[0]) is None:
-        raise UsageError(f"rank {here.rank}: {program[0]}: no such program on this host", 127)
+    try:
+        words = program.words(options)
+    except UsageError as error:
+        raise UsageError(f"rank {here.rank}: {error}", error.status) from error
     if options.watch:
-        return watch.run(program, options.watch, here.rank, here.local_rank or 0)
+        return watch.run(words, options.watch, here.rank, here.local_rank or 0)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Python ignores these, which the program would inherit.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(program[0], program)  # noqa: S606
+        os.execvp(words[0], words)  # noqa: S606
     except OSError as error:
-        raise UsageError(f"rank {here.rank}: {program[0]}: {error.strerror}", 126) from error
+        raise UsageError(f"rank {here.rank}: {words[0]}: {error.strerror}", 126) from error
 
 
 class _Say:
@@ -94,8 +98,8 @@ class _Say:
 
 
 def set_variables(environment: MutableMapping[str, str], here: Place) -> None:
-    """Torch's names and SMDDP's, where they are not set. MASTER_ADDR and MASTER_PORT are left to the import of
-    smdistributed_rs, which can ask MPI."""
+    """Torch's names and SMDDP's, where they are not set, or set to nothing. MASTER_ADDR and MASTER_PORT are left to the
+    import of smdistributed_rs, which can ask MPI."""
     told = {
         "RANK": here.rank,
         "WORLD_SIZE": here.size,
@@ -104,8 +108,8 @@ def set_variables(environment: MutableMapping[str, str], here: Place) -> None:
         "SMDATAPARALLEL_LOCAL_RANK": here.local_rank,
     }
     for name, value in told.items():
-        if value is not None:
-            environment.setdefault(name, str(value))
+        if value is not None and not environment.get(name):
+            environment[name] = str(value)
 
 
 def _bind(how: str, here: Place, say: _Say) -> list[devices.Core]:

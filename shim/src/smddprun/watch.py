@@ -1,12 +1,17 @@
 """A rank's program under watch: when it fails, one line on stderr tells the `smddprun` that started the job which rank,
 how, and its last words. That smddprun takes the line out of what the user sees (`Reports`).
 
+Open MPI and MPICH make each rank the leader of a process group. The program stays in its watcher's, and so does what it
+starts: a shell script's Python, say.
+
 Invariants
-1. The program dies with its watcher, whatever kills that: PR_SET_PDEATHSIG. The watcher stops it when mpirun, or its
-   daemon, has gone: Open MPI's ranks would go on without one that was killed.
-2. A program that was told to stop does, in time: not every mpirun sees to it.
+1. The program dies with its watcher, whatever kills that: mpirun kills the group; where the watcher alone is killed,
+   PR_SET_PDEATHSIG reaches the program. The watcher stops it when mpirun, or its daemon, has gone: Open MPI's ranks
+   would go on without one that was killed.
+2. A program that was told to stop does, in time, with what is left of its group: not every mpirun sees to it.
 3. A rank that was told to stop reports nothing: it is not what went wrong.
 4. A report is one write of less than a pipe's atomic size, so that mpirun passes it on in one piece.
+5. A signal reaches the program once: what mpirun sends to a group the watcher does not pass on.
 """
 
 from __future__ import annotations
@@ -16,11 +21,13 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -66,11 +73,18 @@ def run(program: list[str], token: str, rank: int, local_rank: int) -> int:
     parent = os.getppid()
     # File descriptors stay open: launchers talk to MPI through some.
     child = subprocess.Popen(program, stderr=subprocess.PIPE, close_fds=False, preexec_fn=dying_with_us())
-    told_to_stop = _pass_signals(child, parent)
+    leads = os.getpgrp() == os.getpid()
+    woken = _wake_by_signals()
+    told_to_stop = _pass_signals(child, parent, leads)
     words: collections.deque[bytes] = collections.deque(maxlen=_LINES)
     reader = threading.Thread(target=_copy, args=(child, words), daemon=True)
     reader.start()
-    status = child.wait()
+    while (status := child.poll()) is None:
+        select.select([woken], [], [])
+        os.read(woken, 4096)
+    while told_to_stop and leads and _has_company():
+        # Until the alarm at the latest.
+        time.sleep(0.05)
     # What it started itself may hold the pipe open longer than it lives.
     reader.join(1.0)
     status = status if status >= 0 else 128 - status
@@ -92,24 +106,55 @@ def dying_with_us(by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     return prepare
 
 
-def _pass_signals(child: subprocess.Popen[bytes], parent: int) -> list[int]:
+def _wake_by_signals() -> int:
+    """A pipe that can be read when a signal has come, the program's end too. A wait for the program alone sleeps on,
+    and the handler with it, where the signal comes just before the wait."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return woken
+
+
+def _has_company() -> bool:
+    """Whether our process group has others that run."""
+    us = os.getpid()
+    for pid in (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal()):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+            # The name before these may hold anything.
+            state, _, group = stat.read().rpartition(") ")[2].split()[:3]
+            if pid != us and state != "Z" and int(group) == us:
+                return True
+    return False
+
+
+def _pass_signals(child: subprocess.Popen[bytes], parent: int, leads: bool) -> list[int]:
     """Passes signals on to the program, and SIGTERM when `parent` has ended; the list fills with those that tell it to
-    stop."""
+    stop. leads: the process group, which all signals but our own reach without us."""
+    us = os.getpid()
     stopping: list[int] = []
 
     def handler(number: int, _: object) -> None:
         if number in _STOPPING:
             stopping.append(number)
             signal.alarm(_GRACE)
-        child.send_signal(number)
+        if not leads:
+            child.send_signal(number)
 
     for number in _SIGNALS:
         signal.signal(number, handler)
-    signal.signal(signal.SIGALRM, lambda *_: child.kill())
+
+    def give_up(*_: object) -> None:
+        if leads:
+            os.killpg(us, signal.SIGKILL)
+        child.kill()
+
+    signal.signal(signal.SIGALRM, give_up)
 
     def orphaned(*_: object) -> None:
         if os.getppid() != parent:
-            handler(signal.SIGTERM, None)
+            # It comes back to the handler.
+            os.kill(-us if leads else us, signal.SIGTERM)
 
     signal.signal(_ORPHANED, orphaned)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
