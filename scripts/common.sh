@@ -2,7 +2,11 @@
 # What the scripts share. Sourced, not run; leaves the caller in the project's root.
 
 set -euo pipefail
+# Ctrl-C ends the script, also where the program it waits for takes it for an ordinary end.
+trap 'exit 130' INT
 
+# With it, cd may print and go elsewhere.
+unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 export ROOT VENV
