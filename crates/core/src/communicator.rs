@@ -580,7 +580,9 @@ impl<T: Transports> Communicator<T> {
                 "Copy it to the output first",
             ));
         }
-        self.check_call(request, request.input.len(), request.output.len())
+        let (input, output) = (request.input, request.output);
+        self.check_call(request, input.len(), output.len())?;
+        request.check_apart(self.inner.rank, self.size(), input, output)
     }
 
     /// Ranks, reduction and lengths in bytes, before anything moves; the memory may be elsewhere than the request says.

@@ -4,7 +4,8 @@
 //! - **R1** whoever makes a [`Region`] promises that its bytes stay mapped, and are touched by nobody else in a way
 //!   that races, until the operation it is given to has completed or been aborted and withdrawn.
 //! - **R2** every access goes through [`Region::slice`], which checks bounds.
-//! - **R3** two regions passed to one copy either do not overlap or are the same region.
+//! - **R3** two regions passed to one copy either do not overlap or are the same region. Calls whose input and output overlap
+//!   otherwise than in place are refused ([`Request::check_apart`](crate::request::Request::check_apart)).
 
 use std::ptr::NonNull;
 

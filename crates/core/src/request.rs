@@ -65,20 +65,66 @@ impl Request {
     pub(crate) fn read_by_others(&self, rank: usize) -> Option<Region> {
         let is_even = self.counts.is_none() && self.splits.is_none();
         let (input, output) = (self.input, self.output);
-        let begins_at = |whole: Region, part: Region| {
-            (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize) == Some(rank * part.len())
-        };
         let stays = match self.collective {
             Collective::AllReduce | Collective::Broadcast | Collective::Reduce => true,
             // In place, a rank writes around what its peers read, or what it alone reads.
-            Collective::AllGather => begins_at(output, input) || !input.overlaps(output),
-            Collective::ReduceScatter => begins_at(input, output) || !input.overlaps(output),
+            Collective::AllGather => self.is_own_block(rank, output, input) || !input.overlaps(output),
+            Collective::ReduceScatter => self.is_own_block(rank, input, output) || !input.overlaps(output),
             Collective::AllToAll => !input.overlaps(output),
             // The root alone reads, itself too.
             Collective::Gather => true,
             Collective::Scatter | Collective::Barrier | Collective::SendRecv => false,
         };
         (is_even && stays).then_some(if source_of(self.collective) == Buf::Input { input } else { output })
+    }
+
+    /// Whether `part` begins where `rank`'s own block of `whole` does.
+    fn is_own_block(&self, rank: usize, whole: Region, part: Region) -> bool {
+        let before = match &self.counts {
+            Some(counts) => counts.iter().take(rank).sum::<usize>() * self.dtype.size(),
+            None => rank * part.len(),
+        };
+        (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize) == Some(before)
+    }
+
+    /// Whether `rank` of `size` may make the call on this memory, whose lengths are right: input and output share bytes only
+    /// as a call in place has them.
+    pub fn check_apart(&self, rank: usize, size: usize, input: Region, output: Region) -> Result<()> {
+        if !input.overlaps(output) {
+            return Ok(());
+        }
+        let (fits, expected) = match self.collective {
+            Collective::AllGather | Collective::Gather => (
+                self.is_own_block(rank, output, input),
+                "memory apart from the output, or this rank's own block of it",
+            ),
+            Collective::ReduceScatter | Collective::Scatter => (
+                self.is_own_block(rank, input, output),
+                "memory apart from the output, or with the output as this rank's own block",
+            ),
+            Collective::AllToAll => {
+                (size == 1 && input.as_ptr() == output.as_ptr(), "memory apart from the output")
+            }
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => {
+                (input.as_ptr() == output.as_ptr(), "the output's memory, or memory apart from it")
+            }
+            Collective::Barrier | Collective::SendRecv => (true, ""),
+        };
+        if fits {
+            return Ok(());
+        }
+        let offset = (input.as_ptr() as usize).wrapping_sub(output.as_ptr() as usize) as isize;
+        Err(Error::Argument {
+            op: self.collective.name().to_owned(),
+            argument: "input",
+            expected: expected.to_owned(),
+            given: format!(
+                "{} bytes that begin {offset} bytes from the start of the output's {}",
+                input.len(),
+                output.len()
+            ),
+            hint: "Copy it first".to_owned(),
+        })
     }
 
     /// Whether a call can have its data on a device as this one says. The caller is one of ours: what is wrong is a bug.
@@ -181,6 +227,56 @@ mod tests {
             ..Request::new(Collective::AllGather, DType::U8, 0, Region::EMPTY, Region::EMPTY)
         };
         assert_eq!(uneven.read_by_others(0), None);
+    }
+
+    /// Whether rank 1 of 3, whose blocks have 8 bytes, or 4, 8 and 16, may call on these ranges of one memory.
+    fn is_apart(
+        collective: Collective,
+        uneven: bool,
+        input: (usize, usize),
+        output: (usize, usize),
+    ) -> Result<()> {
+        let mut bytes = [0u8; 128];
+        // SAFETY: nothing is read or written through it.
+        let whole = unsafe { Region::of(&mut bytes) };
+        let (input, output) = (whole.slice(input.0, input.1), whole.slice(output.0, output.1));
+        let counts = uneven.then(|| [4, 8, 16].into());
+        let request = Request { counts, ..Request::new(collective, DType::U8, 8, input, output) };
+        request.check_apart(1, 3, input, output)
+    }
+
+    #[test]
+    fn memory_is_shared_in_place_or_not_at_all() {
+        use Collective::{AllGather, AllReduce, AllToAll, Gather, ReduceScatter, Scatter};
+        for (collective, own, all) in [
+            (AllGather, "input", 24),
+            (Gather, "input", 24),
+            (ReduceScatter, "output", 24),
+            (Scatter, "output", 24),
+            (AllGather, "uneven input", 28),
+            (ReduceScatter, "uneven output", 28),
+        ] {
+            let uneven = own.starts_with("uneven");
+            let fits = |block: usize| {
+                let (block, whole) = ((block, 8), (40, all));
+                let (input, output) = if own.ends_with("input") { (block, whole) } else { (whole, block) };
+                is_apart(collective, uneven, input, output)
+            };
+            let place = 40 + if uneven { 4 } else { 8 };
+            for block in 25..80 {
+                let apart = block + 8 <= 40 || block >= 40 + all;
+                assert_eq!(fits(block).is_ok(), apart || block == place, "{collective}, {own} at {block}");
+            }
+        }
+        assert!(is_apart(AllToAll, false, (0, 24), (0, 24)).is_err());
+        assert!(is_apart(AllToAll, false, (0, 24), (23, 24)).is_err());
+        assert!(is_apart(AllToAll, false, (0, 24), (24, 24)).is_ok());
+        assert!(is_apart(AllReduce, false, (0, 8), (0, 8)).is_ok());
+        assert!(is_apart(AllReduce, false, (0, 8), (4, 8)).is_err());
+        let error = is_apart(AllGather, false, (40, 8), (40, 24)).unwrap_err().to_string();
+        let parts =
+            ["all_gather", "'input'", "apart from the output", "8 bytes that begin 0", "Copy it first"];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
 
     #[test]

@@ -162,6 +162,63 @@ fn uneven_blocks_arrive_whole() {
     });
 }
 
+/// A call of `collective` on parts (start, end) of one buffer.
+fn within(
+    g: &Group,
+    collective: Collective,
+    counts: Option<&[usize]>,
+    all: &mut [i64],
+    (input, output): ((usize, usize), (usize, usize)),
+) -> Result<(), Error> {
+    // SAFETY: the buffer outlives the blocking call.
+    let whole = unsafe { Region::of(all) };
+    let part = |(start, end): (usize, usize)| whole.slice(start * 8, (end - start) * 8);
+    let shorter = (input.1 - input.0).min(output.1 - output.0);
+    let count = match (counts, collective) {
+        (Some(_), _) => 0,
+        (None, Collective::AllToAll) => shorter / g.size(),
+        (None, _) => shorter,
+    };
+    let request = Request::new(collective, DType::I64, count, part(input), part(output));
+    // SAFETY: as above.
+    unsafe { g.run(&Request { counts: counts.map(Into::into), ..request }) }
+}
+
+#[test]
+fn the_own_block_may_be_part_of_the_whole_and_nothing_else_may() {
+    everywhere(300, &[1, 40], |g, scale| {
+        let (n, me, shape) = (g.size(), g.rank(), g.shape());
+        let uneven: Vec<usize> = (0..n).map(|r| (r % 3 + 1) * scale).collect();
+        for counts in [None, Some(&uneven[..])] {
+            let lengths = counts.map_or_else(|| vec![scale; n], <[usize]>::to_vec);
+            let start: usize = lengths[..me].iter().sum();
+            let (own, all) = ((start, start + lengths[me]), (0, lengths.iter().sum::<usize>()));
+            let owner = |i: usize| (0..n).find(|&r| i < lengths[..=r].iter().sum()).unwrap();
+
+            let mut data: Vec<i64> = (0..all.1).map(|i| if owner(i) == me { i as i64 } else { -1 }).collect();
+            within(g, Collective::AllGather, counts, &mut data, (own, all)).unwrap();
+            assert!(data.iter().enumerate().all(|(i, &v)| v == i as i64), "all_gather on {shape}: {data:?}");
+
+            let mut data: Vec<i64> = (0..all.1).map(|i| value(me, i)).collect();
+            within(g, Collective::ReduceScatter, counts, &mut data, (all, own)).unwrap();
+            let sum = |i: usize| (0..n).map(|r| value(r, i)).sum::<i64>();
+            assert!((own.0..own.1).all(|i| data[i] == sum(i)), "reduce_scatter on {shape}: {data:?}");
+
+            // One element further, as long as that is within the whole: refused, and the group goes on.
+            let moved = (own.0 + 1, own.1 + 1);
+            let calls = [(Collective::AllGather, (moved, all)), (Collective::ReduceScatter, (all, moved))];
+            for (collective, places) in calls.into_iter().filter(|_| moved.0 < all.1) {
+                let refused = within(g, collective, counts, &mut vec![0; all.1 + 1], places);
+                let named = matches!(&refused, Err(Error::Argument { argument: "input", .. }));
+                assert!(named, "{collective} on {shape}: {refused:?}");
+            }
+        }
+        let whole = (0, n * scale);
+        let swapped = within(g, Collective::AllToAll, None, &mut vec![1; n * scale], (whole, whole));
+        assert_eq!(swapped.is_ok(), n == 1, "all_to_all on {shape}: {swapped:?}");
+    });
+}
+
 #[test]
 fn messages_match_by_tag_whatever_the_order() {
     let groups = groups(&GroupShape::uneven(&[2, 1]), 3, &Tuning::default());

@@ -15,6 +15,13 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Its address and length, to compare with others; nothing is read or written there.
+    pub(crate) fn place(self) -> Region {
+        let start = std::ptr::with_exposed_provenance_mut(self.address as usize);
+        // SAFETY: no operation is given it.
+        unsafe { Region::new(start, self.bytes) }
+    }
+
     pub(crate) fn check(self, op: &str, argument: &'static str) -> Result<()> {
         if self.address != 0 || self.bytes == 0 {
             return Ok(());

@@ -223,6 +223,8 @@ impl<T: Transports> DeviceGroup<T> {
         self.host.check_call(&request, call.input.bytes, call.output.bytes)?;
         let name = call.collective.name();
         call.input.check(name, "input").and_then(|()| call.output.check(name, "output"))?;
+        let (input, output) = (call.input.place(), call.output.place());
+        request.check_apart(self.host.rank(), self.host.size(), input, output)?;
         let stream = stream as sys::Stream;
         let (mut parts, _visit) = self.enter(name, stream, behind)?;
         let (number, life) = self.announce(call.collective, call.timeout)?;
