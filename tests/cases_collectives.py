@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import time
 import traceback
@@ -332,6 +333,74 @@ def scatter_from_every_root(c: Case) -> None:
             output = torch.empty(11, dtype=dtype)
             dist.scatter(output, inputs, **c.at(group_src=root))
             assert torch.equal(output, c.data(root, 11, dtype, salt=c.rank))
+
+
+@case
+def inputs_that_are_part_of_the_output(c: Case) -> None:
+    """Wherever they are: copied first, as torch's own backends do, unless the call is in place."""
+    for n, at in itertools.product((6, 70_000), range(c.size)):
+        expected = c.everyone(n, torch.float32)
+        whole = torch.zeros(c.size * n)
+        blocks = list(whole.view(c.size, n).unbind(0))
+        blocks[at].copy_(expected[c.rank])
+        dist.all_gather(blocks, blocks[at], group=c.group)
+        assert torch.equal(whole, torch.cat(expected)), f"all_gather, block {at}"
+
+        for is_async in (False, True):
+            blocks[at].copy_(expected[c.rank])
+            work = dist.all_gather_into_tensor(whole, blocks[at], group=c.group, async_op=is_async)
+            if is_async:
+                work.wait()
+            assert torch.equal(whole, torch.cat(expected)), f"all_gather_into_tensor, block {at}"
+
+        counts = [3 * r + 1 for r in range(c.size)]
+        uneven = torch.zeros(sum(counts))
+        blocks = list(uneven.split(counts))
+        start = min(at, sum(counts) - counts[c.rank])
+        mine = uneven[start : start + counts[c.rank]]
+        mine.copy_(c.mine(counts[c.rank], torch.float32))
+        dist.all_gather(blocks, mine, group=c.group)
+        for r, block in enumerate(blocks):
+            assert torch.equal(block, c.data(r, counts[r], torch.float32)), f"all_gather, uneven, {r} at {at}"
+
+        if c.rank == 0:
+            whole.view(c.size, n)[at].copy_(expected[0])
+        input = whole.view(c.size, n)[at] if c.rank == 0 else expected[c.rank]
+        outputs = list(whole.view(c.size, n).unbind(0)) if c.rank == 0 else None
+        dist.gather(input, outputs, **c.at(group_dst=0))
+        assert c.rank or torch.equal(whole, torch.cat(expected)), f"gather, block {at}"
+
+
+@case
+def outputs_that_are_part_of_the_input(c: Case) -> None:
+    for n, at in itertools.product((6, 70_000), range(c.size)):
+        summed = reduced(c.everyone(c.size * n, torch.float32), "SUM").view(c.size, n)[c.rank]
+        sent = c.data(0, c.size * n, torch.float32).view(c.size, n)[c.rank]
+        blocks = list(c.mine(c.size * n, torch.float32).view(c.size, n).unbind(0))
+        dist.reduce_scatter(blocks[at], blocks, group=c.group)
+        close(blocks[at], summed)
+
+        whole = c.mine(c.size * n, torch.float32)
+        dist.reduce_scatter_tensor(whole.view(c.size, n)[at], whole, group=c.group)
+        close(whole.view(c.size, n)[at], summed)
+
+        blocks = list(c.mine(c.size * n, torch.float32).view(c.size, n).unbind(0))
+        output = blocks[at] if c.rank == 0 else torch.empty(n)
+        dist.scatter(output, blocks if c.rank == 0 else None, **c.at(group_src=0))
+        assert torch.equal(output, sent), f"scatter, block {at}"
+
+
+@case
+def all_to_all_on_one_tensor(c: Case) -> None:
+    for n in (5, 70_000):
+        expected = torch.cat([e.view(c.size, n)[c.rank] for e in c.everyone(c.size * n, torch.float32)])
+        data = c.mine(c.size * n, torch.float32)
+        dist.all_to_all_single(data, data, group=c.group)
+        assert torch.equal(data, expected)
+        data = c.mine(c.size * n, torch.float32)
+        blocks = list(data.view(c.size, n).unbind(0))
+        dist.all_to_all(blocks, blocks, group=c.group)
+        assert torch.equal(data, expected)
 
 
 @case

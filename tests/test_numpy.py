@@ -48,6 +48,23 @@ def all_reduce(world: object) -> None:
 
 
 @case
+def input_and_output_overlap_in_place_or_not_at_all(world: object) -> None:
+    import numpy as np
+
+    n, me = world.size, world.rank
+    rows = np.full((n, 4), me, dtype=np.int32)
+    world.all_gather(rows[me], rows)
+    assert (rows == np.arange(n)[:, None]).all()
+    world.reduce_scatter(rows, rows[me])
+    assert (rows[me] == me * n).all()
+    if n > 1:
+        flat = np.zeros(n * 4 + 1, dtype=np.int32)
+        raises(lambda: world.all_gather(flat[1:5], flat[:-1]) if me == 0 else world.all_gather(flat[:4], flat[:-1]),
+            "input", "apart from the output", "Copy it first")  # fmt: skip
+        raises(lambda: world.all_to_all(flat[1:], flat[1:]), "input", "apart from the output")
+
+
+@case
 def scalars_are_read_and_never_written(world: object) -> None:
     """They are what mean() and sum() return, and their address is that of a passing copy."""
     import numpy as np

@@ -47,6 +47,12 @@ class Span(NamedTuple):
 NOTHING = Span((0, 0), 0, None)
 
 
+def overlap(one: Span, other: Span) -> bool:
+    """Whether a byte belongs to both."""
+    (start, length), (other_start, other_length) = one.memory, other.memory
+    return min(length, other_length) > 0 and start < other_start + other_length and other_start < start + length
+
+
 class Once:
     """An action that runs once, whichever thread asks first; the others wait for it."""
 
@@ -103,6 +109,12 @@ def input_span(op: str, argument: str, tensor: Tensor) -> Span:
     if not _dense(source):
         source = source.resolve_conj().resolve_neg().contiguous()
     return _of(source)
+
+
+def copied(span: Span) -> Span:
+    """What an input's span holds, in memory of its own."""
+    kept = span.keep
+    return _of(torch.cat([t.reshape(-1) for t in ([kept] if isinstance(kept, Tensor) else kept)]))  # type: ignore[attr-defined]
 
 
 def output_span(op: str, argument: str, tensor: Tensor, *, also_read: bool = False) -> Span:

@@ -175,6 +175,9 @@ impl Communicator {
         let tensors = dlpack::tensors(py, self.inner.size(), collective, op, root, output, input);
         let Some(tensors) = tensors.filter(|t| t.device.is_none()) else { return Ok(false) };
         let mut request = tensors.request(py)?;
+        if !tensors.are_apart(&request, self.place()) {
+            return Ok(false);
+        }
         request.timeout = seconds(py, "run_tensors", timeout)?;
         self.finish(py, request, SLICE, |_| Ok(()))?;
         Ok(true)
@@ -196,6 +199,9 @@ impl Communicator {
         let tensors = dlpack::tensors(py, self.inner.size(), collective, op, root, output, input);
         let Some(tensors) = tensors.filter(|t| t.device.is_none()) else { return Ok(None) };
         let mut request = tensors.request(py)?;
+        if !tensors.are_apart(&request, self.place()) {
+            return Ok(None);
+        }
         request.timeout = seconds(py, "start_tensors", timeout)?;
         let keep = [Some(output.clone().unbind()), input.map(|i| i.clone().unbind())];
         self.launch(py, request, keep).map(Some)
@@ -276,6 +282,11 @@ impl Communicator {
 }
 
 impl Communicator {
+    /// Rank and size.
+    fn place(&self) -> (usize, usize) {
+        (self.inner.rank(), self.inner.size())
+    }
+
     /// A synchronous sum of one dense CPU tensor, as torch passes it, from start to end. False: this is another call,
     /// and nothing was done.
     pub(crate) fn sum_now(

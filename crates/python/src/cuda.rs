@@ -18,7 +18,8 @@ use crate::handle::SLICE;
 pub struct DeviceGroup {
     inner: smddp::DeviceGroup,
     device: i32,
-    size: usize,
+    /// Rank and size.
+    place: (usize, usize),
 }
 
 #[pymethods]
@@ -50,7 +51,8 @@ impl DeviceGroup {
             library_dirs,
         };
         let made = py.detach(|| smddp::DeviceGroup::new(options));
-        Ok(DeviceGroup { inner: raise(py, made)?, device, size: host.inner.size() })
+        let place = (host.inner.rank(), host.inner.size());
+        Ok(DeviceGroup { inner: raise(py, made)?, device, place })
     }
 
     /// Enqueues one call on `stream` (its address), after that stream's work and that of `behind`; what is enqueued on
@@ -96,9 +98,12 @@ impl DeviceGroup {
         input: Option<&Bound<'_, PyAny>>,
         timeout: Option<f64>,
     ) -> PyResult<Option<DeviceHandle>> {
-        let tensors = dlpack::tensors(py, self.size, collective, op, root, output, input);
+        let tensors = dlpack::tensors(py, self.place.1, collective, op, root, output, input);
         let Some(tensors) = tensors.filter(|t| t.device == Some(self.device)) else { return Ok(None) };
         let mut request = tensors.numbers.request(py, Region::EMPTY, Region::EMPTY)?;
+        if !tensors.are_apart(&request, self.place) {
+            return Ok(None);
+        }
         request.timeout = seconds(py, request.collective.name(), timeout)?;
         self.enqueue(py, stream, behind, request, tensors.input, tensors.output).map(Some)
     }

@@ -237,6 +237,11 @@ pub struct Tensors {
 }
 
 impl Tensors {
+    /// Whether a call, of `rank` of `size`, may have them: not if they overlap otherwise than in place.
+    pub fn are_apart(&self, request: &Request, (rank, size): (usize, usize)) -> bool {
+        request.check_apart(rank, size, region(self.input), region(self.output)).is_ok()
+    }
+
     /// As the host's group takes it.
     pub fn request(&self, py: Python<'_>) -> PyResult<Request> {
         self.numbers.request(py, region(self.input), region(self.output))
