@@ -18,8 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PERF = ROOT / ".venv/bin/smddp-perf"
 BEGIN, END = "<!-- measured by scripts/bench: begin -->", "<!-- measured by scripts/bench: end -->"
-# Calls of one size beside the timed ones: the check, three to warm up, two to estimate.
+# Calls of one size beside the timed ones: the check, three to warm up, two to estimate. smddp-perf checks once more.
 UNTIMED = 6
+UNTIMED_BY = {"smddp (Rust)": UNTIMED + 1}
+# What smddp-perf compare says of a file without rows for a table.
+NOTHING = "no line matches"
 RATIOS = ["gloo (torch)/smddp (torch)", "Open MPI (C)/smddp (Rust)"]
 
 INTRODUCTION = """# Performance
@@ -106,8 +109,11 @@ def compared(path: Path, *options: object) -> str:
         return ""
     try:
         return perf("compare", path, *options)
-    except subprocess.CalledProcessError:
-        return ""
+    except subprocess.CalledProcessError as error:
+        if NOTHING in error.stderr:
+            return ""
+        sys.stderr.write(error.stderr)
+        raise
 
 
 def plot(path: Path, image: Path, title: str, *more: object) -> str:
@@ -140,7 +146,7 @@ def bytes_table(folder: Path) -> str:
         if not counters.exists():
             continue
         sent = max(int(line.split()[1]) for line in counters.read_text().splitlines())
-        per_call = sent / (int(row["iters"]) + UNTIMED)
+        per_call = sent / (int(row["iters"]) + UNTIMED_BY.get(label, UNTIMED))
         lines.append(f"| {label} | {per_call:,.0f} | {per_call / int(row['bytes']):.3f} |")
     size = int(next(iter(rows.values()))["bytes"])
     return COUNTED.format(size=size) + "\n".join(lines) + "\n"
