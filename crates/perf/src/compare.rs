@@ -43,10 +43,19 @@ impl Figure {
     /// Of the rounds' fastest batches, (µs, GB/s), of which there is one at least: the fastest, or the one in the middle.
     fn of(mut rounds: Vec<(f64, f64)>, median: bool) -> Figure {
         rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let at = |share: f64| rounds[((rounds.len() - 1) as f64 * share).round() as usize];
-        let (micros, busbw) = if median { at(0.5) } else { rounds[0] };
-        let spread = (at(0.75).0 - at(0.25).0) / 2.0 / micros.max(1e-9);
-        Figure { micros, busbw, spread: median.then_some(spread) }
+        let at = |share: f64| {
+            let place = (rounds.len() - 1) as f64 * share;
+            let (below, above) = (rounds[place.floor() as usize].0, rounds[place.ceil() as usize].0);
+            below + (above - below) * place.fract()
+        };
+        if !median {
+            return Figure { micros: rounds[0].0, busbw: rounds[0].1, spread: None };
+        }
+        let micros = at(0.5);
+        // What is moved is the same in all rounds.
+        let moved = rounds[rounds.len() - 1].0 * rounds[rounds.len() - 1].1;
+        let spread = (at(0.75) - at(0.25)) / 2.0 / micros.max(1e-9);
+        Figure { micros, busbw: moved / micros.max(1e-9), spread: Some(spread) }
     }
 }
 
@@ -341,6 +350,21 @@ gloo,allreduce,float32,2,16,100,300.00,200.00,0.0000,0.0000,WRONG
         // 2 GB/s in 90 µs are 6 in 30.
         let busbw = options(" --median --busbw");
         assert!(Table::new(&lines, &busbw).markdown(&busbw).contains("| **6.00 ±33 %** |"), "{text}");
+    }
+
+    #[test]
+    fn quartiles_may_lie_between_two_rounds() {
+        let of = |times: &[f64]| Figure::of(times.iter().map(|t| (*t, 90.0 / t)).collect(), true);
+        for (times, median, spread) in [
+            (&[40.0, 10.0, 20.0][..], 20.0, 7.5 / 20.0),
+            (&[80.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0], 45.0, 17.5 / 45.0),
+            (&[10.0, 20.0], 15.0, 2.5 / 15.0),
+            (&[10.0], 10.0, 0.0),
+        ] {
+            let figure = of(times);
+            assert_eq!((figure.micros, figure.spread), (median, Some(spread)), "{times:?}");
+            assert!((figure.busbw - 90.0 / median).abs() < 1e-12, "{times:?}: {}", figure.busbw);
+        }
     }
 
     #[test]
