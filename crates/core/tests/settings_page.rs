@@ -18,8 +18,8 @@ Most jobs need none. Settings are environment variables, read when a group is ma
 import under mpirun. `SMDDP_SPIN`, `SMDDP_STAGING`, `SMDDP_SIMD`, `SMDDP_REDUCE_THREADS` and those of the network belong to the
 process: its first group decides, and they are read again only after all groups are destroyed. `SMDDP_LOG` is read once.
 
-`SMDDP_CHUNK`, `SMDDP_ALGORITHM`, `SMDDP_STAGING`, `SMDDP_EAGER` and `SMDDP_STRIPE` must be equal on all ranks, or making a group
-fails. The first rank of each node chooses its shared-memory slots.
+`SMDDP_CHUNK`, `SMDDP_ALGORITHM`, `SMDDP_STAGING`, `SMDDP_EAGER`, `SMDDP_STRIPE`, `SMDDP_CUDA`, `SMDDP_CUDA_ALGORITHM`,
+`SMDDP_CUDA_SLOT` and `SMDDP_CUDA_SLOTS` must be equal on all ranks, or making a group fails. The first rank of each node chooses its shared-memory slots.
 
 An unknown name that begins with `SMDDP_`, or a value outside those given here, is an error that says what was expected. Names
 that begin with `SMDDP_AG_` (AWS's library), `SMDDP_STANDIN_` or `SMDDP_TEST_` (tests) are left alone. `smddp-perf info` prints the

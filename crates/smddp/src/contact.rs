@@ -2,15 +2,30 @@
 //! goes wrong.
 
 use serde::{Deserialize, Serialize};
-use smddp_core::settings::Settings;
+use smddp_core::settings::{Settings, parse_bytes};
 use smddp_core::{Error, Result};
 
 /// Ranks with different numbers cannot work together.
 pub const PROTOCOL: u32 = 2;
 
-/// Settings that must be equal on all ranks of a group: plans, and how messages travel between nodes, follow from them. Not
-/// those of shared memory, whose slots a node's first rank chooses for all of it.
-const SHARED: [&str; 5] = ["SMDDP_CHUNK", "SMDDP_ALGORITHM", "SMDDP_STAGING", "SMDDP_EAGER", "SMDDP_STRIPE"];
+/// Settings that must be equal on all ranks of a group: plans, how messages travel between nodes, and the way and the pieces of
+/// calls on devices follow from them. Not those of shared memory, whose slots a node's first rank chooses for all of it.
+const SHARED: [&str; 9] = [
+    "SMDDP_CHUNK",
+    "SMDDP_ALGORITHM",
+    "SMDDP_STAGING",
+    "SMDDP_EAGER",
+    "SMDDP_STRIPE",
+    "SMDDP_CUDA",
+    "SMDDP_CUDA_ALGORITHM",
+    "SMDDP_CUDA_SLOT",
+    "SMDDP_CUDA_SLOTS",
+];
+
+/// Whether two values of a setting say the same: 64K is 65536.
+fn alike(a: &str, b: &str) -> bool {
+    a == b || parse_bytes(a).is_some_and(|number| parse_bytes(b) == Some(number))
+}
 
 /// First round: who is who.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -86,7 +101,7 @@ pub fn check(group: &str, me: usize, hellos: &[Hello]) -> Result<()> {
             });
         }
         for (name, (a, b)) in SHARED.iter().zip(ours.settings.iter().zip(&theirs.settings)) {
-            if a != b {
+            if !alike(a, b) {
                 return Err(Error::Setting {
                     name: (*name).to_owned(),
                     given: a.clone(),
@@ -117,6 +132,12 @@ mod tests {
         }
     }
 
+    fn with(name: &str, value: &str) -> Hello {
+        let mut settings = Settings::default();
+        settings.set(name, value).unwrap();
+        Hello { settings: shared_settings(&settings), ..hello() }
+    }
+
     #[test]
     fn every_disagreement_is_named() {
         assert_eq!(check("g", 0, &[hello(), hello()]), Ok(()));
@@ -129,6 +150,13 @@ mod tests {
             let said = text(odd);
             assert!(said.contains(name) && said.contains("rank 1") && said.contains("odd"), "{said}");
         }
+    }
+
+    #[test]
+    fn a_number_may_be_written_in_several_ways() {
+        let pair = |a, b| check("g", 0, &[with("SMDDP_CHUNK", a), with("SMDDP_CHUNK", b)]);
+        assert_eq!(pair("64K", "65536"), Ok(()));
+        assert!(pair("64K", "64M").is_err());
     }
 
     #[test]

@@ -92,6 +92,9 @@ impl Override {
         let limits = range.split_once('-').and_then(|(a, b)| Some((bound(a, 0)?, bound(b, usize::MAX)?)));
         let (from, to) =
             limits.ok_or_else(|| wrong(format!("'{range}' is no range of bytes such as 64K-1M or 64K-")))?;
+        if from > to {
+            return Err(wrong(format!("'{range}' ends before it begins")));
+        }
         let names = known(collective);
         let algorithm = names.iter().find(|n| **n == algorithm.trim()).ok_or_else(|| {
             wrong(format!("'{algorithm}' is no algorithm of {collective}; known: {}", names.join(", ")))
@@ -127,6 +130,7 @@ mod tests {
             ("all_reduce=magic", "halving_doubling"),
             ("all_produce=ring", "all_reduce"),
             ("all_reduce:x-=ring", "range"),
+            ("all_reduce:1M-64K=ring", "ends before it begins"),
             ("ring", "'='"),
         ] {
             let error = Override::parse_all(text).unwrap_err().to_string();
