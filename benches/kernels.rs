@@ -32,6 +32,16 @@ fn small_f32(bencher: Bencher<'_, '_>, variant: Variant) {
     });
 }
 
+/// The same of 2 elements, which are reduced one at a time.
+#[divan::bench]
+fn tiny_f32(bencher: Bencher<'_, '_>) {
+    let mut memory = [[1.0f32; 2]; 3];
+    // SAFETY: as above.
+    let regions = memory.each_mut().map(|m| unsafe { Region::of(m) });
+    let arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
+    bencher.bench_local(|| combine(arith, true, regions[2], divan::black_box(&regions[..2])));
+}
+
 /// A reduction of two sources larger than the caches of a core, by one thread and by two: (threads, bytes).
 #[divan::bench(args = [(1, 256 << 10), (2, 256 << 10), (1, 512 << 10), (2, 512 << 10), (1, 1 << 20), (2, 1 << 20), (1, 4 << 20), (2, 4 << 20), (1, 64 << 20), (2, 64 << 20)])]
 fn large_f32(bencher: Bencher<'_, '_>, (threads, len): (usize, usize)) {

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::element::{BF16, Bool, Element, F16, F32, F64, Half, I8, I16, I32, I64, U8};
+use super::environment::Plain;
 use super::half::Halves;
 use super::kernel::{Job, drive, drive_few};
 use super::op::{And, Max, Min, Op, Or, Product, Sum, Xor};
@@ -106,6 +107,7 @@ pub fn current() -> Variant {
 
 /// Reduces the elements `range` of `job`.
 pub fn run(variant: Variant, arith: Arith, job: Job<'_>, range: Range<usize>) {
+    let _plain = Plain::enter();
     match variant.0 {
         Set::Portable => by_dtype::<Portable>(arith, job, range),
         #[cfg(target_arch = "x86_64")]
@@ -126,6 +128,7 @@ pub const FEW: usize = 4;
 /// Reduces all elements of `job`, which are few.
 pub fn run_few(arith: Arith, job: Job<'_>, count: usize) {
     debug_assert!(count <= FEW);
+    let _plain = Plain::enter();
     by_dtype::<Few>(arith, job, 0..count);
 }
 

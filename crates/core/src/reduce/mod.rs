@@ -14,12 +14,13 @@
 //!   therefore independent of order.
 //! - **K5** `dst`, or either of two, is the very region of some sources, or does not overlap them. Each block is read from all
 //!   sources before its result is written, which is what makes the first case right.
-//! - **K6** The floating-point environment is the default one (round to nearest, subnormals not flushed), as Rust
-//!   assumes anyway. A host that turns flushing on must do so on every rank, or sums of subnormals differ.
+//! - **K6** The floating-point environment is the default one (round to nearest, subnormals not flushed), as Rust assumes, whatever
+//!   that of the calling thread is (`environment.rs`).
 //!
 //! One source without `Avg` is a plain copy: bytes arrive as they are.
 
 mod element;
+mod environment;
 mod half;
 mod isa;
 mod kernel;

@@ -4,6 +4,7 @@ use ::half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::half as own;
+use super::isa::FEW;
 use super::kernel::BLOCK;
 use super::*;
 
@@ -564,4 +565,36 @@ fn the_portable_variant_can_be_chosen() {
     assert_eq!(variant(), Variant::PORTABLE);
     use_portable(false);
     assert_eq!(Some(variant()), Variant::available().next_back());
+}
+
+/// Threads that flush subnormals, or round otherwise, get the same bits, and have their environment back (K6).
+#[test]
+fn the_callers_environment_changes_no_bits() {
+    let subnormals: [(DType, &[u64]); 4] = [
+        (DType::F16, &[0x0001, 0x8003, 0x03ff, 0x3c01]),
+        (DType::BF16, &[0x0001, 0x8003, 0x007f, 0x3f81]),
+        (DType::F32, &[0x0000_0001, 0x8000_0003, 0x007f_ffff, 0x3f80_0001]),
+        (DType::F64, &[0x1, 0x8000_0000_0000_0003, 0x000f_ffff_ffff_ffff, 0x3ff0_0000_0000_0001]),
+    ];
+    for (dtype, values) in subnormals {
+        for count in [1, FEW, 5, 100] {
+            let source = |turn: usize| -> Vec<u8> {
+                let value = |i: usize| values[(i / (turn + 1) + turn) % values.len()];
+                (0..count).flat_map(|i| value(i).to_le_bytes()[..dtype.size()].to_vec()).collect()
+            };
+            let srcs = [source(0), source(1), source(2)];
+            for op in [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Product, ReduceOp::Min, ReduceOp::Max] {
+                let arith = Arith { dtype, op, world: 3 };
+                let expected = model(arith, true, &srcs);
+                for variant in Variant::available() {
+                    let (mut srcs, mut dst) = (srcs.clone(), vec![0u8; expected.len()]);
+                    // SAFETY: the vectors outlive the call.
+                    let (from, to) =
+                        unsafe { (srcs.each_mut().map(|s| Region::of(s)), Region::of(&mut dst)) };
+                    environment::in_another(|| combine_with(variant, Store::Cached, arith, true, to, &from));
+                    assert_eq!(dst, expected, "{op} of {count} {dtype}, {variant}");
+                }
+            }
+        }
+    }
 }
