@@ -4,6 +4,11 @@
 //! pure function an algorithm); the [`engine`] interprets it over a [`transport::NodeLocal`] (ranks of one
 //! node) and a [`transport::Fabric`] (ranks of different nodes). Core knows no library by name.
 
+#[cfg(target_endian = "big")]
+compile_error!(
+    "smddp does not support big-endian targets: halves are reduced as pairs of little-endian bytes"
+);
+
 pub mod call;
 pub mod communicator;
 pub mod dtype;
