@@ -147,10 +147,10 @@ struct Case {
 // So long before it begins ranks agree on when a call does.
 const int64_t notice = 10'000;
 
-// The time of day, which all processes of a machine read from one clock.
+// Of the clock that all processes of a machine read alike, and that nobody sets: CLOCK_MONOTONIC.
 int64_t nanos() {
   using namespace std::chrono;
-  return duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count();
+  return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
 // Meets the other ranks; when all of them begin.
@@ -158,7 +158,7 @@ int64_t begin() {
   MPI_Barrier(MPI_COMM_WORLD);
   int64_t start = nanos() + notice;
   MPI_Bcast(&start, 1, MPI_INT64_T, 0, MPI_COMM_WORLD);
-  // More than that is left only where somebody has set the clock back.
+  // More than that is left only where the ranks' clocks differ.
   for (int64_t left = notice; left > 0 && left <= notice;) left = start - nanos();
   return start;
 }

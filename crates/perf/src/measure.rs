@@ -8,8 +8,9 @@
 //! each rank looks at its result: a call may be fast by leaving that in another core's cache. The figures are the median batch
 //! and the fastest one: on a machine shared with others only the fastest tells what the library can do.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use smddp::{Collective, Communicator, DType, ReduceOp, Result};
 
 use crate::row::Row;
@@ -78,7 +79,9 @@ fn timed<T: Sample>(
 ) -> Result<Times> {
     let mut work = Workload::<T>::new(comm, kind, count, block)?;
     let first = checked(&mut work)?;
-    let algorithm = comm.last_algorithm();
+    // Messages have none.
+    let is_message = kind.collective == Collective::SendRecv;
+    let algorithm = if is_message { "-".to_owned() } else { comm.last_algorithm() };
     work.clear();
 
     for _ in 0..3 {
@@ -148,16 +151,17 @@ fn begin(comm: &Communicator) -> Result<i64> {
     let notice = NOTICE.as_nanos() as i64;
     let mut start = [nanos() + notice];
     comm.broadcast(&mut start, 0)?;
-    // More than that is left only where somebody has set the clock back.
+    // More than that is left only where the ranks' clocks differ.
     while (1..=notice).contains(&(start[0] - nanos())) {
         std::hint::spin_loop();
     }
     Ok(start[0])
 }
 
-/// The time of day, which all processes of a machine read from one clock.
+/// Of the clock that all processes of a machine read alike, and that nobody sets.
 fn nanos() -> i64 {
-    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as i64)
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
 }
 
 /// Replaces every time by the slowest rank's; returns the first.
