@@ -234,11 +234,7 @@ impl Table {
             },
         ];
         let title = options.title.clone().unwrap_or_else(|| format!("{} of {}", key.0, key.1));
-        Ok(chart::svg(
-            &title,
-            &format!("{} of {}, {} ranks, sides measured in turn", key.0, key.1, key.2),
-            &panels,
-        ))
+        Ok(chart::svg(&title, &format!("{} of {}, {} ranks", key.0, key.1, key.2), &panels))
     }
 }
 

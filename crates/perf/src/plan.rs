@@ -38,20 +38,24 @@ fn what(options: &PlanArgs) -> Result<(GroupShape, CallShape, Tuning), Failure> 
     if options.collective == Collective::SendRecv {
         return usage("send/recv is a message, not a plan".to_owned());
     }
-    let group = match (options.local.as_slice(), options.nodes) {
-        ([every], nodes) => GroupShape::even(nodes.unwrap_or(2), *every),
+    // Counted before a shape is made, which takes memory for each rank.
+    let size = match (options.local.as_slice(), options.nodes) {
+        ([every], nodes) => every.saturating_mul(nodes.unwrap_or(2)),
         (each, Some(nodes)) if nodes != each.len() => {
             let named = each.len();
             return usage(format!("--local names {named} nodes, --nodes {nodes}: leave --nodes out"));
         }
-        (each, _) => GroupShape::uneven(each),
+        (each, _) => each.iter().fold(0usize, |sum, ranks| sum.saturating_add(*ranks)),
     };
-    let size = group.size();
     if size > SHOWN_RANKS {
         return usage(format!(
             "{size} ranks are too many to show: at most {SHOWN_RANKS}; give a smaller --nodes or --local"
         ));
     }
+    let group = match options.local.as_slice() {
+        [every] => GroupShape::even(options.nodes.unwrap_or(2), *every),
+        each => GroupShape::uneven(each),
+    };
     if options.root >= size {
         return usage(format!(
             "--root {} is not a rank: with {size} ranks give 0 to {}",
@@ -175,6 +179,7 @@ mod tests {
             ("all_reduce --rank 4", "give 0 to 3"),
             ("all_reduce --bytes 2", "holds no element"),
             ("all_reduce --nodes 100", "too many to show"),
+            ("all_reduce --nodes 65536 --local 65536", "4294967296 ranks are too many to show"),
             ("send/recv", "not a plan"),
         ] {
             let text = plan(line).unwrap_err().to_string();

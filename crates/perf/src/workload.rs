@@ -24,7 +24,8 @@ pub trait Sample: Element + PartialEq + Default {
 macro_rules! whole {
     ($($t:ty),*) => { $(impl Sample for $t {
         fn of(v: i64) -> Self { v as $t }
-        fn mean(sum: i64, n: i64) -> Self { (sum / n) as $t }
+        // Sums wrap before they are divided.
+        fn mean(sum: i64, n: i64) -> Self { (i64::from(sum as $t) / n) as $t }
         fn near(self, wanted: Self) -> bool { self == wanted }
     })* };
 }
@@ -428,6 +429,8 @@ mod tests {
         assert_eq!(combined::<i32>(ReduceOp::Sum, 3, 3), 4);
         assert_eq!(combined::<f64>(ReduceOp::Avg, 3, 3), 4.0 / 3.0);
         assert_eq!(combined::<i32>(ReduceOp::Avg, 3, 3), 1);
+        // 86 ranks bring 131 together, which wraps in 8 bits.
+        assert_eq!(combined::<i8>(ReduceOp::Avg, 2, 86), -1);
         // 11 * 2 & 0x7f = 22, and with 37 more 59: 22 ^ 59 = 45.
         assert_eq!(combined::<u8>(ReduceOp::BitXor, 2, 2), 45);
         assert!(!combined::<bool>(ReduceOp::Product, 0, 2), "1 and 2 are odd and even");
