@@ -45,8 +45,8 @@ from .tensors import (
     NOTHING,
     Once,
     Span,
+    apart,
     check,
-    copied,
     copy_back,
     input_list,
     input_span,
@@ -656,8 +656,8 @@ class Collectives:
     ) -> Work:
         """The long way's last step. `count` as the native half counts it; 0 when `counts` or `splits` say more.
         `given`: what a profiler is to see, where the source is made of several tensors."""
-        if source is not target and overlap(source, target) and not self._in_place(collective, source, target, counts):
-            source = copied(source)
+        if source is not target and overlap(source, target):
+            source = apart(collective, source, target, self._rank, counts or [1] * self._size)
         limit = None if opts is None else _limit(codes.NAMES[collective], opts)
         call = (collective, dtype, code, root, count, source.memory, target.memory, limit, counts, splits)
         if source.device >= 0 or target.device >= 0:
@@ -675,18 +675,6 @@ class Collectives:
         if target.finish is not None:
             target.finish()
         return DONE
-
-    def _in_place(self, collective: int, source: Span, target: Span, counts: list[int] | None) -> bool:
-        """Whether spans that overlap do so as the native half allows: one is this rank's own block of the other."""
-        if collective in (codes.ALL_GATHER, codes.GATHER):
-            whole, part = target, source
-        elif collective in (codes.REDUCE_SCATTER, codes.SCATTER):
-            whole, part = source, target
-        else:
-            return self._size == 1 and source.memory == target.memory
-        (start, _), (part_start, length) = whole.memory, part.memory
-        blocks = [1] * self._size if counts is None else counts
-        return part_start - start == length * sum(blocks[: self._rank]) // blocks[self._rank]
 
     def _issue_on_device(
         self, call: tuple[Any, ...], source: Span, target: Span, results: list[Tensor], opts: Any

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from ._codes import DTYPES, MOVERS, OPS
+from ._codes import ALL_GATHER, ALL_TO_ALL, DTYPES, GATHER, MOVERS, OPS
 from .errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -111,9 +111,18 @@ def input_span(op: str, argument: str, tensor: Tensor) -> Span:
     return _of(source)
 
 
-def copied(span: Span) -> Span:
-    """What an input's span holds, in memory of its own."""
-    kept = span.keep
+def apart(collective: int, source: Span, target: Span, rank: int, blocks: Sequence[int]) -> Span:
+    """`source`, which overlaps the target: itself where the native half allows that, since one is the rank's own
+    block of the other; else a copy. `blocks`: how the ranks' blocks compare in length."""
+    if collective in (ALL_GATHER, GATHER):
+        whole, part = target, source
+    else:
+        whole, part = source, target
+    (start, _), (part_start, length) = whole.memory, part.memory
+    in_place = part_start - start == length * sum(blocks[:rank]) // blocks[rank]
+    if in_place and (collective != ALL_TO_ALL or len(blocks) == 1):
+        return source
+    kept = source.keep
     return _of(torch.cat([t.reshape(-1) for t in ([kept] if isinstance(kept, Tensor) else kept)]))  # type: ignore[attr-defined]
 
 
