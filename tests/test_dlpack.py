@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import array
 import ctypes
+from typing import Any
 
 import pytest
 
 import conftest
 
-CPU, CUDA, INT, FLOAT = 1, 2, 0, 2
+CPU, CUDA, CUDA_HOST, INT, FLOAT, FLOAT4 = 1, 2, 3, 0, 2, 17
 
 
 class Tensor(ctypes.Structure):
@@ -38,7 +39,7 @@ class Array:
     def __init__(
         self, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, *, offset: int = 0, lanes: int = 1,
         code: int = FLOAT, device: int = CPU, said: int = CPU, name: bytes = b"dltensor",
-        version: tuple[int, int] | None = None, flags: int = 0,
+        version: tuple[int, int] | None = None, flags: int = 0, bits: int = 32,
     ) -> None:  # fmt: skip
         """offset: in elements; said: the device by __dlpack_device__; version: None before there were versions."""
         self.values = (ctypes.c_float * 8)(*range(8))
@@ -47,7 +48,7 @@ class Array:
         sizes = (ctypes.c_int64 * len(shape))(*shape) if shape else None
         steps = (ctypes.c_int64 * len(strides))(*strides) if strides is not None else None
         data = ctypes.addressof(self.values)
-        tensor = Tensor(data, device, 0, len(shape), code, 32, lanes, sizes, steps, 4 * offset)
+        tensor = Tensor(data, device, 0, len(shape), code, bits, lanes, sizes, steps, 4 * offset)
         self._managed = Versioned(*version, None, None, flags, tensor) if version else Managed(tensor, None, None)
         self.capsule: object = None
 
@@ -78,7 +79,8 @@ TAKEN = {
     "no dimensions, byte_offset": (((), ()), {"offset": 7}, [7]),
     "no elements": (((3, 0),), {}, []),
     "version 1.0": (((2, 3),), {"offset": 1, "version": (1, 0)}, range(1, 7)),
-    "version 1.1, a copy": (((2,),), {"version": (1, 1), "flags": 2}, range(2)),
+    "version 1.1": (((2,),), {"version": (1, 1)}, range(2)),
+    "pinned for CUDA": (((8,),), {"device": CUDA_HOST, "said": CUDA_HOST}, range(8)),
 }
 REFUSED = {
     "gaps": (((4,), (2,)), {}, "ArgumentError", "contiguous"),
@@ -88,8 +90,14 @@ REFUSED = {
     "CUDA": (((4,),), {"device": CUDA, "said": CUDA}, "ArgumentError", "DLPack device 2"),
     "CUDA, by the capsule alone": (((4,),), {"device": CUDA}, "ArgumentError", "another device"),
     "read-only": (((4,),), {"version": (1, 0), "flags": 1}, "ArgumentError", "writable"),
+    "a copy": (((4,),), {"version": (1, 1), "flags": 2}, "ArgumentError", "a copy, by Array's DLPack"),
+    "half bytes": (((8,),), {"code": FLOAT4, "bits": 4}, "ArgumentError", "whole bytes"),
     "version 2": (((4,),), {"version": (2, 0)}, "ValueError", "version 2.0"),
     "a used capsule": (((4,),), {"name": b"used_dltensor"}, "ValueError", "fresh DLPack capsule"),
+}
+PACKED: dict[str, dict[str, Any]] = {
+    "two in a byte": {"lanes": 2},
+    "one in a byte": {"version": (1, 1), "flags": 4},
 }
 
 
@@ -116,10 +124,19 @@ def reduced() -> dict[str, list]:
             given.values[:] = [9.0] * 8
         world.broadcast(given)
         found["moved"] = list(given.values)
+        # Elements of less than a byte lie packed, unless it is said that they do not.
+        for name, options in PACKED.items():
+            given = Array((8,), code=FLOAT4, bits=4, **options)
+            if world.rank == 1:
+                given.values[:] = [9.0] * 8
+            world.broadcast(given, 1)
+            found[name] = list(given.values)
         # Nothing is written to what is only sent.
         given, output = Array((2,), version=(1, 0), flags=1), array.array("f", [0] * 2 * world.size)
         world.all_gather(given, output)
-        found["read"] = [list(given.values), list(output)]
+        copied, of_copies = Array((2,), version=(1, 1), flags=2), array.array("f", [0] * 2 * world.size)
+        world.all_gather(copied, of_copies)
+        found["read"] = [list(given.values), list(output), list(of_copies)]
     return found
 
 
@@ -151,7 +168,13 @@ def test_moved(found: list[dict]) -> None:
     assert [report["moved"] for report in found] == [list(range(8))] * 2
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_parts_of_bytes(name: str, found: list[dict]) -> None:
+    # Eight elements of a byte each: the first two numbers.
+    assert found[0][name] == [9.0] * 2 + list(range(2, 8))
+
+
 def test_what_is_read_only_may_be_read(found: list[dict]) -> None:
-    values, gathered = found[0]["read"]
+    values, gathered, of_copies = found[0]["read"]
     assert values == list(range(8))
-    assert gathered == [0, 1, 0, 1]
+    assert gathered == of_copies == [0, 1, 0, 1]

@@ -119,8 +119,14 @@ def _from_dlpack(op: str, argument: str, array: Any, written: bool) -> View:
     if seen.read_only and written:
         hint = "Pass one that may be written to, such as numpy.array(x)"
         _refuse(op, argument, "a writable array", f"a read-only {type(array).__name__}", hint)
+    if seen.is_copy and written:
+        hint = "Pass one that gives its own memory, such as numpy.array(x)"
+        _refuse(op, argument, "an array that can be written to", f"a copy, by {type(array).__name__}'s DLPack", hint)
     if not seen.dense:
         _refuse_strides(op, argument)
+    if seen.itemsize is None:
+        hint = "Pass the memory as another type, such as uint8"
+        _refuse(op, argument, "elements of whole bytes", f"dtype {seen.dtype}", hint)
     shape = tuple(seen.shape)
     if seen.address < _core.DOUBTED and hasattr(array, "untyped_storage"):
         from .tensors import check

@@ -19,6 +19,8 @@ use crate::negative::is_negative;
 
 const CPU: i32 = 1;
 const CUDA: i32 = 2;
+/// The CPU's, pinned for CUDA.
+const CUDA_HOST: i32 = 3;
 const MAJOR: u32 = 1;
 /// Addresses below may be offsets into a storage that was given back: torch is asked. Few programs have memory there.
 pub const DOUBTED: usize = 1 << 36;
@@ -67,7 +69,10 @@ struct Versioned {
     tensor: DlTensor,
 }
 
+/// `DLPACK_FLAG_BITMASK_…` of [`Versioned::flags`].
 const READ_ONLY: u64 = 1;
+const IS_COPIED: u64 = 2;
+const IS_SUBBYTE_TYPE_PADDED: u64 = 4;
 
 impl DlTensor {
     const EMPTY: DlTensor = DlTensor {
@@ -116,6 +121,14 @@ impl DlTensor {
             (2, 64) => DType::F64,
             _ => return None,
         })
+    }
+
+    /// Bytes of one element; None where that is no whole number. Types of less than a byte are packed, across lanes too,
+    /// unless they are said to be `padded`.
+    fn itemsize(&self, padded: bool) -> Option<usize> {
+        let (bits, lanes) = (usize::from(self.bits), usize::from(self.lanes.max(1)));
+        let all = if padded && lanes == 1 { bits.next_multiple_of(8) } else { bits * lanes };
+        (all % 8 == 0).then_some(all / 8)
     }
 
     /// Address and element count of a dense tensor; None when it has gaps or another order.
@@ -297,14 +310,16 @@ pub struct DlpackView {
     shape: Vec<i64>,
     /// Name of the element type, or DLPack's numbers where it has none here.
     dtype: String,
-    /// Bytes of one element.
-    itemsize: usize,
+    /// Bytes of one element; None where that is no whole number.
+    itemsize: Option<usize>,
     /// Elements follow each other in C order without gaps.
     dense: bool,
     /// On the CPU.
     on_cpu: bool,
     /// Its producer says that it must not be written to.
     read_only: bool,
+    /// Its producer says that it is a copy made for this capsule.
+    is_copy: bool,
     /// The capsule.
     owner: Py<PyAny>,
 }
@@ -342,10 +357,11 @@ pub fn view_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<DlpackView> {
         address: dense.map_or(view.data as usize, |(address, _)| address),
         shape,
         dtype,
-        itemsize: bits.div_ceil(8) * usize::from(view.lanes.max(1)),
+        itemsize: view.itemsize(flags & IS_SUBBYTE_TYPE_PADDED != 0),
         dense: dense.is_some(),
-        on_cpu: view.device_type == CPU,
+        on_cpu: matches!(view.device_type, CPU | CUDA_HOST),
         read_only: flags & READ_ONLY != 0,
+        is_copy: flags & IS_COPIED != 0,
         owner: capsule.clone().into_any().unbind(),
     })
 }
