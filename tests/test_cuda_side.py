@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,15 @@ import conftest
 from smdistributed_rs import cuda, tensors, work
 from smdistributed_rs.collectives import Collectives
 from smdistributed_rs.cuda import CudaSide, Message
-from smdistributed_rs.errors import AbortedError, ArgumentError
+from smdistributed_rs.errors import AbortedError, ArgumentError, UnsupportedError
 from smdistributed_rs.tensors import Once, Span, input_list, output_list, received_span
 
 
 class _Handle:
     extended = 0
+
+    def is_captured(self) -> bool:
+        return False
 
     def extend(self, stream: int) -> None:
         assert stream == 7
@@ -604,3 +607,58 @@ def test_memory_that_is_not_torchs_of_a_call_that_fails_is_kept(side: CudaSide) 
     del tensor
     gc.collect()
     assert alive() is not None
+
+
+def _foreign_tensor() -> torch.Tensor:
+    return torch.frombuffer(bytearray(16), dtype=torch.float32).as_subclass(_OnDevice)
+
+
+@pytest.mark.parametrize("first", ["failed", "captured"])
+def test_a_call_that_is_never_over_keeps_nothing_of_later_ones(side: CudaSide, first: str) -> None:
+    class Call(_Handle):
+        def __init__(self, captured: bool) -> None:
+            self.captured = captured
+
+        def is_captured(self) -> bool:
+            return self.captured
+
+        def is_past(self) -> bool:
+            return not self.captured
+
+    handles: list[object] = [OSError("midway") if first == "failed" else Call(True), Call(False), Call(False)]
+
+    def start(*_: object) -> object:
+        handle = handles.pop(0)
+        if isinstance(handle, OSError):
+            raise handle
+        return handle
+
+    native: Any = side._native
+    native.start_tensors = start
+    given = [_foreign_tensor() for _ in range(3)]
+    alive = [weakref.ref(tensor) for tensor in given]
+    for tensor in given:
+        with suppress(OSError):
+            side.short(2, 0, 0, tensor, None, None, True)
+    del tensor
+    given.clear()
+    gc.collect()
+    assert [tensor() is not None for tensor in alive] == [True, False, True]
+    side.shutdown()
+    assert [tensor() is not None for tensor in alive] == [False] * 3
+
+
+@pytest.mark.parametrize("kind", [ArgumentError, UnsupportedError])
+def test_memory_that_is_not_torchs_of_a_call_that_is_refused_is_not_kept(side: CudaSide, kind: type[Exception]) -> None:
+    def refuse(*_: object) -> None:
+        raise kind("no")
+
+    native: Any = side._native
+    native.start_tensors = refuse
+    tensor = _foreign_tensor()
+    alive = weakref.ref(tensor)
+    with pytest.raises(kind):
+        side.short(2, 0, 0, tensor, None, None, True)
+    del tensor
+    gc.collect()
+    assert alive() is None

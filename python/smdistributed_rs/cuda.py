@@ -23,7 +23,7 @@ from torch.distributed import Work
 from ._compat import HAS_BACKENDS, survives_halving
 from ._core import DeviceGroup
 from ._libraries import library_dirs
-from .errors import AbortedError, ArgumentError
+from .errors import AbortedError, ArgumentError, UnsupportedError
 from .tensors import current
 from .work import DONE, NO_LIMIT, Together, graphs_may_wait, register, seconds_of
 
@@ -83,7 +83,10 @@ class CudaSide:
         self._ended = ""
         self._stream: Any = None
         self._batch = _Batch()
-        self._foreign: deque[tuple[DeviceHandle | None, list[Tensor]]] = deque()
+        self._foreign: deque[tuple[DeviceHandle, list[Tensor]]] = deque()
+        """Of calls on the group's stream, which is past them in this order."""
+        self._foreign_for_good: list[list[Tensor]] = []
+        """Of calls whose end nothing tells: failed ones, and what graphs replay."""
         self._foreign_lock = threading.Lock()
         self._lock = threading.Lock()
 
@@ -133,8 +136,8 @@ class CudaSide:
         self._keep(given)
         try:
             handle = native.exchange(*stream, [(m.peer, m.is_sent, *m.span.memory) for m in messages])
-        except BaseException:
-            self._keep_foreign(None, given)
+        except BaseException as error:
+            self._keep_of_failed(error, given)
             raise
         self._keep_foreign(handle, given)
         finishes = [m.span.finish for m in messages if m.span.finish is not None]
@@ -166,9 +169,9 @@ class CudaSide:
             self._keep(given)
         try:
             handle = native.start(stream, behind, *call)
-        except BaseException:
+        except BaseException as error:
             if is_async:
-                self._keep_foreign(None, given)
+                self._keep_of_failed(error, given)
             raise
         if is_async:
             self._keep_foreign(handle, given)
@@ -189,10 +192,10 @@ class CudaSide:
         stream, behind = self._streams(self._device, is_async)
         try:
             handle = native.start_tensors(stream, behind, collective, code, root, output, input, limit)
-        except BaseException:
+        except BaseException as error:
             if is_async:
                 self._keep([output, input])
-                self._keep_foreign(None, [output, input])
+                self._keep_of_failed(error, [output, input])
             raise
         if handle is None:
             return None
@@ -211,16 +214,25 @@ class CudaSide:
         for tensor in _tensors(given):
             tensor.record_stream(self._stream)
 
-    def _keep_foreign(self, handle: DeviceHandle | None, given: object) -> None:
+    def _keep_foreign(self, handle: DeviceHandle, given: object) -> None:
         """Keeps tensors in memory that torch's allocator has not given, and so knows nothing of, until the call is
-        over, whoever keeps its work; of one that has failed (None), until the group ends."""
-        foreign = [tensor for tensor in _tensors(given) if not _is_torchs(tensor)]
+        over, whoever keeps its work; of one captured in a graph, which is never over, until the group ends."""
+        foreign = _foreign(given)
         if foreign or self._foreign:
             with self._foreign_lock:
                 while self._foreign and _is_over(self._foreign[0][0]):
                     self._foreign.popleft()
-                if foreign:
+                if foreign and handle.is_captured():
+                    self._foreign_for_good.append(foreign)
+                elif foreign:
                     self._foreign.append((handle, foreign))
+
+    def _keep_of_failed(self, error: BaseException, given: object) -> None:
+        """As `_keep_foreign`, of a call that failed: a part of it may be enqueued, unless it was refused."""
+        foreign = _foreign(given)
+        if foreign and not isinstance(error, (ArgumentError, UnsupportedError)):
+            with self._foreign_lock:
+                self._foreign_for_good.append(foreign)
 
     def _streams(self, device: int, is_async: bool) -> tuple[int, int | None]:
         """(the one a call runs on, another it runs behind)"""
@@ -274,6 +286,7 @@ class CudaSide:
                     self._native = native
                     raise
             self._foreign.clear()
+            self._foreign_for_good.clear()
             self._leave()
 
     def _connected(self, name: str, device: int) -> DeviceGroup:
@@ -331,10 +344,14 @@ def _is_torchs(tensor: Tensor) -> bool:
     return tensor.untyped_storage().resizable()
 
 
-def _is_over(handle: DeviceHandle | None) -> bool:
+def _foreign(given: object) -> list[Tensor]:
+    return [tensor for tensor in _tensors(given) if not _is_torchs(tensor)]
+
+
+def _is_over(handle: DeviceHandle) -> bool:
     """A device that cannot be asked may be at work."""
     try:
-        return handle is not None and handle.is_past()
+        return handle.is_past()
     except RuntimeError:
         return False
 

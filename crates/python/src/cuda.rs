@@ -231,6 +231,11 @@ impl DeviceHandle {
         raise(py, done)
     }
 
+    /// Whether the call was captured in a graph: the device is never past it.
+    fn is_captured(&self) -> bool {
+        self.inner.past().is_captured()
+    }
+
     /// The exception the call ended with, as far as is known.
     fn error(&self, py: Python<'_>) -> Option<PyErr> {
         self.inner.error().map(|e| exception(py, &e))
