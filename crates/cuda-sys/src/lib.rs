@@ -157,7 +157,7 @@ impl Driver {
         let name = file.to_string_lossy().into_owned();
         // SAFETY: the driver's initialisers have no requirements on their caller.
         let handle = unsafe { libloading::Library::new(file) }
-            .map_err(|e| LoadError::NotFound { name: name.clone(), reason: e.to_string() })?;
+            .map_err(|e| LoadError::NotFound { name: name.clone(), reason: innermost(&e) })?;
         Driver::resolve(&name, handle)
     }
 
@@ -178,6 +178,11 @@ impl Driver {
     }
 }
 
+/// The dynamic linker's own words, which are in the source.
+fn innermost(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,6 +195,8 @@ mod tests {
             said.contains("libsmddp-no-such-driver.so") && said.contains("Install NVIDIA's driver"),
             "{said}"
         );
+        // The dynamic linker's own words.
+        assert!(said.contains("No such file"), "{said}");
     }
 
     #[test]

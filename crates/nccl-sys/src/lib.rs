@@ -2,7 +2,8 @@
 //!
 //! - **N1** the copy the process has loaded already (torch's) comes first: all ranks of a communicator must run the same
 //!   NCCL, and two copies in one process would fight over the device.
-//! - **N2** the library is never unloaded: its threads outlive every communicator.
+//! - **N2** a library in use is never unloaded: its threads outlive every communicator. One that is too old is: it would
+//!   be the one that the process has loaded.
 //! - **N3** [`Config`] is the layout of NCCL 2.18: later libraries read only the fields its `version` knows and take
 //!   defaults for the rest.
 //!
@@ -94,7 +95,7 @@ pub const MINIMUM: c_int = 21_800;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LoadError {
     #[error(
-        "no NCCL found; tried {}. A CUDA build of PyTorch brings one, so does `pip install nvidia-nccl-cu13`; or name its file in SMDDP_NCCL",
+        "no usable NCCL found; tried {}. A CUDA build of PyTorch brings one, so does `pip install nvidia-nccl-cu13`; or name its file in SMDDP_NCCL",
         .tried.join("; ")
     )]
     NotFound { tried: Vec<String> },
@@ -102,6 +103,17 @@ pub enum LoadError {
     TooOld { path: String, found: c_int },
     #[error("{path} lacks the function {symbol}: it is no usable NCCL. Name another in SMDDP_NCCL")]
     Broken { path: String, symbol: &'static str },
+}
+
+impl LoadError {
+    /// What was found, without what to do.
+    fn found(&self) -> String {
+        match self {
+            LoadError::NotFound { tried } => tried.join("; "),
+            LoadError::TooOld { path, found } => format!("{path}: NCCL {}, not 2.18 or later", shown(*found)),
+            LoadError::Broken { path, symbol } => format!("{path}: lacks the function {symbol}"),
+        }
+    }
 }
 
 /// A version code as people write it: 22809 is 2.28.9.
@@ -157,7 +169,7 @@ table! {
 }
 
 impl Nccl {
-    /// The file named by the user, and no other; else the first usable one of: the copy this process has loaded,
+    /// The file named by the user, and no other; the copy this process has loaded (N1); else the first usable one of
     /// `libnccl.so.2` and `libnccl.so` as the dynamic linker finds them, then those files in `dirs`.
     pub fn load(named: &str, dirs: &[PathBuf]) -> Result<Nccl, LoadError> {
         if !named.is_empty() {
@@ -172,8 +184,10 @@ impl Nccl {
         let inside = |dir: &PathBuf| ["libnccl.so.2", "libnccl.so"].map(|name| dir.join(name));
         places.extend(dirs.iter().flat_map(inside).filter(|f| f.is_file()).map(|f| (f, 0)));
         for (place, flag) in places {
-            match open(place.as_os_str(), flag) {
-                Ok(found) => return checked(found),
+            match open(place.as_os_str(), flag).map(checked) {
+                Ok(Ok(found)) => return Ok(found),
+                Ok(Err(unusable)) if flag == RTLD_NOLOAD => return Err(unusable),
+                Ok(Err(unusable)) => tried.push(unusable.found()),
                 Err(why) if flag == 0 => tried.push(why),
                 Err(_) => {}
             }
@@ -215,8 +229,16 @@ fn open(file: &OsStr, flag: c_int) -> Result<(String, Handle), String> {
     // SAFETY: NCCL's initialisers have no requirements on their caller.
     match unsafe { Handle::open(Some(file), RTLD_NOW | RTLD_LOCAL | flag) } {
         Ok(handle) => Ok((path, handle)),
-        Err(error) => Err(format!("{path}: {error}")),
+        Err(error) => {
+            let reason = innermost(&error);
+            Err(if reason.contains(&path) { reason } else { format!("{path}: {reason}") })
+        }
     }
+}
+
+/// The dynamic linker's own words, which are in the source.
+fn innermost(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The version comes first: an old library lacks functions too, and is old before all.
@@ -250,6 +272,8 @@ mod tests {
     fn a_missing_nccl_is_an_error_that_says_what_to_do() {
         let said = Nccl::load("/no/such/libnccl.so", &[]).unwrap_err().to_string();
         assert!(said.contains("/no/such/libnccl.so") && said.contains("SMDDP_NCCL"), "{said}");
+        // The dynamic linker's own words.
+        assert!(said.contains("No such file"), "{said}");
     }
 
     #[test]
@@ -258,23 +282,43 @@ mod tests {
         assert_eq!(error, LoadError::Broken { path: "libc.so.6".to_owned(), symbol: "ncclGetVersion" });
     }
 
-    /// Older ones than 2.14 lack functions of the table; what helps is a newer one.
-    #[test]
-    fn an_old_nccl_is_refused_by_its_version() {
-        let folder = std::env::temp_dir().join(format!("smddp-old-nccl-{}", std::process::id()));
+    /// A library with NCCL's version and no more of it, in a folder of its own.
+    fn old_nccl(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("smddp-old-nccl-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        let (source, library) = (folder.join("old.c"), folder.join("libold.so"));
+        let (source, library) = (folder.join("old.c"), folder.join(name));
         std::fs::write(&source, "int ncclGetVersion(int *version) { *version = 21003; return 0; }").unwrap();
         // What links Rust's programs here.
         let mut cc = std::process::Command::new("cc");
         let built = cc.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
         assert!(built.status().unwrap().success());
+        library
+    }
+
+    /// Older ones than 2.14 lack functions of the table; what helps is a newer one.
+    #[test]
+    fn an_old_nccl_is_refused_by_its_version() {
+        let library = old_nccl("libold.so");
         let path = library.to_str().unwrap().to_owned();
         let error = Nccl::load(&path, &[]).unwrap_err();
-        std::fs::remove_dir_all(&folder).unwrap();
+        std::fs::remove_dir_all(library.parent().unwrap()).unwrap();
         assert_eq!(error, LoadError::TooOld { path, found: 21_003 });
         let said = error.to_string();
         assert!(said.contains("2.10.3") && said.contains("2.18"), "{said}");
+    }
+
+    #[test]
+    fn an_unusable_nccl_does_not_end_the_search() {
+        let old = ["libnccl.so.2", "libnccl.so"].map(old_nccl);
+        let folders = old.each_ref().map(|library| library.parent().unwrap().to_owned());
+        let found = Nccl::load("", &folders);
+        folders.iter().for_each(|folder| std::fs::remove_dir_all(folder).unwrap());
+        // Where the machine has an NCCL, that comes first.
+        if let Err(error) = found {
+            let said = error.to_string();
+            assert!(old.iter().all(|file| said.contains(file.to_str().unwrap())), "{said}");
+            assert!(said.contains("2.10.3"), "{said}");
+        }
     }
 
     #[test]
