@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 import conftest
+from common import start
 from test_errors import caught
 
 SIZES = {"small": 64, "large": 1 << 20}
@@ -103,3 +104,36 @@ def test_who_is_killed_in_the_midst_is_named(shape: str, seed: int) -> None:
         for case, found in report.items():
             assert found["type"] in ("PeerLostError", "AbortedError"), (case, found)
             assert f"lost rank {victim}" in found["text"], (case, found)
+
+
+def one_fails(kind: str) -> dict:
+    """Rank 1 ends by an exception that nobody catches."""
+    if kind == "numpy":
+        import numpy as np
+
+        import smdistributed_rs
+
+        world = smdistributed_rs.init()
+        me, all_reduce = world.rank, lambda: world.all_reduce(np.ones(4))
+    else:
+        import torch
+        import torch.distributed as dist
+
+        start()
+        me, all_reduce = dist.get_rank(), lambda: dist.all_reduce(torch.ones(4))
+    all_reduce()
+    if me == 1:
+        raise ValueError("as it happens")
+    return caught(all_reduce)
+
+
+@pytest.mark.parametrize("nodes", [[0, 0], [0, 1]], ids=["1node", "2nodes"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_who_ends_by_an_exception_has_not_left_in_good_order(kind: str, nodes: list[int]) -> None:
+    ranks = conftest.run(one_fails, 2, nodes=nodes, executed=True, kind=kind, limit=60).check({1: 1})
+    found = ranks.reports[0]
+    assert found["type"] == "PeerLostError", found
+    assert "lost rank 1" in found["text"], found
+    assert "destroyed" not in found["text"], found
+    # Between nodes it is a connection that ends.
+    assert "its process has ended" in found["text"] or 1 in nodes, found

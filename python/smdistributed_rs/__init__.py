@@ -21,6 +21,7 @@ from . import shared
 from ._core import Handle, __version__
 from ._core import stop_callbacks as _stop_callbacks
 from ._launch import export_launcher_variables
+from ._launch import stay_if_failing as _stay_if_failing
 from ._torch_hook import register_with_torch
 from .communicator import Communicator, World, init
 from .errors import (
@@ -62,5 +63,6 @@ __all__ = [
 ]
 
 _atexit.register(_stop_callbacks)
+_atexit.register(_stay_if_failing)
 export_launcher_variables()
 register_with_torch()

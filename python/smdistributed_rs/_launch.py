@@ -47,6 +47,12 @@ def leave() -> None:
             communicator.shutdown()
 
 
+def stay_if_failing() -> None:
+    """At the end of the process: what the interpreter drops after this is not left if it ends by an exception."""
+    if fails():
+        _core.end_without_leaving()
+
+
 def fails() -> bool:
     """Whether the process ends by an uncaught exception. (That it ends by sys.exit nobody knows before exit() does.)
     Its groups are not left then: that it has ended says more to the others."""

@@ -276,8 +276,8 @@ impl Communicator {
     }
 
     /// Transports, provider, rails and shape, for people.
-    fn describe(&self) -> String {
-        self.inner.describe()
+    fn describe(&self, py: Python<'_>) -> String {
+        py.detach(|| self.inner.describe())
     }
 }
 
@@ -324,8 +324,10 @@ impl Communicator {
         let result = late(&handle).and_then(|()| py.check_signals()).and_then(|()| wait(py, &handle, None));
         if !handle.is_done() {
             // Ctrl-C: nobody will wait for the call any more, and its memory is the caller's to free.
-            self.inner.abort("interrupted");
-            let _ = py.detach(|| handle.wait(None));
+            py.detach(|| {
+                self.inner.abort("interrupted");
+                let _ = handle.wait(None);
+            });
         }
         result
     }

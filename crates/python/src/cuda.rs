@@ -11,12 +11,13 @@ use crate::arguments::{Numbers, seconds};
 use crate::communicator::{Communicator, extend};
 use crate::dlpack;
 use crate::errors::{exception, raise};
+use crate::group::Detached;
 use crate::handle::SLICE;
 
 /// A process group's calls on CUDA memory. Addresses and lengths are taken as given: the package checks what it passes.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct DeviceGroup {
-    inner: smddp::DeviceGroup,
+    inner: Detached<smddp::DeviceGroup>,
     device: i32,
     /// Rank and size.
     place: (usize, usize),
@@ -52,7 +53,7 @@ impl DeviceGroup {
         };
         let made = py.detach(|| smddp::DeviceGroup::new(options));
         let place = (host.inner.rank(), host.inner.size());
-        Ok(DeviceGroup { inner: raise(py, made)?, device, place })
+        Ok(DeviceGroup { inner: Detached::new(raise(py, made)?), device, place })
     }
 
     /// Enqueues one call on `stream` (its address), after that stream's work and that of `behind`; what is enqueued on
@@ -133,7 +134,7 @@ impl DeviceGroup {
         let messages: Vec<DeviceMessage> = messages.into_iter().map(message).collect();
         // SAFETY: as in `enqueue`.
         let started = py.detach(|| unsafe { self.inner.exchange(&messages, timeout, stream, behind) });
-        Ok(DeviceHandle { inner: raise(py, started)? })
+        Ok(DeviceHandle { inner: Detached::new(raise(py, started)?) })
     }
 
     /// Blocks until the device is past the call, which raises its error, or for `timeout` seconds: TimeoutError.
@@ -152,8 +153,8 @@ impl DeviceGroup {
         py.detach(|| self.inner.failure()).map(|e| exception(py, &e))
     }
 
-    fn describe(&self) -> String {
-        self.inner.describe()
+    fn describe(&self, py: Python<'_>) -> String {
+        py.detach(|| self.inner.describe())
     }
 
     /// Every rank's calls fail; streams that wait for other ranks are released.
@@ -199,14 +200,14 @@ impl DeviceGroup {
         // SAFETY: the package passes memory and streams of the group's device, and keeps the memory for the stream
         // (`record_stream`, or by running on the caller's own).
         let started = py.detach(|| unsafe { self.inner.start(&call, stream, behind) });
-        Ok(DeviceHandle { inner: raise(py, started)? })
+        Ok(DeviceHandle { inner: Detached::new(raise(py, started)?) })
     }
 }
 
 /// A call that was enqueued. Its memory is kept by whoever enqueued it.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct DeviceHandle {
-    inner: smddp::StartedOnDevice,
+    inner: Detached<smddp::StartedOnDevice>,
 }
 
 #[pymethods]

@@ -1,15 +1,29 @@
-//! MPI at the end of the process, which Python's atexit comes too early for: only exit() knows the status.
+//! The end of the process: of MPI, which Python's atexit comes too early for, since only exit() knows the status, and of
+//! groups, which are not left when it ends by an exception.
 //!
 //! Invariants
 //! - **E1** what runs in exit() touches neither the interpreter, which is gone, nor what keeps data in destroyed
 //!   thread-locals, as `tracing` does.
 
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use smddp::Settings;
 use smddp_bootstrap::mpi::{self, Duty};
+
+static STAYS: AtomicBool = AtomicBool::new(false);
+
+/// Groups that the interpreter drops from now on are not left: the others hear that this process has ended.
+#[pyfunction]
+pub fn end_without_leaving() {
+    STAYS.store(true, Ordering::Relaxed);
+}
+
+pub fn stays() -> bool {
+    STAYS.load(Ordering::Relaxed)
+}
 
 static OWED: Mutex<Option<(Duty, Settings)>> = Mutex::new(None);
 

@@ -1,4 +1,4 @@
-//! What keeps a process group alive.
+//! What keeps the runtime's objects alive, and how they end.
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -6,8 +6,36 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
+use crate::ending;
+
+/// Something whose end can wait for other threads, or ranks: it ends with the interpreter detached (**P1**).
+pub struct Detached<T: Send>(ManuallyDrop<T>);
+
+impl<T: Send> Detached<T> {
+    pub fn new(inner: T) -> Detached<T> {
+        Detached(ManuallyDrop::new(inner))
+    }
+}
+
+impl<T: Send> Deref for Detached<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: Send> Drop for Detached<T> {
+    fn drop(&mut self) {
+        // SAFETY: taken here alone, and nobody sees the field afterwards.
+        let mut inner = Some(unsafe { ManuallyDrop::take(&mut self.0) });
+        // Where the interpreter is gone, it ends all the same.
+        let _ = Python::try_attach(|py| py.detach(|| drop(inner.take())));
+    }
+}
+
 /// A share in a group. Its calls have one too: a group that is dropped while one is under way stays until the call is
-/// over. The last share takes the group down, which can wait for other threads: with the interpreter detached (**P1**).
+/// over. The last share takes the group down, unless the process ends without leaving its groups.
 pub struct Group(ManuallyDrop<Arc<smddp::Communicator>>);
 
 impl Group {
@@ -41,9 +69,10 @@ impl Drop for Group {
     fn drop(&mut self) {
         // SAFETY: taken here alone, and nobody sees the field afterwards.
         let share = unsafe { ManuallyDrop::take(&mut self.0) };
-        let Some(last) = Arc::into_inner(share) else { return };
-        let mut last = Some(last);
-        // Where the interpreter is gone, the group goes all the same.
-        let _ = Python::try_attach(|py| py.detach(|| drop(last.take())));
+        match Arc::into_inner(share) {
+            Some(last) if ending::stays() => std::mem::forget(last),
+            Some(last) => drop(Detached::new(last)),
+            None => {}
+        }
     }
 }

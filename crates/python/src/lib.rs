@@ -40,7 +40,7 @@ mod _core {
     #[pymodule_export]
     use super::dlpack::{DlpackView, view_capsule};
     #[pymodule_export]
-    use super::ending::finalize_mpi_at_exit;
+    use super::ending::{end_without_leaving, finalize_mpi_at_exit};
     #[pymodule_export]
     use super::handle::Handle;
     #[pymodule_export]

@@ -8,11 +8,12 @@ use smddp::Mapped;
 use crate::arguments::region;
 use crate::communicator::Communicator;
 use crate::errors::raise;
+use crate::group::Detached;
 
 /// Memory of this rank that the other ranks of its group map too, where they can. Whoever uses its address keeps it.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct SharedMemory {
-    inner: smddp::SharedMemory,
+    inner: Detached<smddp::SharedMemory>,
 }
 
 #[pymethods]
@@ -21,7 +22,7 @@ impl SharedMemory {
     #[staticmethod]
     fn allocate(py: Python<'_>, group: &Communicator, bytes: usize) -> PyResult<SharedMemory> {
         let made = py.detach(|| smddp::SharedMemory::new(&group.inner, bytes));
-        Ok(SharedMemory { inner: raise(py, made)? })
+        Ok(SharedMemory { inner: Detached::new(raise(py, made)?) })
     }
 
     /// Shares (file descriptor, address, bytes) of memory that maps the file from its beginning, and outlives this; None on
@@ -39,7 +40,7 @@ impl SharedMemory {
         });
         // SAFETY: as the caller promises.
         let shared = py.detach(|| unsafe { smddp::SharedMemory::over(&group.inner, mapped) });
-        Ok(raise(py, shared)?.map(|inner| SharedMemory { inner }))
+        Ok(raise(py, shared)?.map(|inner| SharedMemory { inner: Detached::new(inner) }))
     }
 
     #[getter]

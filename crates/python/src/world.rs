@@ -8,12 +8,14 @@ use smddp::{Error, Settings};
 use smddp_bootstrap::Vars;
 
 use crate::communicator::Communicator;
+use crate::ending;
 use crate::errors::raise;
+use crate::group::Group;
 
 /// All ranks of the job, found through MPI, launcher variables, or alone.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct World {
-    communicator: smddp::Communicator,
+    communicator: Group,
     local_rank: usize,
     local_size: usize,
     how: String,
@@ -36,7 +38,7 @@ impl World {
         let joined = py.detach(|| smddp::World::init_with(settings, &library_dirs));
         let inner = raise(py, joined)?;
         Ok(World {
-            communicator: inner.communicator().clone(),
+            communicator: Group::new(inner.communicator().clone()),
             local_rank: inner.local_rank(),
             local_size: inner.local_size(),
             how: inner.how().to_owned(),
@@ -46,7 +48,7 @@ impl World {
 
     /// The group of all ranks.
     fn communicator(&self) -> Communicator {
-        Communicator::wrap(self.communicator.clone())
+        Communicator { inner: self.communicator.clone() }
     }
 
     #[getter]
@@ -84,10 +86,13 @@ impl World {
 }
 
 impl Drop for World {
-    /// P1: leaving can wait for others. At the interpreter's end it is not done at all: atexit was the time for it.
+    /// P1: leaving can wait for others. It is not done at all once the interpreter is gone, for atexit was the time for it,
+    /// nor by a process that ends without leaving.
     fn drop(&mut self) {
         let mut world = self.take();
-        let _ = Python::try_attach(|py| py.detach(|| drop(world.take())));
+        if !ending::stays() {
+            let _ = Python::try_attach(|py| py.detach(|| drop(world.take())));
+        }
         std::mem::forget(world);
     }
 }
