@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Instant;
 
+use smddp_core::interrupt;
+
 /// What gives the addresses of a name, with port 0. It may take as long as it likes.
 pub(crate) type Resolver = Arc<dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
 
@@ -50,7 +52,14 @@ impl Lookup {
             Some(asked) => asked,
             None => self.ask()?,
         };
-        match asked.recv_timeout(limit.saturating_duration_since(Instant::now())) {
+        let answer = loop {
+            let left = limit.saturating_duration_since(Instant::now());
+            match asked.recv_timeout(interrupt::slice(left)) {
+                Err(RecvTimeoutError::Timeout) if !left.is_zero() && !interrupt::came() => {}
+                answer => break answer,
+            }
+        };
+        match answer {
             Ok(Ok(addresses)) if addresses.is_empty() => {
                 Err(io::Error::other(format!("'{}' has no address", self.name)))
             }

@@ -16,12 +16,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl};
+use smddp_core::interrupt;
 
 use crate::kv::Table;
 use crate::wire::{self, HELLO, Hello, Op, Request, Secret, Status};
@@ -69,6 +71,8 @@ pub(crate) struct Server {
     wake: UnixStream,
     /// `Some(t)`: end when every rank has left, at `t` at the latest.
     stop: Arc<Mutex<Option<Instant>>>,
+    /// Closes when the thread ends.
+    ended: Mutex<Receiver<()>>,
     port: u16,
 }
 
@@ -90,30 +94,43 @@ impl Server {
         let stop = Arc::new(Mutex::new(None));
         let mut state = State::new(size, secret, Arc::clone(&stop));
         state.members[0].process = Some(process);
-        let thread = std::thread::Builder::new()
-            .name("smddp-store".to_owned())
-            .spawn(move || state.run(&listener, &woken))?;
-        Ok(Server { thread: Some(thread), wake, stop, port })
+        let (ends, ended) = channel();
+        let thread = std::thread::Builder::new().name("smddp-store".to_owned()).spawn(move || {
+            let _ends: Sender<()> = ends;
+            state.run(&listener, &woken);
+        })?;
+        Ok(Server { thread: Some(thread), wake, stop, ended: Mutex::new(ended), port })
     }
 
     pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Ends the server once every rank has left, at `deadline` at the latest.
+    /// Ends the server once every rank has left, at `deadline` at the latest, or at an [`interrupt`].
     pub(crate) fn stop(mut self, deadline: Instant) {
         self.end(deadline);
     }
 
     fn end(&mut self, deadline: Instant) {
         if let Some(thread) = self.thread.take() {
-            *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
-            // A full pipe means that a wake-up is on its way already.
-            let _ = self.wake.write(&[1]);
+            self.stop_at(deadline);
+            let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+            while ended.recv_timeout(interrupt::EVERY) == Err(RecvTimeoutError::Timeout) {
+                if interrupt::came() {
+                    self.stop_at(Instant::now());
+                    break;
+                }
+            }
             if thread.join().is_err() {
                 tracing::error!("the store's thread panicked; please report it");
             }
         }
+    }
+
+    fn stop_at(&self, deadline: Instant) {
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        // A full pipe means that a wake-up is on its way already.
+        let _ = (&self.wake).write(&[1]);
     }
 }
 

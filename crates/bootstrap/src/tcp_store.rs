@@ -19,6 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use smddp_core::interrupt;
 use smddp_core::store::Store;
 
 use crate::descriptors;
@@ -170,7 +171,7 @@ impl TcpStore {
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || interrupt::came() {
                 let all = || hosts.iter().flat_map(|host| &host.candidates);
                 let addresses: Vec<&str> = all().map(|candidate| candidate.text.as_str()).collect();
                 return Err(Error::Unreachable {
@@ -182,7 +183,7 @@ impl TcpStore {
             }
             // Spread the ranks, so that they do not knock together.
             let spread = Duration::from_millis(host::random_u64() % 10);
-            std::thread::sleep((pause + spread).min(left));
+            std::thread::sleep(interrupt::slice((pause + spread).min(left)));
             pause = (pause * 2).min(LONGEST_PAUSE);
             patience = (patience * 2).min(longest);
         }
@@ -451,6 +452,9 @@ impl CandidateHost {
             }
         };
         for candidate in &mut self.candidates {
+            if interrupt::came() {
+                return Ok(None);
+            }
             addresses.iter_mut().for_each(|address| address.set_port(candidate.port));
             match attempt_each(identity, process, &addresses, limit()) {
                 Ok(reached) => return Ok(Some(reached)),
@@ -534,7 +538,7 @@ fn send(stream: &mut TcpStream, mut bytes: &[u8], limit: Instant) -> std::io::Re
 
 fn receive(stream: &mut TcpStream, mut bytes: &mut [u8], limit: Instant) -> std::io::Result<()> {
     while !bytes.is_empty() {
-        stream.set_read_timeout(Some(left(limit)?))?;
+        stream.set_read_timeout(Some(interrupt::slice(left(limit)?)))?;
         match stream.read(bytes) {
             Ok(0) => {
                 return Err(std::io::Error::new(
@@ -543,6 +547,7 @@ fn receive(stream: &mut TcpStream, mut bytes: &mut [u8], limit: Instant) -> std:
                 ));
             }
             Ok(n) => bytes = &mut bytes[n..],
+            Err(_) if interrupt::came() => return Err(std::io::Error::other("the wait was interrupted")),
             Err(error) => again(error)?,
         }
     }

@@ -18,6 +18,7 @@ use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
 use crate::engine::op::{Callback, GroupKey, OpState, Work, nanos};
 use crate::error::{Error, Result, Site};
+use crate::interrupt;
 use crate::memory::{Owner, Region};
 use crate::plan::{CallShape, Tuning, schedule};
 use crate::reduce;
@@ -297,11 +298,29 @@ impl<T: Transports> Communicator<T> {
         Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
     }
 
-    /// Runs a collective; the caller's thread drives it.
+    /// Runs a collective; the caller's thread drives it. An [`interrupt`] aborts the group.
     ///
     /// # Safety
     /// The request's regions are valid, and not written by anybody else, during the call.
     pub unsafe fn run(&self, request: &Request) -> Result<()> {
+        if interrupt::is_watched() {
+            // SAFETY: this returns only when the operation is over.
+            let Some(handle) = (unsafe { self.run_for(request, interrupt::EVERY) })? else { return Ok(()) };
+            loop {
+                let waited = handle.wait(Some(interrupt::EVERY));
+                // It may have ended just after the slice had.
+                if let Some(result) = handle.result() {
+                    return result;
+                }
+                if !matches!(waited, Err(Error::Timeout { .. })) {
+                    return waited;
+                }
+                if interrupt::came() {
+                    self.abort("interrupted");
+                    return handle.wait(None);
+                }
+            }
+        }
         match self.drive(request, None)? {
             Some(op) => self.inner.engine.wait(&op, None),
             None => Ok(()),

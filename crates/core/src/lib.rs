@@ -17,6 +17,7 @@ pub mod engine;
 pub mod error;
 pub mod far;
 pub mod gate;
+pub mod interrupt;
 pub mod memory;
 pub mod plan;
 pub mod process;

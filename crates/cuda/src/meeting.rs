@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use smddp_core::communicator::{Communicator, Handle};
+use smddp_core::interrupt;
 use smddp_core::topology::GroupShape;
 use smddp_core::transport::Transports;
 use smddp_core::{DType, Error, Region, Result};
@@ -130,6 +131,11 @@ fn wait<T: Transports>(
         if let Some(error) = words.iter().find_map(Word::lost) {
             let rank = if let Error::PeerLost { peer, .. } = error { Some(peer) } else { None };
             return Err(Failure { rank, error });
+        }
+        if interrupt::came() {
+            let error =
+                Error::Transport { transport: "NCCL", reason: "the meeting was interrupted".to_owned() };
+            return Err(Failure { rank: None, error });
         }
         if since.elapsed() > limit {
             let reason = format!("not all of {ranks} ranks met within {:.0} s", limit.as_secs_f64());

@@ -11,7 +11,7 @@ use crate::arguments::{Numbers, counts, region, seconds};
 use crate::dlpack;
 use crate::errors::{argument, exception, raise};
 use crate::group::Group;
-use crate::handle::{Handle, Keep, SLICE, wait};
+use crate::handle::{Handle, Keep, SLICE, wait, watchful};
 use crate::store::PyStore;
 use crate::torch;
 
@@ -63,8 +63,9 @@ impl Communicator {
             settings,
             library_dirs,
         };
-        let connected = py.detach(|| smddp::connect(options));
+        let connected = watchful(py, || smddp::connect(options))?;
         if let Some(interrupt) = store.interrupt() {
+            py.detach(|| drop(connected));
             return Err(interrupt);
         }
         Ok(Communicator::wrap(raise(py, connected)?))

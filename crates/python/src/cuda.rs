@@ -12,7 +12,7 @@ use crate::communicator::{Communicator, extend};
 use crate::dlpack;
 use crate::errors::{exception, raise};
 use crate::group::Detached;
-use crate::handle::SLICE;
+use crate::handle::{SLICE, watchful};
 
 /// A process group's calls on CUDA memory. Addresses and lengths are taken as given: the package checks what it passes.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
@@ -51,7 +51,7 @@ impl DeviceGroup {
             settings: raise(py, Settings::from_env())?,
             library_dirs,
         };
-        let made = py.detach(|| smddp::DeviceGroup::new(options));
+        let made = watchful(py, || smddp::DeviceGroup::new(options))?;
         let place = (host.inner.rank(), host.inner.size());
         Ok(DeviceGroup { inner: Detached::new(raise(py, made)?), device, place })
     }

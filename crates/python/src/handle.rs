@@ -1,9 +1,11 @@
 //! An operation under way.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use smddp::Error;
+use smddp_core::interrupt;
 
 use crate::arguments::seconds;
 use crate::callback;
@@ -45,6 +47,28 @@ pub fn wait(py: Python<'_>, handle: &smddp::Handle, limit: Option<Duration>) -> 
             return raise(py, waited);
         }
         py.check_signals()?;
+    }
+}
+
+/// Runs what waits for other ranks, beside operations, with the interpreter detached (**P1**), looking at signals now and
+/// then: an exception of theirs ends the waits, and is raised.
+pub fn watchful<T: Send>(py: Python<'_>, waits: impl FnOnce() -> T + Send) -> PyResult<T> {
+    let raised = Arc::new(Mutex::new(None));
+    let place = Arc::clone(&raised);
+    let look = move || {
+        let looked = Python::try_attach(|py| py.check_signals());
+        let Some(Err(error)) = looked else { return false };
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        true
+    };
+    let result = py.detach(|| interrupt::during(look, waits));
+    let raised = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match raised {
+        Some(error) => {
+            py.detach(|| drop(result));
+            Err(error)
+        }
+        None => Ok(result),
     }
 }
 

@@ -7,8 +7,9 @@ use smddp::Mapped;
 
 use crate::arguments::region;
 use crate::communicator::Communicator;
-use crate::errors::raise;
+use crate::errors::{argument, raise};
 use crate::group::Detached;
+use crate::handle::watchful;
 
 /// Memory of this rank that the other ranks of its group map too, where they can. Whoever uses its address keeps it.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
@@ -21,7 +22,7 @@ impl SharedMemory {
     /// `bytes` of zeros on every rank; all ranks call this.
     #[staticmethod]
     fn allocate(py: Python<'_>, group: &Communicator, bytes: usize) -> PyResult<SharedMemory> {
-        let made = py.detach(|| smddp::SharedMemory::new(&group.inner, bytes));
+        let made = watchful(py, || smddp::SharedMemory::new(&group.inner, bytes))?;
         Ok(SharedMemory { inner: Detached::new(raise(py, made)?) })
     }
 
@@ -33,13 +34,17 @@ impl SharedMemory {
         group: &Communicator,
         memory: Option<(i32, usize, usize)>,
     ) -> PyResult<Option<SharedMemory>> {
-        let mapped = memory.map(|(fd, address, bytes)| {
-            // SAFETY: the caller's file is open during this call.
+        let mapped = |(fd, address, bytes)| {
+            if fd < 0 {
+                return Err(argument("shared memory", "memory", "an open file", fd, "Reinstall the package"));
+            }
+            // SAFETY: not -1, and the caller's file is open during this call.
             let file = unsafe { BorrowedFd::borrow_raw(fd) };
-            Mapped { file, memory: region((address, bytes)) }
-        });
+            Ok(Mapped { file, memory: region((address, bytes)) })
+        };
+        let mapped = raise(py, memory.map(mapped).transpose())?;
         // SAFETY: as the caller promises.
-        let shared = py.detach(|| unsafe { smddp::SharedMemory::over(&group.inner, mapped) });
+        let shared = watchful(py, || unsafe { smddp::SharedMemory::over(&group.inner, mapped) })?;
         Ok(raise(py, shared)?.map(|inner| SharedMemory { inner: Detached::new(inner) }))
     }
 

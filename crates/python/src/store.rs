@@ -46,7 +46,11 @@ impl PyStore {
         let left = Duration::from_millis(left.as_millis().min(86_400_000 * 365) as u64 + 1);
         let (seconds, micros) = (left.as_secs(), left.subsec_micros() as i32);
         let delta = PyDelta::new(py, (seconds / 86_400) as i32, (seconds % 86_400) as i32, micros, true)?;
-        store.call_method1("wait", (vec![key], delta))?;
+        let waited = store.call_method1("wait", (vec![key], delta));
+        // An exchange waits for a few seconds at a time, and torch's stores look at no signals meanwhile. First of all: what
+        // makes a text of an error would run the signal's handler, and lose its exception.
+        py.check_signals()?;
+        waited?;
         store.call_method1("get", (key,))?.extract::<Vec<u8>>()
     }
 }
@@ -67,9 +71,10 @@ impl Store for PyStore {
         let left = deadline.saturating_duration_since(start);
         Python::attach(|py| {
             self.wait_and_get(py, key, left).map_err(|e| {
+                let is_over = Instant::now() >= deadline && e.is_instance_of::<PyException>(py);
                 let broken = self.broken(py, "get", key, e);
                 // A store says "timed out" in its own words, each in others; the clock says it for all.
-                if Instant::now() >= deadline {
+                if is_over {
                     Error::Timeout { site: Site::unknown(), waited: start.elapsed(), missing: Vec::new() }
                 } else {
                     broken

@@ -11,6 +11,7 @@ use crate::communicator::Communicator;
 use crate::ending;
 use crate::errors::raise;
 use crate::group::Group;
+use crate::handle::watchful;
 
 /// All ranks of the job, found through MPI, launcher variables, or alone.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
@@ -35,7 +36,7 @@ impl World {
     #[staticmethod]
     fn init(py: Python<'_>, library_dirs: Vec<PathBuf>) -> PyResult<World> {
         let settings = raise(py, Settings::from_env())?;
-        let joined = py.detach(|| smddp::World::init_with(settings, &library_dirs));
+        let joined = watchful(py, || smddp::World::init_with(settings, &library_dirs))?;
         let inner = raise(py, joined)?;
         Ok(World {
             communicator: Group::new(inner.communicator().clone()),
@@ -69,19 +70,19 @@ impl World {
 
     /// A group of `ranks`, in this order; None on the ranks that are not in it. Every rank of the world calls it.
     fn new_group(&self, py: Python<'_>, ranks: Vec<usize>) -> PyResult<Option<Communicator>> {
-        let made = py.detach(|| match &*self.inner.lock().unwrap_or_else(PoisonError::into_inner) {
+        let made = watchful(py, || match &*self.inner.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(world) => world.new_group(&ranks),
             None => Err(Error::Bootstrap {
                 what: "this world was shut down".to_owned(),
                 hint: "Call smdistributed_rs.init() for a new one".to_owned(),
             }),
-        });
+        })?;
         Ok(raise(py, made)?.map(Communicator::wrap))
     }
 
     /// Leaves the job: the group of all ranks ends, and MPI with it where we started MPI.
-    fn shutdown(&self, py: Python<'_>) {
-        py.detach(|| drop(self.take()));
+    fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
+        watchful(py, || drop(self.take()))
     }
 }
 

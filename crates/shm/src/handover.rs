@@ -25,7 +25,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use smddp_core::process;
+use smddp_core::{interrupt, process};
 
 use crate::error::ShmError;
 use crate::geometry::{Geometry, Layout, VERSION};
@@ -445,12 +445,14 @@ fn credentials(socket: &OwnedFd) -> Result<libc::ucred, ShmError> {
     Err(ShmError::system("asking who a peer is", std::io::Error::last_os_error()))
 }
 
-/// Waits until one of `fds` has something or `deadline` has passed (false).
+/// Waits until one of `fds` has something or `deadline` has passed, or the wait is interrupted (false).
 fn poll_until(fds: &mut [PollFd<'_>], deadline: Instant) -> Result<bool, ShmError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let slice = interrupt::slice(left);
+        let limit = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
         match rustix::event::poll(fds, Some(&limit)) {
+            Ok(0) if slice < left && !interrupt::came() => {}
             Ok(n) => return Ok(n > 0),
             Err(Errno::INTR) => {}
             Err(error) => return Err(ShmError::system("poll", error)),
