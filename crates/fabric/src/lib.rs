@@ -25,5 +25,5 @@ mod withdraw;
 
 pub use endpoint::FabricEndpoint;
 pub use error::Error;
-pub use libfabric::{LibfabricDomain, NicInfo, Place};
+pub use libfabric::{LibfabricDomain, NicInfo, Place, prepare_environment};
 pub use open::{found, probe};

@@ -60,7 +60,8 @@ pub fn found(settings: &Settings, library_dirs: &[PathBuf]) -> Result<String, Er
 
 pub(crate) fn load(settings: &Settings, dirs: &[PathBuf]) -> Result<Arc<Library>, Error> {
     let efa = nics::efa_device();
-    nics::tolerate_foreign_filter(efa);
+    nics::prepare_environment();
+    nics::tell_what_was_taken_out();
     let library = Library::load(&places(settings.text("SMDDP_LIBFABRIC"), efa, dirs))?;
     Ok(Arc::new(library))
 }

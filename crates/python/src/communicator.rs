@@ -50,6 +50,8 @@ impl Communicator {
         timeout: f64,
         library_dirs: Vec<PathBuf>,
     ) -> PyResult<Communicator> {
+        // With the interpreter held, by which Python's threads set variables.
+        smddp::fabric::prepare_environment();
         let settings = raise(py, Settings::from_env())?;
         let limit = seconds(py, "init_process_group", Some(timeout))?;
         let store = Arc::new(PyStore::new(store));

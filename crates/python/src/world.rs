@@ -35,6 +35,8 @@ impl World {
     /// Joins the job; every rank calls it.
     #[staticmethod]
     fn init(py: Python<'_>, library_dirs: Vec<PathBuf>) -> PyResult<World> {
+        // With the interpreter held, by which Python's threads set variables.
+        smddp::fabric::prepare_environment();
         let settings = raise(py, Settings::from_env())?;
         let joined = watchful(py, || smddp::World::init_with(settings, &library_dirs))?;
         let inner = raise(py, joined)?;

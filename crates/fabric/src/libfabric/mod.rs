@@ -5,4 +5,4 @@ mod knock;
 pub(crate) mod nics;
 
 pub use domain::LibfabricDomain;
-pub use nics::{NicInfo, Place};
+pub use nics::{NicInfo, Place, prepare_environment};

@@ -3,8 +3,8 @@
 use std::ffi::{CStr, CString, c_char};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ptr;
-use std::sync::Arc;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use smddp_core::settings::Settings;
 use smddp_libfabric_sys::abi::*;
@@ -125,19 +125,53 @@ fn foreign_filter() -> String {
     std::env::var("FI_PROVIDER").unwrap_or_default()
 }
 
-/// SageMaker sets FI_PROVIDER=efa on every instance type. Without such a device it would hide every provider, so
-/// it is taken out of libfabric's sight, with one warning.
-pub fn tolerate_foreign_filter(efa: bool) {
-    static ONCE: Once = Once::new();
-    if efa || foreign_filter() != "efa" {
-        return;
-    }
-    ONCE.call_once(|| {
-        tracing::warn!("FI_PROVIDER=efa, but this machine has no EFA device: using tcp");
-        // SAFETY: once a process, before libfabric first reads the environment. Rust's own accesses, and Python's, are
-        // locked; of C code that might read the environment in another thread at this very moment none is known.
+/// Whether FI_PROVIDER was taken out, and nobody told yet.
+static TAKEN_OUT: AtomicBool = AtomicBool::new(false);
+
+/// Sets libfabric's variables for what this machine has, unless they are as they should be.
+///
+/// SageMaker sets FI_PROVIDER=efa on every instance type. Without such a device it would hide every provider, so it is taken
+/// out of libfabric's sight.
+///
+/// libfabric's efa ends the process at its first fork (a DataLoader's worker, a program that is run) where the kernel does
+/// not copy registered memory then (before 5.13), unless FI_EFA_FORK_SAFE or libibverbs' own variables are set. That costs a
+/// system call a registration there; where the kernel does copy, it changes nothing.
+///
+/// Called before libfabric is loaded, which reads them. Programs whose other threads may set variables meanwhile call it
+/// before that under a lock of theirs: then nothing is left to do here.
+pub fn prepare_environment() {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if efa_device() {
+        if wants_fork_safety(|name| std::env::var_os(name).is_some(), uses_verbs()) {
+            // SAFETY: Rust's own accesses are locked, Python's by its interpreter, which its binding holds. Of C code that
+            // might read the environment in another thread at this very moment none is known.
+            unsafe { std::env::set_var("FI_EFA_FORK_SAFE", "1") };
+        }
+    } else if foreign_filter() == "efa" {
+        // SAFETY: as above.
         unsafe { std::env::remove_var("FI_PROVIDER") };
-    });
+        TAKEN_OUT.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Says once, when libfabric is needed, what [`prepare_environment`] has taken out.
+pub fn tell_what_was_taken_out() {
+    if TAKEN_OUT.swap(false, Ordering::Relaxed) {
+        tracing::warn!("FI_PROVIDER=efa, but this machine has no EFA device: using tcp");
+    }
+}
+
+/// Not where it was chosen, either way. Not with huge pages, which efa refuses together with it. Nor where libibverbs is in
+/// use: once memory is registered it refuses, and efa opens nothing.
+fn wants_fork_safety(is_set: impl Fn(&str) -> bool, uses_verbs: bool) -> bool {
+    let chosen = ["FI_EFA_FORK_SAFE", "RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "RDMAV_HUGEPAGES_SAFE"];
+    !uses_verbs && !chosen.into_iter().any(is_set)
+}
+
+/// Whether somebody in this process has loaded libibverbs.
+fn uses_verbs() -> bool {
+    std::fs::read_to_string("/proc/self/maps").is_ok_and(|maps| maps.contains("/libibverbs.so"))
 }
 
 /// Whether an Elastic Fabric Adapter is here.
@@ -386,6 +420,15 @@ pub(super) fn call_error(library: &Library, call: &'static str, nic: &str, code:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn forks_are_made_safe_where_nobody_has_chosen_and_it_is_early_enough() {
+        assert!(wants_fork_safety(|_| false, false));
+        assert!(!wants_fork_safety(|_| false, true));
+        for name in ["FI_EFA_FORK_SAFE", "RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "RDMAV_HUGEPAGES_SAFE"] {
+            assert!(!wants_fork_safety(|other| other == name, false), "{name}");
+        }
+    }
 
     #[test]
     fn the_provider_follows_setting_then_filter_then_device() {
