@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -475,3 +476,22 @@ def test_a_world_after_a_world_under_mpirun() -> None:
     ranks = conftest.launch(mpi.ranks(2), again, size=2)
     ranks.check()
     assert ranks.reports == [[2.0] * 3] * 2
+
+
+def let_go() -> dict:
+    import numpy as np
+
+    import smdistributed_rs
+
+    with smdistributed_rs.init() as world:
+        array = np.ones(1000)
+        alive = weakref.ref(array)
+        handle = world.all_reduce(array, async_op=True)
+        del array
+        is_kept = alive() is not None
+        handle.wait()
+        return {"kept": is_kept, "after": alive() is not None}
+
+
+def test_arrays_are_let_go_when_their_call_is_over() -> None:
+    assert conftest.run(let_go, 2).check().reports == [{"kept": True, "after": False}] * 2

@@ -38,8 +38,15 @@ and the Python half would be collected."""
 _STORE_ENDS = 0.03
 """Seconds rank 0 may need, after a group of all ranks has ended, until the store it serves has ended too."""
 
-_latest = threading.local()
-"""`work`: what a backend's method returned last on this thread."""
+
+class _Latest(threading.local):
+    """What a backend's method returned last on this thread, while somebody listens."""
+
+    listens = False
+    work: Any = None
+
+
+_latest = _Latest()
 
 
 @dataclass
@@ -318,8 +325,10 @@ def _told(name: str) -> Callable[..., Any]:
     method = getattr(Collectives, name)
 
     def call(self: SmddpBackend, *args: Any, **options: Any) -> Any:
-        _latest.work = method(self, *args, **options)
-        return _latest.work
+        work = method(self, *args, **options)
+        if _latest.listens:
+            _latest.work = work
+        return work
 
     return _as(name, call)
 
@@ -345,12 +354,16 @@ def _through_torch(name: str) -> Callable[..., Any]:
         if not all(tensor.device.type in self._served for tensor in _tensors(args)):
             return ours(self, *args, **options)
         _check_written(name, args)
-        _latest.work = None
+        listened = _latest.listens
+        _latest.listens, _latest.work = True, None
         try:
             wrapped = getattr(self._plain, _callable(name))(*args, **options)
+            work = _latest.work
         except NotImplementedError:
             return ours(self, *args, **options)
-        work, _latest.work = _latest.work, None
+        finally:
+            # Kept no longer: it holds its tensors.
+            _latest.listens, _latest.work = listened, None
         return wrapped if work is None else work
 
     return _as(name, call)

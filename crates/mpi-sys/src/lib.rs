@@ -5,7 +5,8 @@
 //! pointer-sized integer: Open MPI's are addresses, MPICH's and the standard's are small integers.
 //!
 //! Invariants:
-//! 1. A loaded library is never closed: MPI libraries leave threads and exit handlers behind.
+//! 1. A library in use is never closed: MPI libraries leave threads and exit handlers behind. One that lacks a function is
+//!    closed before it has done anything: its symbols, visible to all, would stand before the next library's own.
 //! 2. The ABI is decided from what the library exports, never from its file name.
 //! 3. Nothing here reads the environment; [`Search`] says all there is to know.
 

@@ -15,11 +15,11 @@ use crate::group::Group;
 /// How long a wait may keep a signal (Ctrl-C) waiting.
 pub const SLICE: Duration = Duration::from_millis(250);
 
-/// An operation under way. Keeps its group, and the objects whose memory it uses, alive until it is over.
+/// An operation under way. Keeps its group alive, and, until it is seen to be over, the objects whose memory it uses.
 #[pyclass(frozen, module = "smdistributed_rs._core")]
 pub struct Handle {
     inner: smddp::Handle,
-    keep: Keep,
+    keep: Mutex<Keep>,
     group: Group,
 }
 
@@ -28,7 +28,16 @@ pub type Keep = [Option<Py<PyAny>>; 2];
 
 impl Handle {
     pub fn new(inner: smddp::Handle, keep: Keep, group: &Group) -> Handle {
-        Handle { inner, keep, group: group.clone() }
+        Handle { inner, keep: Mutex::new(keep), group: group.clone() }
+    }
+
+    /// Of an operation that is over, whoever keeps this.
+    fn let_go(&self) {
+        drop(self.take_kept());
+    }
+
+    fn take_kept(&self) -> Keep {
+        std::mem::take(&mut *self.keep.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -79,12 +88,18 @@ impl Handle {
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
         let timeout = seconds(py, "wait", timeout)?;
-        wait(py, &self.inner, timeout)
+        let waited = wait(py, &self.inner, timeout);
+        self.is_done();
+        waited
     }
 
     /// Whether the operation is over, well or not.
     fn is_done(&self) -> bool {
-        self.inner.is_done()
+        let is_done = self.inner.is_done();
+        if is_done {
+            self.let_go();
+        }
+        is_done
     }
 
     /// The exception the operation ended with; None when it went well or is under way.
@@ -107,7 +122,7 @@ impl Drop for Handle {
     /// P2: an operation nobody waits for any more still owns its memory.
     fn drop(&mut self) {
         if !self.inner.is_done() {
-            let (keep, group) = (std::mem::take(&mut self.keep), self.group.clone());
+            let (keep, group) = (self.take_kept(), self.group.clone());
             self.inner.on_done(Box::new(move |_| {
                 drop(keep);
                 group.leave_without_python();
