@@ -304,26 +304,33 @@ impl<T: Transports> Communicator<T> {
     /// The request's regions are valid, and not written by anybody else, during the call.
     pub unsafe fn run(&self, request: &Request) -> Result<()> {
         if interrupt::is_watched() {
-            // SAFETY: this returns only when the operation is over.
-            let Some(handle) = (unsafe { self.run_for(request, interrupt::EVERY) })? else { return Ok(()) };
-            loop {
-                let waited = handle.wait(Some(interrupt::EVERY));
-                // It may have ended just after the slice had.
-                if let Some(result) = handle.result() {
-                    return result;
-                }
-                if !matches!(waited, Err(Error::Timeout { .. })) {
-                    return waited;
-                }
-                if interrupt::came() {
-                    self.abort("interrupted");
-                    return handle.wait(None);
-                }
-            }
+            // SAFETY: as here.
+            return unsafe { self.run_watched(request) };
         }
         match self.drive(request, None)? {
             Some(op) => self.inner.engine.wait(&op, None),
             None => Ok(()),
+        }
+    }
+
+    /// As [`run`](Self::run), in a thread whose waits may end early.
+    #[cold]
+    unsafe fn run_watched(&self, request: &Request) -> Result<()> {
+        // SAFETY: this returns only when the operation is over.
+        let Some(handle) = (unsafe { self.run_for(request, interrupt::EVERY) })? else { return Ok(()) };
+        loop {
+            let waited = handle.wait(Some(interrupt::EVERY));
+            // It may have ended just after the slice had.
+            if let Some(result) = handle.result() {
+                return result;
+            }
+            if !matches!(waited, Err(Error::Timeout { .. })) {
+                return waited;
+            }
+            if interrupt::came() {
+                self.abort("interrupted");
+                return handle.wait(None);
+            }
         }
     }
 
@@ -345,6 +352,7 @@ impl<T: Transports> Communicator<T> {
     }
 
     /// Starts a collective and helps until it is over or `limit` has passed. `None`: it went well and needed no operation.
+    #[inline(always)]
     fn drive(&self, request: &Request, limit: Option<Duration>) -> Result<Option<Arc<OpState>>> {
         let ready = self.admit(request)?;
         let op = || Arc::new(self.collective(request, Arc::clone(&ready)));
@@ -490,6 +498,7 @@ impl<T: Transports> Communicator<T> {
     }
 
     /// Checks and counts a call, and finds its plan.
+    #[inline(always)]
     fn admit(&self, request: &Request) -> Result<Arc<Ready>> {
         self.check_open(request.collective.name())?;
         self.check(request)?;
@@ -586,6 +595,8 @@ impl<T: Transports> Communicator<T> {
         is_alone.then(least).flatten()
     }
 
+    // What is known of the call where it is made is known here, too.
+    #[inline(always)]
     fn check(&self, request: &Request) -> Result<()> {
         request.check_far()?;
         let in_place =
@@ -601,10 +612,11 @@ impl<T: Transports> Communicator<T> {
         }
         let (input, output) = (request.input, request.output);
         self.check_call(request, input.len(), output.len())?;
-        request.check_apart(self.inner.rank, self.size(), input, output)
+        if in_place { Ok(()) } else { request.check_apart(self.inner.rank, self.size(), input, output) }
     }
 
     /// Ranks, reduction and lengths in bytes, before anything moves; the memory may be elsewhere than the request says.
+    #[inline(always)]
     pub fn check_call(&self, request: &Request, input_bytes: usize, output_bytes: usize) -> Result<()> {
         let name = request.collective.name();
         if request.collective.reduces() && !request.op.supports(request.dtype) {

@@ -51,7 +51,7 @@ pub enum Error {
     Mismatch { site: Site, ours: String, peer: usize, theirs: String },
 
     /// The ranks `missing` did not come in time.
-    #[error("{site}: timed out after {:.1} s, waiting for {}. Look at what those ranks do, or raise the timeout",
+    #[error("{site}: timeout after {:.1} s, waiting for {}. Look at what those ranks do, or raise the timeout",
         waited.as_secs_f64(), ranks(missing))]
     Timeout { site: Site, waited: Duration, missing: Vec<usize> },
 

@@ -14,6 +14,8 @@ type Ask = Box<dyn Fn() -> bool>;
 thread_local! {
     static ASK: RefCell<Option<Ask>> = const { RefCell::new(None) };
     static CAME: Cell<bool> = const { Cell::new(false) };
+    /// Whether there is something to ask: what every call looks at must cost nothing.
+    static WATCHED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs `waits`, whose waits end early, with an error, once `ask` says yes. Within another one it changes nothing.
@@ -21,6 +23,7 @@ pub fn during<R>(ask: impl Fn() -> bool + 'static, waits: impl FnOnce() -> R) ->
     struct Restored;
     impl Drop for Restored {
         fn drop(&mut self) {
+            WATCHED.set(false);
             ASK.set(None);
             CAME.set(false);
         }
@@ -29,13 +32,15 @@ pub fn during<R>(ask: impl Fn() -> bool + 'static, waits: impl FnOnce() -> R) ->
         return waits();
     }
     ASK.set(Some(Box::new(ask)));
+    WATCHED.set(true);
     let _restored = Restored;
     waits()
 }
 
 /// Whether this thread's waits may end early.
+#[inline]
 pub fn is_watched() -> bool {
-    ASK.with_borrow(Option::is_some)
+    WATCHED.get()
 }
 
 /// Whether the wait is to end now. For loops that wait, every [`EVERY`].

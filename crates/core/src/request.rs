@@ -89,6 +89,7 @@ impl Request {
 
     /// Whether `rank` of `size` may make the call on this memory, whose lengths are right: input and output share bytes only
     /// as a call in place has them.
+    #[inline(never)]
     pub fn check_apart(&self, rank: usize, size: usize, input: Region, output: Region) -> Result<()> {
         if !input.overlaps(output) {
             return Ok(());

@@ -232,7 +232,7 @@ fn works(said: &[String]) {
 
 fn secret(said: &[String]) {
     assert!(said[1].contains("does not know the job's secret"), "{}", said[1]);
-    assert!(said[0].contains("timed out after") && said[0].contains("rank 11"), "{}", said[0]);
+    assert!(said[0].contains("timeout after") && said[0].contains("rank 11"), "{}", said[0]);
     assert!(said[2].contains("[11] did not come"), "{}", said[2]);
 }
 

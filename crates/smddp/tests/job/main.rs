@@ -601,7 +601,7 @@ fn a_rank_that_does_not_come_is_named() {
         let outputs = good_job("timeout", nodes, &[]);
         let named = |o: &&String| {
             let waits = o.split("waiting for rank").nth(1).unwrap_or_default();
-            o.contains("timed out after") && waits.split(".").next().unwrap_or_default().contains("2")
+            o.contains("timeout after") && waits.split(".").next().unwrap_or_default().contains("2")
         };
         assert!(outputs[..2].iter().any(|o| named(&o)), "{outputs:?}");
         assert!(outputs[..2].iter().all(|o| o.contains("said:")), "{outputs:?}");
