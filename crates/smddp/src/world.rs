@@ -107,14 +107,18 @@ impl World {
         let number = self.groups.fetch_add(1, Ordering::Relaxed);
         let wanted = Wanted::of(self.shape(), self.rank(), &self.settings);
         let all: Vec<usize> = (0..self.size()).collect();
-        let own = wanted.own.then(|| self.meet("world".to_owned(), format!("device/{number}"), &all));
+        let own = wanted
+            .own
+            .then(|| self.meet("world".to_owned(), format!("device/{number}"), &all))
+            .transpose()?;
         let rail = wanted.rail.map(|ranks| {
             let local = self.local_rank();
             self.meet(format!("rail {local}"), format!("rail/{number}/{local}"), &ranks)
         });
+        let rail = rail.transpose()?;
         DeviceGroup::new(DeviceOptions {
-            host: own.transpose()?.unwrap_or_else(|| self.communicator.clone()),
-            rail: rail.transpose()?,
+            host: own.unwrap_or_else(|| self.communicator.clone()),
+            rail,
             device,
             settings: self.settings.clone(),
             library_dirs: self.dirs.clone(),
