@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use smddp_core::plan::check::{Fault, World};
-use smddp_core::plan::{Buf, Op, Plan, Schedule, Who};
+use smddp_core::plan::{Buf, Op, Plan, Schedule, Span, Step, Who};
 use smddp_core::plan::{CallShape, Override, Tuning};
 use smddp_core::{Collective, GroupShape};
 
@@ -387,4 +387,20 @@ fn a_barrier_that_misses_a_rank_is_named() {
     });
     let fault = wrong.check().unwrap_err();
     assert!(matches!(&fault, Fault::WrongContributors { missing, .. } if *missing == [1]), "{fault}");
+}
+
+/// The output as a place for something else until the result is there: right, unless it is a part of the input.
+#[test]
+fn what_is_wrong_in_place_alone_is_named() {
+    let mut world = build(Collective::ReduceScatter, "direct", &GroupShape::even(2, 1), 6, 0);
+    mutate(&mut world.schedules[0], |p| {
+        p.steps.iter_mut().flat_map(|s| &mut s.after).for_each(|a| *a += 1);
+        let copy = Op::Copy { dst: Span::output(0, 24), src: Span::input(24, 24) };
+        p.steps.insert(0, Step { op: copy, after: Vec::new() });
+        let reduce = steps(p, |op| matches!(op, Op::Reduce { .. }))[0];
+        p.steps[reduce].after.push(0);
+    });
+    assert!(world.check().is_ok());
+    let fault = world.in_place().check().unwrap_err();
+    assert!(matches!(fault, Fault::Mixed { place, .. } if place.rank == 0), "{fault}");
 }

@@ -29,7 +29,7 @@ proptest! {
         collective in collectives(),
         (algorithm, root) in any::<(prop::sample::Index, prop::sample::Index)>(),
         (log_elem, count, chunk) in (0u32..4, 0usize..70, 0usize..90),
-        (one_owner, staged, shared) in any::<(bool, bool, bool)>(),
+        (one_owner, staged, shared, in_place) in any::<(bool, bool, bool, bool)>(),
         staging in prop::sample::select(vec![1usize << 14, 1 << 16, 1 << 24]),
         counts in prop::option::of(prop::collection::vec(0usize..9, 24)),
     ) {
@@ -43,6 +43,7 @@ proptest! {
         let shared = shared && (shape.node_count() == 1 || collective == Collective::AllReduce);
         let call = CallShape { counts, shared, ..CallShape::rooted(collective, 1 << log_elem, count, root) };
         let world = World::new(&shape, &call, &tuning).unwrap();
+        let world = if in_place { world.in_place() } else { world };
         let report = world.check();
         prop_assert!(report.is_ok(), "{}", report.unwrap_err());
         prop_assert!(report.unwrap().scratch <= tuning.scratch());

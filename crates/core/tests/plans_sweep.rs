@@ -24,11 +24,22 @@ fn tuning(collective: Collective, algorithm: &str, chunk: usize) -> Tuning {
 fn prove(shape: &GroupShape, call: &CallShape, tuning: &Tuning) -> Report {
     let world =
         World::new(shape, call, tuning).unwrap_or_else(|e| panic!("{shape}, {call:?}, {tuning:?}: {e}"));
-    let report = world
-        .check()
-        .unwrap_or_else(|e| panic!("{shape}, {call:?}, {tuning:?}, {}: {e}", world.schedules[0].algorithm));
+    let check = |world: &World, how: &str| {
+        let name = world.schedules[0].algorithm;
+        world.check().unwrap_or_else(|e| panic!("{shape}, {call:?}, {tuning:?}, {name}, {how}: {e}"))
+    };
+    let report = check(&world, "apart");
     assert!(report.scratch <= tuning.scratch(), "{shape}, {call:?}: {report}");
+    if has_blocks(call) {
+        assert_eq!(check(&world.in_place(), "in place"), report);
+    }
     report
+}
+
+/// Whether the call may be made in place or not.
+fn has_blocks(call: &CallShape) -> bool {
+    use Collective::{AllGather, Gather, ReduceScatter, Scatter};
+    matches!(call.collective, AllGather | ReduceScatter | Gather | Scatter) && !call.far
 }
 
 /// Proves all algorithms of a collective on all shapes, for (elements, bytes of an element, bytes of a round).

@@ -24,7 +24,8 @@ pub(super) fn check(world: &World, run: &Run<'_>) -> Result<(), Fault> {
         if world.calls[0].collective == Collective::Barrier {
             check_barrier(world, run, rank)?;
         }
-        for (element, &cell) in run.cells(rank, Buf::Output).iter().enumerate() {
+        let (holder, place) = world.result(rank);
+        for (element, &cell) in run.cells(rank, holder)[place.clone()].iter().enumerate() {
             let wanted = wanted(world, rank, element);
             check_cell(world, run, rank, element, cell, &wanted)?;
             let all_hold_it = world.calls[0].collective == Collective::AllReduce;
@@ -32,8 +33,10 @@ pub(super) fn check(world: &World, run: &Run<'_>) -> Result<(), Fault> {
                 return Err(Fault::Association { rank: 0, other: rank, element });
             }
         }
-        let kept = |(element, cell): (usize, &Cell)| (*cell != Cell::of(element, rank)).then_some(element);
-        if let Some(element) = run.cells(rank, Buf::Input).iter().enumerate().find_map(kept) {
+        let is_result = |element: usize| holder == Buf::Input && place.contains(&element);
+        let is_lost =
+            |&(element, cell): &(usize, &Cell)| *cell != Cell::of(element, rank) && !is_result(element);
+        if let Some((element, _)) = run.cells(rank, Buf::Input).iter().enumerate().find(is_lost) {
             return Err(Fault::Clobbered { rank, buf: Buf::Input, element });
         }
     }

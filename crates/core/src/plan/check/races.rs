@@ -80,24 +80,25 @@ fn check_steps(world: &World, rank: usize, plan: &Plan) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Every access of the plan's steps on this rank; `Input` becomes `Output` where they are the same memory.
+/// Every access of the plan's steps on this rank. What is copied onto itself is not written
+/// ([`Region::copy_from`](crate::memory::Region::copy_from)).
 fn accesses(world: &World, rank: usize, plan: &Plan) -> Vec<Access> {
     let mut list = Vec::new();
-    let in_place = world.in_place();
     let local = world.shape.local_of(rank) as u32;
     let here = |who: Who| who == Who::All || who == Who::One(local);
     for (step, s) in plan.steps.iter().enumerate() {
         let mut add = |span: Span, item: usize, write: bool| {
-            let buf = if in_place && span.buf == Buf::Input { Buf::Output } else { span.buf };
-            list.push(Access { span: Span { buf, ..span }, step, item, write });
+            list.push(Access { span: world.home(rank, span), step, item, write });
         };
+        let is_itself = |src: Span, dst: Span| world.home(rank, src) == world.home(rank, dst);
         match &s.op {
             Op::Phase(moves) => {
                 for (item, m) in moves.iter().enumerate() {
                     if here(m.from) {
                         add(m.src, item, false);
                     }
-                    if here(m.to) {
+                    let stays = m.from == Who::One(local) && is_itself(m.src, m.dst);
+                    if here(m.to) && !stays {
                         add(m.dst, item, true);
                     }
                 }
@@ -110,7 +111,9 @@ fn accesses(world: &World, rank: usize, plan: &Plan) -> Vec<Access> {
             }
             Op::Copy { dst, src } => {
                 add(*src, 0, false);
-                add(*dst, 0, true);
+                if !is_itself(*src, *dst) {
+                    add(*dst, 0, true);
+                }
             }
         }
     }

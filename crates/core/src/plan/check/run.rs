@@ -1,11 +1,12 @@
 //! The symbolic executor.
 
-use crate::call::Collective;
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::fault::{Blocked, Fault, Place, Way};
 use super::values::{Cell, Values, Wrong};
 use super::world::{Report, World};
+use crate::call::Collective;
 use crate::plan::data::{Buf, Move, Op, Plan, Schedule, Span, StepId, Who};
 
 /// At most so many blocked steps are listed.
@@ -294,36 +295,31 @@ impl<'a> Run<'a> {
     }
 
     /// Where `span` lies in a rank's cells in a round, in elements.
-    fn range(&self, rank: usize, round: usize, span: Span) -> std::ops::Range<usize> {
-        let schedule = self.schedule(rank);
+    fn place(&self, rank: usize, round: usize, span: Span) -> (Buf, Range<usize>) {
+        let (schedule, span) = (self.schedule(rank), self.world.home(rank, span));
         let shift = match span.buf {
             Buf::Scratch => round % schedule.window * schedule.scratch_stride(),
             Buf::Input | Buf::Output => round * schedule.round_bytes,
         };
         let elem = self.world.calls[rank].elem;
         let from = (span.off + shift) / elem;
-        from..from + span.len / elem
+        (span.buf, from..from + span.len / elem)
     }
 
     fn source(&self, rank: usize, round: usize, span: Span) -> &[Cell] {
-        let range = self.range(rank, round, span);
-        if range.is_empty() {
-            return &[];
-        }
-        let buf = if self.world.in_place() && span.buf == Buf::Input { Buf::Output } else { span.buf };
-        &self.cells(rank, buf)[range]
+        let (buf, range) = self.place(rank, round, span);
+        if range.is_empty() { &[] } else { &self.cells(rank, buf)[range] }
     }
 
     fn write(&mut self, rank: usize, round: usize, span: Span, cells: &[Cell]) {
-        let range = self.range(rank, round, span);
+        let (buf, range) = self.place(rank, round, span);
         if range.is_empty() {
             return;
         }
-        let in_place = self.world.in_place();
         let state = &mut self.ranks[rank];
-        let buf = match span.buf {
-            Buf::Input if !in_place => &mut state.input,
-            Buf::Input | Buf::Output => &mut state.output,
+        let buf = match buf {
+            Buf::Input => &mut state.input,
+            Buf::Output => &mut state.output,
             Buf::Scratch => &mut state.scratch,
         };
         buf[range].copy_from_slice(cells);
@@ -333,7 +329,7 @@ impl<'a> Run<'a> {
     fn combine(&mut self, place: Place, sources: &[(usize, Span)], finish: bool) -> Result<Vec<Cell>, Fault> {
         let slices: Vec<Vec<Cell>> =
             sources.iter().map(|&(rank, span)| self.source(rank, place.round, span).to_vec()).collect();
-        let base = self.range(sources[0].0, place.round, sources[0].1).start;
+        let base = self.place(sources[0].0, place.round, sources[0].1).1.start;
         let mut result = slices[0].clone();
         let mut parts = Vec::with_capacity(slices.len());
         let mut known = None;
@@ -407,9 +403,15 @@ impl<'a> Run<'a> {
 
 fn state(world: &World, rank: usize) -> RankState {
     let schedule = &world.schedules[rank];
-    let own = |n: usize| (0..n).map(|i| Cell::of(i, rank)).collect::<Vec<Cell>>();
-    let output = world.elements(rank, Buf::Output);
-    let mut scratch = vec![Cell::UNDEFINED; world.elements(rank, Buf::Scratch)];
+    let (holder, given) = world.given(rank);
+    let cells = |buf: Buf| {
+        let mut cells = vec![Cell::UNDEFINED; world.elements(rank, buf)];
+        if buf == holder {
+            cells[given.clone()].iter_mut().enumerate().for_each(|(i, cell)| *cell = Cell::of(i, rank));
+        }
+        cells
+    };
+    let mut scratch = cells(Buf::Scratch);
     if let (Collective::Barrier, Some(first)) = (world.calls[rank].collective, scratch.first_mut()) {
         *first = Cell::of(0, rank);
     }
@@ -421,8 +423,8 @@ fn state(world: &World, rank: usize) -> RankState {
         done: 0,
         order: phase_order(schedule),
         submitted: 0,
-        input: own(world.elements(rank, Buf::Input)),
-        output: if world.in_place() { own(output) } else { vec![Cell::UNDEFINED; output] },
+        input: cells(Buf::Input),
+        output: cells(Buf::Output),
         scratch,
     }
 }

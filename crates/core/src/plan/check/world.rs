@@ -1,10 +1,11 @@
 //! What is proven: the schedules of all ranks together.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::call::Collective;
 use crate::error::Result;
-use crate::plan::data::{Buf, Schedule};
+use crate::plan::data::{Buf, Schedule, Span};
 use crate::plan::select::schedule;
 use crate::plan::shape::CallShape;
 use crate::plan::tuning::Tuning;
@@ -18,6 +19,18 @@ pub struct World {
     pub calls: Vec<CallShape>,
     /// By rank.
     pub schedules: Vec<Schedule>,
+    /// Whether the input of an all_gather is the rank's own block of its output, the output of a reduce_scatter that of its
+    /// input, and the root's likewise of a gather and a scatter.
+    pub own_blocks: bool,
+}
+
+/// How a rank's input and output lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Apart,
+    /// The input begins so many elements into the output.
+    InputInOutput(usize),
+    OutputInInput(usize),
 }
 
 /// What a proven world does.
@@ -54,17 +67,24 @@ impl World {
     /// One call a rank.
     pub fn with_calls(shape: &GroupShape, calls: Vec<CallShape>, tuning: &Tuning) -> Result<World> {
         let schedules = calls.iter().enumerate().map(|(r, call)| schedule(shape, r, call, tuning));
-        Ok(World { schedules: schedules.collect::<Result<_>>()?, shape: shape.clone(), calls })
+        let schedules = schedules.collect::<Result<_>>()?;
+        Ok(World { schedules, shape: shape.clone(), calls, own_blocks: false })
     }
 
-    /// Elements of a rank's buffer. `Input` is 0 where it is the same memory as `Output`.
-    pub(super) fn elements(&self, rank: usize, buf: Buf) -> usize {
+    /// The same calls in place, where that is not what they always are.
+    #[must_use]
+    pub fn in_place(self) -> World {
+        World { own_blocks: true, ..self }
+    }
+
+    /// Elements that a rank gives, and of the result that it gets.
+    fn lengths(&self, rank: usize) -> (usize, usize) {
         let (call, size) = (&self.calls[rank], self.shape.size());
         let blocks = || call.counts.as_ref().map_or(call.count * size, |c| c.iter().sum());
         let own = || call.counts.as_ref().map_or(call.count, |c| c[rank]);
         let at_root = |n: usize| if rank == call.root { n } else { 0 };
-        let (input, output) = match call.collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (0, call.count),
+        match call.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => (call.count, call.count),
             Collective::Barrier | Collective::SendRecv => (0, 0),
             Collective::AllGather => (own(), blocks()),
             Collective::ReduceScatter => (blocks(), own()),
@@ -74,27 +94,67 @@ impl World {
             },
             Collective::Gather => (own(), at_root(blocks())),
             Collective::Scatter => (at_root(blocks()), own()),
-        };
-        match buf {
-            Buf::Input => input,
-            Buf::Output => output,
-            Buf::Scratch => {
-                let schedule = &self.schedules[rank];
-                schedule.scratch_stride() * schedule.window / call.elem
-            }
         }
     }
 
-    /// Whether `Input` and `Output` are the same memory.
-    pub(super) fn in_place(&self) -> bool {
-        match self.calls[0].collective {
-            Collective::AllReduce | Collective::Broadcast | Collective::Reduce | Collective::Barrier => true,
+    fn layout(&self, rank: usize) -> Layout {
+        let call = &self.calls[rank];
+        let own_block = || call.counts.as_ref().map_or(call.count * rank, |c| c[..rank].iter().sum());
+        match call.collective {
+            Collective::AllReduce | Collective::Broadcast | Collective::Reduce => Layout::InputInOutput(0),
+            Collective::AllGather if self.own_blocks => Layout::InputInOutput(own_block()),
+            Collective::ReduceScatter if self.own_blocks => Layout::OutputInInput(own_block()),
+            Collective::Gather if self.own_blocks && rank == call.root => Layout::InputInOutput(own_block()),
+            Collective::Scatter if self.own_blocks && rank == call.root => Layout::OutputInInput(own_block()),
             Collective::AllGather
             | Collective::ReduceScatter
             | Collective::AllToAll
             | Collective::Gather
             | Collective::Scatter
-            | Collective::SendRecv => false,
+            | Collective::Barrier
+            | Collective::SendRecv => Layout::Apart,
+        }
+    }
+
+    /// Elements of a buffer: none of one that lies in another.
+    pub(super) fn elements(&self, rank: usize, buf: Buf) -> usize {
+        let (input, output) = self.lengths(rank);
+        match (buf, self.layout(rank)) {
+            (Buf::Input, Layout::InputInOutput(_)) | (Buf::Output, Layout::OutputInInput(_)) => 0,
+            (Buf::Input, _) => input,
+            (Buf::Output, _) => output,
+            (Buf::Scratch, _) => {
+                let schedule = &self.schedules[rank];
+                schedule.scratch_stride() * schedule.window / self.calls[rank].elem
+            }
+        }
+    }
+
+    /// A span of the buffer that its bytes are of, where one buffer lies in another.
+    pub(super) fn home(&self, rank: usize, span: Span) -> Span {
+        let bytes = |elements: usize| elements * self.calls[rank].elem;
+        match (span.buf, self.layout(rank)) {
+            (Buf::Input, Layout::InputInOutput(at)) => Span::output(span.off + bytes(at), span.len),
+            (Buf::Output, Layout::OutputInInput(at)) => Span::input(span.off + bytes(at), span.len),
+            _ => span,
+        }
+    }
+
+    /// Where a rank's contribution lies, in elements.
+    pub(super) fn given(&self, rank: usize) -> (Buf, Range<usize>) {
+        let (input, _) = self.lengths(rank);
+        match self.layout(rank) {
+            Layout::InputInOutput(at) => (Buf::Output, at..at + input),
+            Layout::Apart | Layout::OutputInInput(_) => (Buf::Input, 0..input),
+        }
+    }
+
+    /// Where a rank finds the result, in elements.
+    pub(super) fn result(&self, rank: usize) -> (Buf, Range<usize>) {
+        let (_, output) = self.lengths(rank);
+        match self.layout(rank) {
+            Layout::OutputInInput(at) => (Buf::Input, at..at + output),
+            Layout::Apart | Layout::InputInOutput(_) => (Buf::Output, 0..output),
         }
     }
 }
