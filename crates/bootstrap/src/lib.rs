@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod descriptors;
+mod dial;
 pub mod env;
 pub mod error;
 pub mod exchange;

@@ -23,6 +23,7 @@ use smddp_core::interrupt;
 use smddp_core::store::Store;
 
 use crate::descriptors;
+use crate::dial::dial;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::kv;
@@ -484,10 +485,8 @@ fn attempt_each(
     let mut last = Attempt::Again(NO_ANSWER.to_owned());
     for (at, &address) in addresses.iter().enumerate() {
         let now = Instant::now();
-        let share = limit.saturating_duration_since(now) / (addresses.len() - at) as u32;
-        let left = share.max(Duration::from_millis(1));
-        let limit = now + share;
-        let result = TcpStream::connect_timeout(&address, left)
+        let limit = now + limit.saturating_duration_since(now) / (addresses.len() - at) as u32;
+        let result = dial(address, limit)
             .map_err(Attempt::from)
             .and_then(|mut stream| greet(&mut stream, identity, process, limit).map(|()| stream));
         match result {
