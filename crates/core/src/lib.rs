@@ -9,6 +9,7 @@ compile_error!(
     "smddp does not support big-endian targets: halves are reduced as pairs of little-endian bytes"
 );
 
+mod atomics;
 pub mod call;
 pub mod communicator;
 pub mod dtype;

@@ -8,9 +8,10 @@
 //! - **T4** `poll` allocates nothing in steady state and returns soon (at most about one slot's copy, or a MiB each way by the kernel).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::atomics::AtomicUsize;
 use crate::call::PackedCall;
 use crate::dtype::{DType, ReduceOp};
 use crate::error::{Error, Result};

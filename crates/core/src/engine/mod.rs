@@ -6,9 +6,8 @@
 //! Invariants
 //! - **E1** all transport state is touched only by the holder of the driver's lock.
 //! - **E2** while operations are pending, either a thread holds the seat, or whoever left it last has called the progress thread
-//!   (`summons`). So a thread that finds the seat taken need not queue for it.
-//! - **E3** a driver that sleeps is woken by a submission (`sleeping` is set before the inbox is looked at a last time;
-//!   a submitter fills the inbox before it looks at `sleeping`).
+//!   (`summons`; `seat_flags`). So a thread that finds the seat taken need not queue for it.
+//! - **E3** a driver that sleeps is woken by a submission, and by who wants the seat (`seat_flags`).
 //! - **E4** callbacks run with no lock held, on threads of their own.
 //! - **E5** with a fabric, somebody polls it every [`idle::LISTEN`] at the latest, work or none: peers that withdraw a group
 //!   wait for our answer.
@@ -24,13 +23,14 @@ pub mod group;
 pub mod idle;
 pub mod numbers;
 pub mod op;
+mod seat_flags;
 pub mod staging;
 mod summons;
 
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -46,6 +46,7 @@ use driver::{Bed, Driver};
 use group::{Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
 use op::{GroupKey, OpState};
+use seat_flags::SeatFlags;
 use summons::{Nap, Summons, When};
 
 /// A yield costs about a microsecond where nobody else wants the core.
@@ -62,20 +63,15 @@ const TURNS_PER_LOOK: u32 = 64;
 
 struct Shared<T: Transports> {
     inbox: Mutex<Vec<Arc<OpState>>>,
-    inbox_len: AtomicUsize,
     driver: Mutex<Driver<T>>,
+    flags: SeatFlags,
     /// What the progress thread has been called to.
     summons: Summons,
-    /// Callers who want the seat from the progress thread.
-    wanted: AtomicUsize,
     thread_drives: AtomicBool,
     /// Who drives sleeps where no bell is heard.
     deaf: AtomicBool,
-    /// Callers who sleep until their operation is done: they found the seat taken, and it may be left before that.
-    sleepers: AtomicUsize,
     /// There is a fabric: peers may have news for a process that has no work (E5).
     listens: AtomicBool,
-    sleeping: AtomicBool,
     bell: Mutex<Option<Arc<dyn Bell>>>,
     stop: AtomicBool,
     /// A driver has panicked (E7). Set with the inbox locked.
@@ -98,15 +94,12 @@ impl<T: Transports> Engine<T> {
     {
         let shared = Arc::new(Shared {
             inbox: Mutex::new(Vec::new()),
-            inbox_len: AtomicUsize::new(0),
             driver: Mutex::new(Driver::new(settings.number("SMDDP_STAGING"))),
+            flags: SeatFlags::default(),
             summons: Summons::default(),
-            wanted: AtomicUsize::new(0),
             thread_drives: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
-            sleepers: AtomicUsize::new(0),
             listens: AtomicBool::new(false),
-            sleeping: AtomicBool::new(false),
             bell: Mutex::new(None),
             stop: AtomicBool::new(false),
             is_dead: AtomicBool::new(false),
@@ -257,7 +250,7 @@ impl<T: Transports> Engine<T> {
     /// The seat, if nobody has it or waits for it: calls without a pause would keep it from them. What lies in the inbox was submitted
     /// before, and is started.
     fn free_seat(&self) -> Option<Seated<'_, T>> {
-        if self.shared.wanted.load(Ordering::Relaxed) > 0 {
+        if self.shared.flags.is_wanted() {
             return None;
         }
         let mut driver = self.seated(self.shared.driver.try_lock().ok()?);
@@ -321,7 +314,7 @@ impl<T: Transports> Engine<T> {
         let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
         // What other groups have under way goes on meanwhile only if this call becomes an operation.
         let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
-        let mut patience = Patience::new(looks, yields, &self.shared.wanted, &self.shared.yields);
+        let mut patience = Patience::new(looks, yields, self.shared.flags.wanted(), &self.shared.yields);
         let tried = driver.run_now(group, call, &mut patience);
         match &tried {
             Tried::Later(op) => {
@@ -368,7 +361,7 @@ impl<T: Transports> Engine<T> {
                 Ok(mut driver) => {
                     self.shared.drive(&mut driver, &mut enough, until, CALLER);
                     drop(driver);
-                    while self.shared.wanted.load(Ordering::SeqCst) > 0 && !op.is_done() {
+                    while self.shared.flags.is_wanted() && !op.is_done() {
                         std::thread::yield_now();
                     }
                 }
@@ -386,13 +379,8 @@ impl<T: Transports> Engine<T> {
 
     /// Sleeps until `op` is done or a while has passed, unless the seat is free by now.
     fn sleep_on(&self, op: &OpState) -> Option<Seated<'_, T>> {
-        self.shared.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Who leaves the seat behind this look sees a sleeper.
-        let seat = self.shared.driver.try_lock().ok();
-        if seat.is_none() {
-            op.sleep(idle::LONGEST_SLEEP);
-        }
-        self.shared.sleepers.fetch_sub(1, Ordering::SeqCst);
+        let free = || self.shared.driver.try_lock().ok();
+        let seat = self.shared.flags.sleep_unless(free, || op.sleep(idle::LONGEST_SLEEP));
         seat.map(|driver| self.seated(driver))
     }
 
@@ -401,9 +389,8 @@ impl<T: Transports> Engine<T> {
     fn leave(&self, driver: MutexGuard<'_, Driver<T>>) {
         let left = driver.left();
         let finished = Shared::leave(driver);
-        let is_waited_for = |_: &When| self.shared.sleepers.load(Ordering::SeqCst) > 0;
-        let submitted = self.shared.inbox_len.load(Ordering::SeqCst) > 0;
-        if submitted || left.as_ref().is_some_and(is_waited_for) {
+        let found = self.shared.flags.leave();
+        if found.submitted || (left.is_some() && found.sleepers) {
             self.wake_thread();
         } else if let Some(when) = left {
             self.call_thread(when);
@@ -491,15 +478,16 @@ impl<T: Transports> Shared<T> {
             return self.hand_over(finished.into_iter().collect());
         }
         inbox.push(op);
-        self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+        let rings = self.flags.submit(inbox.len());
         drop(inbox);
-        self.ring();
+        if rings {
+            self.ring();
+        }
     }
 
     /// Wakes a driver that sleeps (E3).
     fn ring(&self) {
-        if self.sleeping.load(Ordering::SeqCst)
-            && let Ok(bell) = self.bell.lock()
+        if let Ok(bell) = self.bell.lock()
             && let Some(bell) = bell.as_ref()
         {
             bell.ring();
@@ -508,10 +496,11 @@ impl<T: Transports> Shared<T> {
 
     /// The driver's seat, taken from the progress thread if need be.
     fn seat(&self) -> Result<MutexGuard<'_, Driver<T>>> {
-        self.wanted.fetch_add(1, Ordering::SeqCst);
-        self.ring();
+        if self.flags.want() {
+            self.ring();
+        }
         let guard = self.driver.lock();
-        self.wanted.fetch_sub(1, Ordering::SeqCst);
+        self.flags.has_it();
         guard.map_err(|left| self.poisoned(left.into_inner()))
     }
 
@@ -530,7 +519,7 @@ impl<T: Transports> Shared<T> {
             return;
         }
         let waiting = std::mem::take(&mut *inbox);
-        self.inbox_len.store(0, Ordering::SeqCst);
+        self.flags.take(0);
         drop(inbox);
         if catch_unwind(AssertUnwindSafe(|| driver.give_up(&panicked()))).is_err() {
             // Peers may go on writing into memory whose owners have it back.
@@ -552,18 +541,18 @@ impl<T: Transports> Shared<T> {
     }
 
     fn take_inbox(&self, driver: &mut Driver<T>) {
-        if self.inbox_len.load(Ordering::SeqCst) == 0 {
+        if !self.flags.has_submissions() {
             return;
         }
         loop {
             let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
             // In order, one at a time, so that the vector keeps its storage.
             if inbox.is_empty() {
-                self.inbox_len.store(0, Ordering::SeqCst);
+                self.flags.take(0);
                 return;
             }
             let op = inbox.remove(0);
-            self.inbox_len.store(inbox.len(), Ordering::SeqCst);
+            self.flags.take(inbox.len());
             drop(inbox);
             driver.start(op);
         }
@@ -583,7 +572,7 @@ impl<T: Transports> Shared<T> {
         loop {
             self.take_inbox(driver);
             let moved = driver.turn();
-            if enough(driver) || !driver.finished.is_empty() || self.wanted.load(Ordering::Relaxed) > 0 {
+            if enough(driver) || !driver.finished.is_empty() || self.flags.is_wanted() {
                 return;
             }
             turns = turns.wrapping_add(1);
@@ -643,14 +632,8 @@ impl<T: Transports> Shared<T> {
                 if let Ok(mut place) = self.bell.lock() {
                     *place = Some(Arc::clone(&bell));
                 }
-                self.sleeping.store(true, Ordering::SeqCst);
-                let called = self.inbox_len.load(Ordering::SeqCst) > 0
-                    || self.stop.load(Ordering::SeqCst)
-                    || self.wanted.load(Ordering::SeqCst) > 0;
-                if !called && !driver.turn() {
-                    bell.wait(value, limit);
-                }
-                self.sleeping.store(false, Ordering::SeqCst);
+                let is_called = || self.stop.load(Ordering::SeqCst) || driver.turn();
+                self.flags.doze(is_called, || bell.wait(value, limit));
                 // It keeps its group's memory mapped.
                 if let Ok(mut place) = self.bell.lock() {
                     *place = None;
@@ -704,13 +687,13 @@ fn progress<T: Transports>(shared: &Shared<T>) {
         // Callers who take the seat again and again look for nobody's time limit but their own.
         driver.look_around();
         shared.drive(&mut driver, &mut |d| d.is_idle() || shared.stop.load(Ordering::Relaxed), None, THREAD);
-        if !driver.is_idle() && shared.wanted.load(Ordering::Relaxed) == 0 {
+        if !driver.is_idle() && !shared.flags.is_wanted() {
             shared.summons.call(When::Now, || None);
         }
         shared.thread_drives.store(false, Ordering::Release);
         let finished = Shared::leave(driver);
         // Of who could not have the seat until now.
-        if shared.inbox_len.load(Ordering::SeqCst) > 0 {
+        if shared.flags.leave().submitted {
             shared.summons.call(When::Now, || None);
         }
         shared.hand_over(finished);

@@ -12,10 +12,7 @@ use std::sync::atomic::Ordering;
 use std::thread::Thread;
 use std::time::Duration;
 
-#[cfg(loom)]
-use loom::sync::atomic::AtomicU8;
-#[cfg(not(loom))]
-use std::sync::atomic::AtomicU8;
+use crate::atomics::AtomicU8;
 
 /// How late the thread looks at brief work at first, and where callers always wait for theirs: then nobody but its timer wakes it.
 const SHORTEST: Duration = Duration::from_micros(100);
@@ -61,10 +58,14 @@ impl Default for Summons {
 impl Summons {
     /// Calls the thread (W1).
     pub(crate) fn call(&self, when: When, thread: impl FnOnce() -> Option<Thread>) {
-        if self.raise(when)
-            && let Some(thread) = thread()
-        {
-            thread.unpark();
+        self.call_by(when, || thread().iter().for_each(Thread::unpark));
+    }
+
+    /// [`call`](Self::call), with how to wake the thread.
+    #[inline]
+    pub(crate) fn call_by(&self, when: When, wake: impl FnOnce()) {
+        if self.raise(when) {
+            wake();
         }
     }
 
@@ -88,11 +89,17 @@ impl Summons {
 
     /// Sleeps until it is called, or `limit` has passed, or without a reason. The thread's alone.
     pub(crate) fn park(&self, limit: Option<Duration>) {
+        self.park_by(|| match limit {
+            Some(limit) => std::thread::park_timeout(limit),
+            None => std::thread::park(),
+        });
+    }
+
+    /// [`park`](Self::park), with how to sleep.
+    #[inline]
+    pub(crate) fn park_by(&self, sleep: impl FnOnce()) {
         if self.lie_down() {
-            match limit {
-                Some(limit) => std::thread::park_timeout(limit),
-                None => std::thread::park(),
-            }
+            sleep();
         }
     }
 
