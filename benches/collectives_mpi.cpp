@@ -1,8 +1,8 @@
 // Measures an MPI library the way `smddp-perf` measures ours, and writes the same CSV columns.
 //
-//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh|used]     (OPS and DTYPES separated by commas)
+//   mpirun -n 2 ./collectives_mpi LABEL OPS DTYPES MIN MAX BUDGET BATCH CSV [fresh|used]     (OPS and DTYPES separated by commas)
 //
-// Each size is checked first on fresh data. Then batches of about 1 ms of calls on zeros; a batch starts behind a barrier
+// Each size is checked first on fresh data. Then batches of about BATCH seconds of calls on zeros; a batch starts behind a barrier
 // and counts as long as its slowest rank. With "fresh" every call has inputs written just before it, and begins at a moment
 // that all ranks have agreed on (they must be of one machine): a barrier lets go of one rank before another. With "used",
 // besides, its time ends when each rank has looked at every cache line of its result. bfloat16 is reduced by a user
@@ -197,10 +197,10 @@ int main(int argc, char **argv) {
   int rank, world;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world);
-  const bool used = argc == 9 && std::string(argv[8]) == "used";
-  const bool fresh = used || (argc == 9 && std::string(argv[8]) == "fresh");
-  if (argc != 8 && !fresh) {
-    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET CSV [fresh|used]\n", argv[0]);
+  const bool used = argc == 10 && std::string(argv[9]) == "used";
+  const bool fresh = used || (argc == 10 && std::string(argv[9]) == "fresh");
+  if (argc != 9 && !fresh) {
+    if (rank == 0) std::fprintf(stderr, "usage: %s LABEL OPS DTYPES MIN MAX BUDGET BATCH CSV [fresh|used]\n", argv[0]);
     MPI_Finalize();
     return 2;
   }
@@ -212,8 +212,8 @@ int main(int argc, char **argv) {
       return 2;
     }
   const size_t smallest = std::strtoull(argv[4], nullptr, 10), largest = std::strtoull(argv[5], nullptr, 10);
-  const double budget = std::atof(argv[6]);
-  FILE *csv = rank == 0 ? std::fopen(argv[7], "a") : nullptr;
+  const double budget = std::atof(argv[6]), length = std::atof(argv[7]);
+  FILE *csv = rank == 0 ? std::fopen(argv[8], "a") : nullptr;
   if (csv && std::fseek(csv, 0, SEEK_END) == 0 && std::ftell(csv) == 0)
     std::fprintf(csv, "label,op,dtype,world,bytes,iters,median_us,min_us,algbw_GBps,busbw_GBps,check\n");
   MPI_Op user_sum;
@@ -239,7 +239,7 @@ int main(int argc, char **argv) {
         double estimate = batch(c, 2, fresh, used);
         MPI_Allreduce(MPI_IN_PLACE, &estimate, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         if (fresh) estimate += double(notice) * 1e-9;
-        const int calls = std::clamp(int(0.001 / estimate), 1, 20000);
+        const int calls = std::clamp(int(length / estimate), 1, 20000);
         const int batches = std::clamp(int(budget / (estimate * calls)), 7, 401);
         std::vector<double> times;
         for (int b = 0; b < batches; b++) times.push_back(batch(c, calls, fresh, used));

@@ -4,8 +4,8 @@
     python benches/collectives_torch.py --backend gloo --np 2 --csv out.csv
     python benches/collectives_torch.py --backend smddp --np 2 --csv out.csv
 
-Starts its own ranks unless RANK and WORLD_SIZE are set. Each size is checked first on fresh data; then batches of about
-1 ms of calls on zeros, each starting at an instant agreed on by all ranks, count as long as their slowest rank.
+Starts its own ranks unless RANK and WORLD_SIZE are set. Each size is checked first on fresh data; then batches of calls
+on zeros, of about ``--batch`` seconds, each starting at an instant agreed on by all ranks, count as long as their slowest rank.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max", type=int, default=256 << 20, help="bytes")
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing per size")
+    parser.add_argument("--batch", type=float, default=0.001, help="seconds of a batch")
     parser.add_argument("--shared", action="store_true", help="tensors in smddp's shared memory; for allreduce")
     parser.add_argument("--csv", required=True)
     return parser.parse_args()
@@ -142,7 +143,7 @@ def batch(case: Case, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def measure(case: Case, torch: Any, meeting: Meeting, budget: float) -> tuple[int, list[float], bool]:
+def measure(case: Case, torch: Any, meeting: Meeting, budget: float, length: float) -> tuple[int, list[float], bool]:
     """Number of calls, ascending seconds a call of the batches, and whether the check went well everywhere."""
     good = case.right(torch)
     for buffer in case.buffers:
@@ -150,7 +151,7 @@ def measure(case: Case, torch: Any, meeting: Meeting, budget: float) -> tuple[in
     batch(case, 3)
     meeting.start_together()
     estimate = meeting.slowest([batch(case, 2)])[0]
-    calls = max(1, min(20_000, int(0.001 / estimate)))
+    calls = max(1, min(20_000, int(length / estimate)))
     batches = max(7, min(401, int(budget / (estimate * calls))))
     times = []
     for _ in range(batches):
@@ -192,7 +193,7 @@ def main() -> int:
                         case = Case(torch, dist, op, dtype, count, rank, world)
                         if options.shared:
                             case.move_to(smdistributed_rs.shared.empty(count, dtype=dtype))
-                        iters, times, good = measure(case, torch, meeting, options.budget)
+                        iters, times, good = measure(case, torch, meeting, options.budget, options.batch)
                         median, best = statistics.median(times), times[0]
                         algbw = size / median / 1e9
                         row = [options.label or options.backend, op, name, world, size, iters, f"{median * 1e6:.2f}"]

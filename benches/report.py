@@ -61,8 +61,8 @@ SHARED_RATIOS = ("--ratio", "smddp (torch)/smddp shared (torch)", *SHARED_LIBRAR
 TWO_NODES = """
 ## Two nodes of 2 ranks, links of 1 Gbit/s
 
-Emulated by network namespaces (`scripts/nodes`): at this rate the links decide, not the cores that carry both ends. Up
-to about 1 MiB the shaper's burst of 256 KiB flatters all sides.
+Emulated by network namespaces (`scripts/nodes`): at this rate the links decide, not the cores that carry both ends.
+Batches last 30 ms: an idle link takes 256 KiB at once, the shaper's burst, which is a small part of that.
 """
 COUNTED = """
 Bytes over one node's link in an all_reduce of {size:,} bytes, counted at the interface (headers, acknowledgements and

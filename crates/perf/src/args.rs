@@ -128,6 +128,9 @@ pub struct Bench {
     /// Seconds of timing per size
     #[arg(long, value_name = "SECONDS", default_value = "0.3", allow_negative_numbers = true, value_parser = parse_seconds)]
     pub budget: f64,
+    /// Seconds a batch of calls takes about: more where the first calls are faster than a network can go on
+    #[arg(long, value_name = "SECONDS", default_value = "0.001", allow_negative_numbers = true, value_parser = parse_seconds)]
+    pub batch: f64,
     /// Write all results as JSON to FILE, or to standard output with "-"
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -425,6 +428,7 @@ mod tests {
             ("all_reduce --np 0", "whole number from 1"),
             ("all_reduce --factor 1", "whole number from 2"),
             ("all_reduce --budget -1", "seconds above 0"),
+            ("all_reduce --batch 0", "seconds above 0"),
             ("all_reduce --min 1M --max 1K", "is above --max"),
             ("all_reduce --np 2 --nodes 3", "raise --np"),
             ("broadcast --np 2 --root 2", "with 2 ranks give 0 to 1"),

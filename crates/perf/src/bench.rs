@@ -11,7 +11,7 @@ use smddp::{Collective, DType, ReduceOp, Settings, World};
 use crate::args::{Bench, Device};
 use crate::device::Gpu;
 use crate::failure::{FAILED, Failure, USAGE};
-use crate::measure::measure;
+use crate::measure::{Effort, measure};
 use crate::output::print;
 use crate::report::{self, Header};
 use crate::row::Row;
@@ -91,11 +91,12 @@ fn measure_all(world: &World, collective: Collective, options: &Bench) -> Result
     }
     let mut output = Output::new(world.rank() == 0, options, collective, &header, jobs.len())?;
     let mut rows = Vec::with_capacity(jobs.len());
+    let effort = Effort { budget: options.budget, batch: options.batch };
     for (kind, dtype, bytes) in jobs {
         output.begin(kind, dtype, bytes);
         let measured = match &gpu {
-            Some(gpu) => gpu.measure(world, kind, dtype, bytes, options.budget),
-            None => measure(world, kind, dtype, bytes, options.budget),
+            Some(gpu) => gpu.measure(world, kind, dtype, bytes, effort),
+            None => measure(world, kind, dtype, bytes, effort),
         };
         if let Some(row) = measured? {
             output.row(&row)?;

@@ -11,7 +11,7 @@ use smddp::cuda::{DeviceCall, Memory, Path as Way};
 use smddp::{Collective, DType, DeviceGroup, Error, Region, Result, World};
 use smddp_cuda_sys::{Driver, STREAM_NON_BLOCKING, SUCCESS, Status, Stream};
 
-use crate::measure::{self, repetitions, slowest};
+use crate::measure::{self, Effort, repetitions, slowest};
 use crate::row::{OnDevice, Row};
 use crate::workload::{Aligned, Kind, Sample, Workload, shape};
 
@@ -70,22 +70,22 @@ impl Gpu {
         kind: Kind,
         dtype: DType,
         bytes: usize,
-        budget: f64,
+        effort: Effort,
     ) -> Result<Option<Row>> {
         let Some((count, block)) = shape(kind.collective, dtype, bytes, world.size()) else {
             return Ok(None);
         };
         let (mut row, mut device) = match dtype {
-            DType::Bool => self.timed::<bool>(world, kind, count, block, budget),
-            DType::U8 => self.timed::<u8>(world, kind, count, block, budget),
-            DType::I8 => self.timed::<i8>(world, kind, count, block, budget),
-            DType::I16 => self.timed::<i16>(world, kind, count, block, budget),
-            DType::I32 => self.timed::<i32>(world, kind, count, block, budget),
-            DType::I64 => self.timed::<i64>(world, kind, count, block, budget),
-            DType::F16 => self.timed::<half::f16>(world, kind, count, block, budget),
-            DType::BF16 => self.timed::<half::bf16>(world, kind, count, block, budget),
-            DType::F32 => self.timed::<f32>(world, kind, count, block, budget),
-            DType::F64 => self.timed::<f64>(world, kind, count, block, budget),
+            DType::Bool => self.timed::<bool>(world, kind, count, block, effort),
+            DType::U8 => self.timed::<u8>(world, kind, count, block, effort),
+            DType::I8 => self.timed::<i8>(world, kind, count, block, effort),
+            DType::I16 => self.timed::<i16>(world, kind, count, block, effort),
+            DType::I32 => self.timed::<i32>(world, kind, count, block, effort),
+            DType::I64 => self.timed::<i64>(world, kind, count, block, effort),
+            DType::F16 => self.timed::<half::f16>(world, kind, count, block, effort),
+            DType::BF16 => self.timed::<half::bf16>(world, kind, count, block, effort),
+            DType::F32 => self.timed::<f32>(world, kind, count, block, effort),
+            DType::F64 => self.timed::<f64>(world, kind, count, block, effort),
         }?;
         let staged = match self.group.path() {
             Way::Staged => Some(1),
@@ -94,11 +94,11 @@ impl Gpu {
         };
         if let Some(share) = staged {
             let (down, up) = staged_bytes(world, kind, count * dtype.size());
-            device.copies = Some(self.copies(world, (down / share, up / share), budget)?);
+            device.copies = Some(self.copies(world, (down / share, up / share), effort.budget)?);
         }
         // Between nodes a share of the call is on its way on each rail: another call than the host's.
         if staged == Some(1) {
-            device.on_host = measure::measure(world, kind, dtype, bytes, budget)?.map(|r| r.median);
+            device.on_host = measure::measure(world, kind, dtype, bytes, effort)?.map(|r| r.median);
         }
         row.device = Some(device);
         Ok(Some(row))
@@ -110,7 +110,7 @@ impl Gpu {
         kind: Kind,
         count: usize,
         block: usize,
-        budget: f64,
+        effort: Effort,
     ) -> Result<(Row, OnDevice)> {
         let mut work = Workload::<T>::new(world, kind, count, block)?;
         let (x, y) = work.regions();
@@ -127,7 +127,7 @@ impl Gpu {
         }
         self.synchronize()?;
         let estimate = slowest(world, &mut [self.batch(world, &call, 2)?.1])?;
-        let (calls, batches) = repetitions(estimate, budget);
+        let (calls, batches) = repetitions(estimate, effort);
         let (mut hosts, mut wholes) = (vec![0.0; batches], vec![0.0; batches]);
         for (host, whole) in hosts.iter_mut().zip(&mut wholes) {
             (*host, *whole) = self.batch(world, &call, calls)?;

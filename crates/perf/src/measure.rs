@@ -1,6 +1,6 @@
 //! How a time is taken.
 //!
-//! Fresh data is checked first, and once more behind all timed calls: what goes wrong may do so late. Between, batches of about a millisecond of back-to-back calls on zeros; each batch starts
+//! Fresh data is checked first, and once more behind all timed calls: what goes wrong may do so late. Between, batches, of about a millisecond unless told otherwise, of back-to-back calls on zeros; each batch starts
 //! behind a barrier, and its time is that of the slowest rank. With `--fresh` every call has inputs written just before it:
 //! data that nobody writes between calls ends up in the reader's cache, as no real program's does. Such calls begin at a
 //! moment that the ranks of a node agree on, since a barrier lets go of one rank before another, by up to a third of a small
@@ -16,8 +16,14 @@ use smddp::{Collective, Communicator, DType, ReduceOp, Result};
 use crate::row::Row;
 use crate::workload::{Kind, Sample, Workload, shape};
 
-/// Aim for the length of a batch, seconds.
-const BATCH: f64 = 0.001;
+/// How long to measure one size, in seconds.
+#[derive(Clone, Copy)]
+pub struct Effort {
+    pub budget: f64,
+    /// The length that batches are to have.
+    pub batch: f64,
+}
+
 /// So long before it begins ranks agree on when a call does.
 const NOTICE: Duration = Duration::from_micros(10);
 /// Bounds of the number of calls in a batch, and of the number of batches.
@@ -30,20 +36,20 @@ pub fn measure(
     kind: Kind,
     dtype: DType,
     bytes: usize,
-    budget: f64,
+    effort: Effort,
 ) -> Result<Option<Row>> {
     let Some((count, block)) = shape(kind.collective, dtype, bytes, comm.size()) else { return Ok(None) };
     let times = match dtype {
-        DType::Bool => timed::<bool>(comm, kind, count, block, budget),
-        DType::U8 => timed::<u8>(comm, kind, count, block, budget),
-        DType::I8 => timed::<i8>(comm, kind, count, block, budget),
-        DType::I16 => timed::<i16>(comm, kind, count, block, budget),
-        DType::I32 => timed::<i32>(comm, kind, count, block, budget),
-        DType::I64 => timed::<i64>(comm, kind, count, block, budget),
-        DType::F16 => timed::<half::f16>(comm, kind, count, block, budget),
-        DType::BF16 => timed::<half::bf16>(comm, kind, count, block, budget),
-        DType::F32 => timed::<f32>(comm, kind, count, block, budget),
-        DType::F64 => timed::<f64>(comm, kind, count, block, budget),
+        DType::Bool => timed::<bool>(comm, kind, count, block, effort),
+        DType::U8 => timed::<u8>(comm, kind, count, block, effort),
+        DType::I8 => timed::<i8>(comm, kind, count, block, effort),
+        DType::I16 => timed::<i16>(comm, kind, count, block, effort),
+        DType::I32 => timed::<i32>(comm, kind, count, block, effort),
+        DType::I64 => timed::<i64>(comm, kind, count, block, effort),
+        DType::F16 => timed::<half::f16>(comm, kind, count, block, effort),
+        DType::BF16 => timed::<half::bf16>(comm, kind, count, block, effort),
+        DType::F32 => timed::<f32>(comm, kind, count, block, effort),
+        DType::F64 => timed::<f64>(comm, kind, count, block, effort),
     }?;
     Ok(Some(Row {
         collective: kind.collective,
@@ -75,7 +81,7 @@ fn timed<T: Sample>(
     kind: Kind,
     count: usize,
     block: usize,
-    budget: f64,
+    effort: Effort,
 ) -> Result<Times> {
     let mut work = Workload::<T>::new(comm, kind, count, block)?;
     let first = checked(&mut work)?;
@@ -89,7 +95,7 @@ fn timed<T: Sample>(
     }
     let estimate = slowest(comm, &mut [batch(comm, &mut work, 2)?])?;
     let between = if kind.fresh { NOTICE.as_secs_f64() } else { 0.0 };
-    let (calls, batches) = repetitions(estimate + between, budget);
+    let (calls, batches) = repetitions(estimate + between, effort);
     let mut times = vec![0.0; batches];
     for time in &mut times {
         *time = batch(comm, &mut work, calls)?;
@@ -171,10 +177,10 @@ pub fn slowest(comm: &Communicator, times: &mut [f64]) -> Result<f64> {
 }
 
 /// Calls in a batch and batches, for a call that takes about `estimate` seconds.
-pub fn repetitions(estimate: f64, budget: f64) -> (usize, usize) {
+pub fn repetitions(estimate: f64, effort: Effort) -> (usize, usize) {
     let estimate = estimate.max(1e-9);
-    let calls = ((BATCH / estimate) as usize).clamp(CALLS.0, CALLS.1);
-    let batches = ((budget / (estimate * calls as f64)) as usize).clamp(BATCHES.0, BATCHES.1);
+    let calls = ((effort.batch / estimate) as usize).clamp(CALLS.0, CALLS.1);
+    let batches = ((effort.budget / (estimate * calls as f64)) as usize).clamp(BATCHES.0, BATCHES.1);
     (calls, batches)
 }
 
@@ -183,10 +189,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn batches_last_about_a_millisecond_and_fit_the_budget() {
-        assert_eq!(repetitions(1e-6, 0.06), (1000, 60));
-        assert_eq!(repetitions(1e-9, 0.3), (20_000, 401));
-        assert_eq!(repetitions(2.0, 0.3), (1, 7));
-        assert_eq!(repetitions(0.0, 0.3), (20_000, 401));
+    fn batches_last_as_long_as_asked_and_fit_the_budget() {
+        let of = |estimate, budget, batch| repetitions(estimate, Effort { budget, batch });
+        assert_eq!(of(1e-6, 0.06, 0.001), (1000, 60));
+        assert_eq!(of(1e-6, 0.06, 0.005), (5000, 12));
+        assert_eq!(of(1e-9, 0.3, 0.001), (20_000, 401));
+        assert_eq!(of(2.0, 0.3, 0.001), (1, 7));
+        assert_eq!(of(0.0, 0.3, 0.001), (20_000, 401));
     }
 }
