@@ -22,7 +22,8 @@ use std::time::Instant;
 
 use smddp_core::Region;
 use smddp_core::dtype::{DType, ReduceOp};
-use smddp_core::reduce::{Store, combine_and};
+use smddp_core::order::Order;
+use smddp_core::reduce::{Pass, Store, combine_and};
 use smddp_core::transport::Arith;
 use smddp_shm::Geometry;
 
@@ -204,10 +205,16 @@ impl Rank<'_> {
             self.take(gather(number), |came| {
                 self.fill(spread(number), |slot| {
                     let store = Store::Twice(slot.slice(0, own.len()));
-                    combine_and(store, SUM, true, own, &[own, came.slice(0, own.len())]);
+                    combine_and(
+                        Pass { store, order: Order::FourPages },
+                        SUM,
+                        true,
+                        own,
+                        &[own, came.slice(0, own.len())],
+                    );
                 });
             });
-            self.take(spread(number), |came| other.copy_from(came.slice(0, other.len())));
+            self.take(spread(number), |came| other.copy_in(Order::FourPages, came.slice(0, other.len())));
         }
         self.first += 2 * pieces;
     }
@@ -220,7 +227,13 @@ impl Rank<'_> {
         let [own, other] = [data, theirs].map(|all| all.slice(self.me * half, half));
         for at in (0..half).step_by(RING.slot) {
             let (own, other) = (piece(own, at), piece(other, at));
-            combine_and(Store::Twice(other), SUM, true, own, &[own, other]);
+            combine_and(
+                Pass { store: Store::Twice(other), ..Pass::default() },
+                SUM,
+                true,
+                own,
+                &[own, other],
+            );
         }
     }
 
@@ -232,7 +245,7 @@ impl Rank<'_> {
             if self.me == 0 {
                 self.fill(number, |slot| slot.slice(0, piece.len()).copy_from(piece));
             } else {
-                self.take(number, |slot| piece.copy_from(slot.slice(0, piece.len())));
+                self.take(number, |slot| piece.copy_in(Order::FourPages, slot.slice(0, piece.len())));
             }
         }
         self.first += pieces;

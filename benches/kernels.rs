@@ -4,7 +4,7 @@
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use smddp_core::reduce::{Store, Variant, combine, combine_with};
+use smddp_core::reduce::{Pass, Variant, combine, combine_with};
 use smddp_core::threads::use_threads;
 use smddp_core::transport::Arith;
 use smddp_core::{DType, ReduceOp, Region};
@@ -28,7 +28,7 @@ fn small_f32(bencher: Bencher<'_, '_>, variant: Variant) {
     let regions = memory.each_mut().map(|m| unsafe { Region::of(m) });
     let arith = Arith { dtype: DType::F32, op: ReduceOp::Sum, world: 2 };
     bencher.bench_local(|| {
-        combine_with(variant, Store::Cached, arith, true, regions[2], divan::black_box(&regions[..2]))
+        combine_with(variant, Pass::default(), arith, true, regions[2], divan::black_box(&regions[..2]))
     });
 }
 
@@ -72,7 +72,7 @@ fn reduce<const SRCS: usize>(bencher: Bencher<'_, '_>, dtype: DType, op: ReduceO
     let regions: Vec<Region> = memory.iter_mut().map(|m| unsafe { Region::of(m) }).collect();
     let arith = Arith { dtype, op, world: SRCS as u32 };
     bencher.counter(BytesCount::new((SRCS + 1) * len)).bench_local(|| {
-        combine_with(variant, Store::Cached, arith, true, regions[SRCS], divan::black_box(&regions[..SRCS]))
+        combine_with(variant, Pass::default(), arith, true, regions[SRCS], divan::black_box(&regions[..SRCS]))
     });
 }
 

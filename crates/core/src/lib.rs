@@ -20,6 +20,7 @@ pub mod far;
 pub mod gate;
 pub mod interrupt;
 pub mod memory;
+pub mod order;
 pub mod plan;
 pub mod process;
 pub mod reduce;

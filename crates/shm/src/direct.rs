@@ -18,8 +18,9 @@
 use std::ops::Range;
 
 use smddp_core::Region;
+use smddp_core::order::Order;
 use smddp_core::plan::{Move, Who};
-use smddp_core::reduce::{Store, combine_and};
+use smddp_core::reduce::{Pass, Store, combine_and};
 use smddp_core::shared::{Place, Shared, place};
 use smddp_core::threads;
 use smddp_core::transport::Arith;
@@ -31,6 +32,8 @@ pub(crate) const EXCHANGES: usize = 2;
 
 /// Bytes combined before they are copied to further peers, from a near cache.
 const STEP: usize = 16 << 10;
+/// Data of so many bytes lies in main memory, or in caches that all cores share.
+const FAR: usize = 16 << 20;
 
 /// The shared memory that a group's ranks have entered.
 #[derive(Default)]
@@ -142,6 +145,7 @@ fn piece(
     range: Range<usize>,
 ) {
     let ranks = data.len();
+    let order = if data[first].len() >= FAR { Order::FourPages } else { Order::Straight };
     // Two ranks' parts are stored at once: nothing is copied.
     let step = if ranks > 2 { STEP } else { range.len() };
     for at in range.clone().step_by(step.max(1)) {
@@ -155,7 +159,7 @@ fn piece(
                 Who::All if ranks > 1 => Store::Twice(parts[(first + 1) % ranks]),
                 _ => Store::Cached,
             };
-            combine_and(store, arith, m.finish, result, parts);
+            combine_and(Pass { store, order }, arith, m.finish, result, parts);
         }
         if m.to == Who::All {
             let has_it = |rank| m.from == Who::All && rank == (first + 1) % ranks;

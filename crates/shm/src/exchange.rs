@@ -3,8 +3,9 @@
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::memory::settle;
+use smddp_core::order::Order;
 use smddp_core::plan::{Move, Op, Who};
-use smddp_core::reduce::{Store, combine_and};
+use smddp_core::reduce::{Pass, Store, combine_and};
 use smddp_core::shared::Place;
 use smddp_core::transport::PhaseRun;
 use smddp_core::{Error, Region, Result};
@@ -383,7 +384,7 @@ impl<'a> Work<'a> {
         match part.way {
             Way::Own => {
                 let stored_past =
-                    copy_within(here(m.dst), here(m.src), self.past_caches != PastCaches::None, false);
+                    copy_within(here(m.dst), here(m.src), self.past_caches != PastCaches::None, Whose::Own);
                 if let Some(streamed) = &mut self.streamed {
                     **streamed += stored_past as u64;
                 }
@@ -423,8 +424,8 @@ impl<'a> Work<'a> {
                 };
                 self.sources.push(source);
             }
-            let store = Store::Twice(slot.slice(at.done, n));
-            combine_and(store, self.run.arith, m.finish, dst.slice(start + at.done, n), self.sources);
+            let pass = Pass { store: Store::Twice(slot.slice(at.done, n)), order: order_of_theirs(n) };
+            combine_and(pass, self.run.arith, m.finish, dst.slice(start + at.done, n), self.sources);
             at.done += n;
             self.budget = self.budget.saturating_sub(n * self.ranks.len());
         }
@@ -445,7 +446,7 @@ impl<'a> Work<'a> {
                 }
                 let (start, len) = relay.share(at.cut, at.next);
                 let slot = slot_to_read(at.next, true, at.group.part, self.segment, self.ring);
-                dst.slice(start, len).copy_from(slot.slice(0, len));
+                dst.slice(start, len).copy_in(order_of_theirs(len), slot.slice(0, len));
                 self.budget = self.budget.saturating_sub(len);
                 self.moved = true;
             }
@@ -526,7 +527,12 @@ impl<'a> Work<'a> {
             let stored_past = match m.from {
                 Who::One(from) => {
                     let source = self.source(from as usize, m, start, n, at);
-                    copy_within(dst, source, streams, hands_back && from as usize != self.me)
+                    let whose = match hands_back {
+                        _ if from as usize == self.me => Whose::Own,
+                        true => Whose::ToHandBack,
+                        false => Whose::Theirs,
+                    };
+                    copy_within(dst, source, streams, whose)
                 }
                 Who::All => {
                     self.sources.clear();
@@ -535,7 +541,13 @@ impl<'a> Work<'a> {
                         self.sources.push(source);
                     }
                     let store = if streams { Store::PastCaches } else { Store::Cached };
-                    combine_and(store, self.run.arith, m.finish, dst, self.sources);
+                    combine_and(
+                        Pass { store, order: order_of_theirs(n) },
+                        self.run.arith,
+                        m.finish,
+                        dst,
+                        self.sources,
+                    );
                     if hands_back {
                         hand_back(self.me, self.sources);
                     }
@@ -565,23 +577,38 @@ impl<'a> Work<'a> {
     }
 }
 
+/// The order in which `n` bytes that a peer has written are read. Fewer are not read faster in another.
+pub(crate) fn order_of_theirs(n: usize) -> Order {
+    if n >= 32 << 10 { Order::FourPages } else { Order::Straight }
+}
+
+/// Whose caches hold what is copied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    Own,
+    Theirs,
+    /// A peer's, whose lines are handed back.
+    ToHandBack,
+}
+
 /// Copies `source` to `dst`, past the caches where it `streams`; bytes that went past them.
-fn copy_within(dst: Region, source: Region, streams: bool, hands_back: bool) -> usize {
+fn copy_within(dst: Region, source: Region, streams: bool, whose: Whose) -> usize {
     if source.as_ptr() == dst.as_ptr() {
         // It is there already.
         return 0;
     }
-    match (streams, hands_back) {
+    match (streams, whose) {
         (true, _) => {
             dst.stream_from(source);
             settle();
-            if hands_back {
+            if whose == Whose::ToHandBack {
                 source.claim();
             }
             return dst.len();
         }
-        (false, true) => dst.take_from(source),
-        (false, false) => dst.copy_from(source),
+        (false, Whose::Own) => dst.copy_from(source),
+        (false, Whose::Theirs) => dst.copy_in(order_of_theirs(dst.len()), source),
+        (false, Whose::ToHandBack) => dst.take_from(source),
     }
     0
 }

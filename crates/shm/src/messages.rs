@@ -17,6 +17,7 @@ use smddp_core::{Error, Region, Result};
 
 use crate::buffer::Buffer;
 use crate::deal::{DEALS, End};
+use crate::exchange::order_of_theirs;
 use crate::layout::{Frame, Memory};
 use crate::mask::Mask;
 use crate::pair::Place;
@@ -356,7 +357,11 @@ impl Messages {
             match &incoming.target {
                 Target::Posted(message) => {
                     let place = message.region.slice(incoming.got, len);
-                    if self.hands_back { place.take_from(data) } else { place.copy_from(data) }
+                    if self.hands_back {
+                        place.take_from(data);
+                    } else {
+                        place.copy_in(order_of_theirs(len), data);
+                    }
                 }
                 Target::Early => {
                     if let Some(Early { held: Held::Bytes(buffer), .. }) = lane.early.last_mut() {

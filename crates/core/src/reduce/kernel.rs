@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::element::Element;
 use super::op::Op;
 use crate::memory::{Region, settle};
+use crate::order::{Order, Walk};
 
 /// Elements reduced at a time in registers, and on the stack.
 const STRIP: usize = 64;
@@ -39,10 +40,19 @@ impl<A: Copy + Default> Block<A> {
     }
 }
 
+/// How a reduction goes over memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass {
+    pub store: Store,
+    /// Of results that are stored past the caches it is always straight.
+    pub order: Order,
+}
+
 /// How a result is stored.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub enum Store {
     /// As anything is.
+    #[default]
     Cached,
     /// Past the caches ([`Region::stream_from`]), where nobody reads it soon.
     PastCaches,
@@ -57,7 +67,7 @@ pub struct Job<'a> {
     pub srcs: &'a [Region],
     /// What the result is divided by, for averages.
     pub divisor: Option<u32>,
-    pub store: Store,
+    pub pass: Pass,
 }
 
 impl Job<'_> {
@@ -79,7 +89,7 @@ impl Job<'_> {
 #[inline(always)]
 pub fn drive<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     const { assert!(align_of::<E::Raw>() == 1) };
-    let streams = matches!(job.store, Store::PastCaches);
+    let streams = matches!(job.pass.store, Store::PastCaches);
     let strips = if streams { 0 } else { range.len() / STRIP };
     let rest = range.start + strips * STRIP;
     if strips > 0 {
@@ -99,18 +109,21 @@ fn drive_strips<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     debug_assert!(range.len().is_multiple_of(STRIP));
     let targets = Targets::<E>::new(&job, &range);
     let strips = range.len() / STRIP;
+    let walk = Walk::new(job.pass.order, strips, const { STRIP * size_of::<E::Raw>() });
     if let [a, b] = job.srcs {
         // The usual case is written out, for its sources' bounds to be checked once.
         let a = Job::read::<E::Raw>(a, &range).cast::<[E::Raw; STRIP]>();
         let b = Job::read::<E::Raw>(b, &range).cast::<[E::Raw; STRIP]>();
-        for i in 0..strips {
+        for n in 0..strips {
+            let i = walk.place(n);
             let mut acc = [E::Acc::default(); STRIP];
             // SAFETY: as in `gather`; `i` is one of the range's strips.
             unsafe { E::pair::<O>(&mut acc, &*a.add(i), &*b.add(i)) };
             targets.put(i, acc, job.divisor);
         }
     } else {
-        for i in 0..strips {
+        for n in 0..strips {
+            let i = walk.place(n);
             let start = range.start + i * STRIP;
             let mut acc = [E::Acc::default(); STRIP];
             gather::<E, O>(&mut acc, job.srcs, &(start..start + STRIP));
@@ -129,7 +142,7 @@ struct Targets<E: Element> {
 impl<E: Element> Targets<E> {
     #[inline(always)]
     fn new(job: &Job<'_>, range: &Range<usize>) -> Self {
-        let also = match &job.store {
+        let also = match &job.pass.store {
             Store::Twice(also) => Job::write::<E::Raw>(also, range).cast(),
             Store::Cached | Store::PastCaches => std::ptr::null_mut(),
         };
@@ -164,7 +177,7 @@ impl<E: Element> Targets<E> {
 #[inline(always)]
 fn drive_blocks<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
     let mut block = Block::new(range.len());
-    let streams = matches!(job.store, Store::PastCaches);
+    let streams = matches!(job.pass.store, Store::PastCaches);
     let mut results = streams.then(|| Block::<E::Raw>::new(range.len()));
     let mut start = range.start;
     while start < range.end {
@@ -185,7 +198,7 @@ fn drive_blocks<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         } else {
             // SAFETY: as in `Targets::put`.
             E::emit(unsafe { &mut *Job::write::<E::Raw>(&job.dst, &part) }, acc);
-            if let Store::Twice(also) = &job.store {
+            if let Store::Twice(also) = &job.pass.store {
                 // SAFETY: as above.
                 E::emit(unsafe { &mut *Job::write::<E::Raw>(also, &part) }, acc);
             }
@@ -207,7 +220,7 @@ pub fn drive_few<E: Element, O: Op<E::Acc>>(job: Job<'_>, range: Range<usize>) {
         let result = job.divisor.map_or(all, |divisor| E::divide(all, divisor));
         // SAFETY: as above; the bytes are ours alone to write, and this element of all sources has been read (K5).
         unsafe { *Job::write::<E::Raw>(&job.dst, &one).cast::<E::Raw>() = E::narrow(result) };
-        if let Store::Twice(also) = &job.store {
+        if let Store::Twice(also) = &job.pass.store {
             // SAFETY: as above.
             unsafe { *Job::write::<E::Raw>(also, &one).cast::<E::Raw>() = E::narrow(result) };
         }

@@ -34,7 +34,7 @@ use crate::threads;
 use crate::transport::Arith;
 
 pub use isa::{Variant, use_portable, variant};
-pub use kernel::Store;
+pub use kernel::{Pass, Store};
 
 use kernel::Job;
 
@@ -48,29 +48,22 @@ use kernel::Job;
 /// When `srcs` is empty, or lengths differ or are no multiple of the element size: a plan that was not checked.
 /// Pairs of reduction and dtype are checked where calls enter ([`ReduceOp::supports`]).
 pub fn combine(arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
-    combine_and(Store::Cached, arith, finish, dst, srcs);
+    combine_and(Pass::default(), arith, finish, dst, srcs);
 }
 
-/// [`combine`], with its result stored as `store` says.
+/// [`combine`], going over memory as `pass` says.
 ///
 /// # Panics
 /// As [`combine`].
-pub fn combine_and(store: Store, arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
-    combine_with(isa::current(), store, arith, finish, dst, srcs);
+pub fn combine_and(pass: Pass, arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
+    combine_with(isa::current(), pass, arith, finish, dst, srcs);
 }
 
 /// [`combine_and`] with a variant of the caller's choice: for tests and benches.
 ///
 /// # Panics
 /// As [`combine`].
-pub fn combine_with(
-    variant: Variant,
-    store: Store,
-    arith: Arith,
-    finish: bool,
-    dst: Region,
-    srcs: &[Region],
-) {
+pub fn combine_with(variant: Variant, pass: Pass, arith: Arith, finish: bool, dst: Region, srcs: &[Region]) {
     debug_assert!(arith.op.supports(arith.dtype), "{} of {}", arith.op, arith.dtype);
     let count = check(arith.dtype, dst, srcs);
     let divisor = (finish && arith.op == ReduceOp::Avg).then_some(arith.world.max(1));
@@ -78,12 +71,12 @@ pub fn combine_with(
         _ if count == 0 => {}
         ([only], None) => {
             dst.copy_from(*only);
-            if let Store::Twice(also) = store {
+            if let Store::Twice(also) = pass.store {
                 also.copy_from(*only);
             }
         }
         _ => {
-            let job = Job { dst, srcs, divisor, store };
+            let job = Job { dst, srcs, divisor, pass };
             if count <= isa::FEW {
                 isa::run_few(arith, job, count);
             } else {

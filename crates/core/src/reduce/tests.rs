@@ -7,6 +7,7 @@ use super::half as own;
 use super::isa::FEW;
 use super::kernel::BLOCK;
 use super::*;
+use crate::order::Order;
 
 /// A number in the accumulator of its dtype.
 #[derive(Clone, Copy, Debug)]
@@ -148,8 +149,9 @@ enum Dst {
 
 /// What `combine` gives, however it is stored.
 fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
-    let of = |store| stored(variant, store, arith, finish, srcs, dst);
-    let cached = of(Store::Cached);
+    let of = |store| stored(variant, Pass { store, order: Order::FourPages }, arith, finish, srcs, dst);
+    let cached = stored(variant, Pass::default(), arith, finish, srcs, dst);
+    assert!(cached == of(Store::Cached), "in another order something else");
     assert!(cached == of(Store::PastCaches), "past the caches went something else");
     const MARGIN: usize = 5;
     let mut also = vec![0xa5; srcs[0].len() + 2 * MARGIN];
@@ -158,6 +160,25 @@ fn reduced(variant: Variant, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: 
     assert!(cached == of(twice), "the first of two is something else");
     assert!(also == [&[0xa5; MARGIN], &cached[..], &[0xa5; MARGIN]].concat(), "the second is something else");
     cached
+}
+
+/// Over more than four pages, and a rest.
+#[test]
+fn the_order_of_pages_does_not_matter() {
+    let mut noise = Noise(10);
+    for (dtype, op) in pairs() {
+        let count = (9 * 4096 + 1000) / dtype.size() + 3;
+        for srcs in [2, 3].map(|n| (0..n).map(|_| noise.elements(dtype, count)).collect::<Vec<_>>()) {
+            let arith = Arith { dtype, op, world: 3 };
+            let expected = model(arith, true, &srcs);
+            for (variant, dst) in Variant::available().flat_map(|v| [(v, Dst::Apart), (v, Dst::Over(1))]) {
+                assert!(
+                    reduced(variant, arith, true, &srcs, dst) == expected,
+                    "{op} of {dtype}, {variant:?}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -173,7 +194,14 @@ fn a_second_place_may_be_a_source() {
                 // SAFETY: `memory` outlives the regions, and is not touched while they are in use.
                 let regions: Vec<Region> = memory.iter_mut().map(|m| unsafe { Region::of(m) }).collect();
                 let store = Store::Twice(regions[second]);
-                combine_with(variant, store, arith, true, regions[first], &regions);
+                combine_with(
+                    variant,
+                    Pass { store, ..Pass::default() },
+                    arith,
+                    true,
+                    regions[first],
+                    &regions,
+                );
                 assert!(memory[first] == expected && memory[second] == expected, "{op} of {dtype}, {count}");
             }
         }
@@ -181,7 +209,7 @@ fn a_second_place_may_be_a_source() {
 }
 
 /// What it gives, stored so, from and to odd addresses; checks that nothing but `dst` was written.
-fn stored(variant: Variant, store: Store, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
+fn stored(variant: Variant, pass: Pass, arith: Arith, finish: bool, srcs: &[Vec<u8>], dst: Dst) -> Vec<u8> {
     const MARGIN: usize = 3;
     let framed = |bytes: &[u8]| [&[0xa5; MARGIN], bytes, &[0x5a; MARGIN]].concat();
     let len = srcs[0].len();
@@ -196,7 +224,7 @@ fn stored(variant: Variant, store: Store, arith: Arith, finish: bool, srcs: &[Ve
         // SAFETY: `memory` outlives the regions, and is not touched while they are in use.
         .map(|m| unsafe { Region::of(m) }.slice(MARGIN, len))
         .collect();
-    combine_with(variant, store, arith, finish, regions[into], &regions[..srcs.len()]);
+    combine_with(variant, pass, arith, finish, regions[into], &regions[..srcs.len()]);
     for (i, m) in memory.iter().enumerate() {
         let inner = &m[MARGIN..MARGIN + len];
         if i != into {
@@ -591,7 +619,9 @@ fn the_callers_environment_changes_no_bits() {
                     // SAFETY: the vectors outlive the call.
                     let (from, to) =
                         unsafe { (srcs.each_mut().map(|s| Region::of(s)), Region::of(&mut dst)) };
-                    environment::in_another(|| combine_with(variant, Store::Cached, arith, true, to, &from));
+                    environment::in_another(|| {
+                        combine_with(variant, Pass::default(), arith, true, to, &from)
+                    });
                     assert_eq!(dst, expected, "{op} of {count} {dtype}, {variant}");
                 }
             }
