@@ -5,7 +5,8 @@
     python benches/collectives_torch.py --backend smddp --np 2 --csv out.csv
 
 Starts its own ranks unless RANK and WORLD_SIZE are set. Each size is checked first on fresh data; then batches of calls
-on zeros, of about ``--batch`` seconds, each starting at an instant agreed on by all ranks, count as long as their slowest rank.
+on zeros, of about ``--batch`` seconds, each starting at an instant agreed on by all ranks, count as long as their
+slowest rank.
 """
 
 from __future__ import annotations
