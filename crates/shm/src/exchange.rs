@@ -3,7 +3,6 @@
 use smddp_core::call::PackedCall;
 use smddp_core::error::Site;
 use smddp_core::memory::settle;
-use smddp_core::order::Order;
 use smddp_core::plan::{Move, Op, Who};
 use smddp_core::reduce::{Pass, Store, combine_and};
 use smddp_core::shared::Place;
@@ -20,6 +19,7 @@ use crate::relay::Relay;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
 use crate::single_copy::{Part, SingleCopy, Way};
+use crate::theirs::{self, Theirs};
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,7 +384,7 @@ impl<'a> Work<'a> {
         match part.way {
             Way::Own => {
                 let stored_past =
-                    copy_within(here(m.dst), here(m.src), self.past_caches != PastCaches::None, Whose::Own);
+                    copy_within(here(m.dst), here(m.src), self.past_caches != PastCaches::None, None);
                 if let Some(streamed) = &mut self.streamed {
                     **streamed += stored_past as u64;
                 }
@@ -424,7 +424,7 @@ impl<'a> Work<'a> {
                 };
                 self.sources.push(source);
             }
-            let pass = Pass { store: Store::Twice(slot.slice(at.done, n)), order: order_of_theirs(n) };
+            let pass = Pass { store: Store::Twice(slot.slice(at.done, n)), order: theirs::order(n) };
             combine_and(pass, self.run.arith, m.finish, dst.slice(start + at.done, n), self.sources);
             at.done += n;
             self.budget = self.budget.saturating_sub(n * self.ranks.len());
@@ -446,7 +446,7 @@ impl<'a> Work<'a> {
                 }
                 let (start, len) = relay.share(at.cut, at.next);
                 let slot = slot_to_read(at.next, true, at.group.part, self.segment, self.ring);
-                dst.slice(start, len).copy_in(order_of_theirs(len), slot.slice(0, len));
+                dst.slice(start, len).copy_in(theirs::order(len), slot.slice(0, len));
                 self.budget = self.budget.saturating_sub(len);
                 self.moved = true;
             }
@@ -527,12 +527,8 @@ impl<'a> Work<'a> {
             let stored_past = match m.from {
                 Who::One(from) => {
                     let source = self.source(from as usize, m, start, n, at);
-                    let whose = match hands_back {
-                        _ if from as usize == self.me => Whose::Own,
-                        true => Whose::ToHandBack,
-                        false => Whose::Theirs,
-                    };
-                    copy_within(dst, source, streams, whose)
+                    let is_own = from as usize == self.me;
+                    copy_within(dst, source, streams, (!is_own).then_some(Theirs { hands_back }))
                 }
                 Who::All => {
                     self.sources.clear();
@@ -542,7 +538,7 @@ impl<'a> Work<'a> {
                     }
                     let store = if streams { Store::PastCaches } else { Store::Cached };
                     combine_and(
-                        Pass { store, order: order_of_theirs(n) },
+                        Pass { store, order: theirs::order(n) },
                         self.run.arith,
                         m.finish,
                         dst,
@@ -577,38 +573,23 @@ impl<'a> Work<'a> {
     }
 }
 
-/// The order in which `n` bytes that a peer has written are read. Fewer are not read faster in another.
-pub(crate) fn order_of_theirs(n: usize) -> Order {
-    if n >= 32 << 10 { Order::FourPages } else { Order::Straight }
-}
-
-/// Whose caches hold what is copied.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Whose {
-    Own,
-    Theirs,
-    /// A peer's, whose lines are handed back.
-    ToHandBack,
-}
-
-/// Copies `source` to `dst`, past the caches where it `streams`; bytes that went past them.
-fn copy_within(dst: Region, source: Region, streams: bool, whose: Whose) -> usize {
+/// Copies `source`, which is a peer's or this rank's own, to `dst`, past the caches where it `streams`; bytes that went past them.
+fn copy_within(dst: Region, source: Region, streams: bool, theirs: Option<Theirs>) -> usize {
     if source.as_ptr() == dst.as_ptr() {
         // It is there already.
         return 0;
     }
-    match (streams, whose) {
-        (true, _) => {
-            dst.stream_from(source);
-            settle();
-            if whose == Whose::ToHandBack {
-                source.claim();
-            }
-            return dst.len();
+    if streams {
+        dst.stream_from(source);
+        settle();
+        if theirs.is_some_and(|theirs| theirs.hands_back) {
+            source.claim();
         }
-        (false, Whose::Own) => dst.copy_from(source),
-        (false, Whose::Theirs) => dst.copy_in(order_of_theirs(dst.len()), source),
-        (false, Whose::ToHandBack) => dst.take_from(source),
+        return dst.len();
+    }
+    match theirs {
+        Some(theirs) => theirs.copy(dst, source),
+        None => dst.copy_from(source),
     }
     0
 }

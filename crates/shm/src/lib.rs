@@ -80,6 +80,8 @@ mod shared;
 mod single_copy;
 #[cfg(not(loom))]
 mod straight;
+#[cfg(not(loom))]
+mod theirs;
 
 #[cfg(all(test, loom))]
 mod loom_tests;

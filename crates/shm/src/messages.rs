@@ -17,7 +17,6 @@ use smddp_core::{Error, Region, Result};
 
 use crate::buffer::Buffer;
 use crate::deal::{DEALS, End};
-use crate::exchange::order_of_theirs;
 use crate::layout::{Frame, Memory};
 use crate::mask::Mask;
 use crate::pair::Place;
@@ -25,6 +24,7 @@ use crate::pen::Pen;
 use crate::reach::AT_ONCE;
 use crate::segment::Segment;
 use crate::straight::{Copier, Outcome, Straight};
+use crate::theirs::Theirs;
 
 /// Polls in vain after which an offer is refused (S3).
 const IN_VAIN: u32 = 40;
@@ -357,11 +357,7 @@ impl Messages {
             match &incoming.target {
                 Target::Posted(message) => {
                     let place = message.region.slice(incoming.got, len);
-                    if self.hands_back {
-                        place.take_from(data);
-                    } else {
-                        place.copy_in(order_of_theirs(len), data);
-                    }
+                    Theirs { hands_back: self.hands_back }.copy(place, data);
                 }
                 Target::Early => {
                     if let Some(Early { held: Held::Bytes(buffer), .. }) = lane.early.last_mut() {

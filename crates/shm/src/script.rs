@@ -13,12 +13,13 @@ use smddp_core::transport::PhaseRun;
 use smddp_core::{Region, Result};
 
 use crate::cut::{Group, includes, travels};
-use crate::exchange::{Consuming, hand_back, has_come, order_of_theirs, slot_to_fill, slot_to_read};
+use crate::exchange::{Consuming, hand_back, has_come, slot_to_fill, slot_to_read};
 use crate::layout::SlotHead;
 use crate::mask::Mask;
 use crate::pen::Pen;
 use crate::ring::Ring;
 use crate::segment::Segment;
+use crate::theirs::{self, Theirs};
 
 /// Keeps its memory when it is written anew.
 #[derive(Debug, Default)]
@@ -234,11 +235,7 @@ impl Playing<'_> {
             Source::Own => dst.copy_from(buffers.at(take.src, shift)),
             Source::Peer { rank, offset } => {
                 let theirs = self.theirs(rank, offset, take, ring);
-                if self.script.hands_back {
-                    dst.take_from(theirs);
-                } else {
-                    dst.copy_in(order_of_theirs(dst.len()), theirs);
-                }
+                Theirs { hands_back: self.script.hands_back }.copy(dst, theirs);
             }
             Source::All { offsets, finish, in_place } => {
                 let own = if in_place { dst } else { buffers.at(take.src, shift) };
@@ -247,7 +244,7 @@ impl Playing<'_> {
                     let source = if rank == self.me { own } else { self.theirs(rank, offset, take, ring) };
                     self.sources.push(source);
                 }
-                let pass = Pass { order: order_of_theirs(dst.len()), ..Pass::default() };
+                let pass = Pass { order: theirs::order(dst.len()), ..Pass::default() };
                 combine_and(pass, self.run.arith, finish, dst, self.sources);
                 if self.script.hands_back {
                     hand_back(self.me, self.sources);

@@ -41,8 +41,7 @@ impl SeatFlags {
         self.submitted.store(left, Ordering::Relaxed);
     }
 
-    /// Whether anything lies in the inbox. What was submitted because the seat was taken is seen by the next who takes it:
-    /// by the seat's lock.
+    /// Whether anything lies in the inbox. Who is called to what was submitted sees it: who called has seen it (S2), or submitted it.
     #[inline]
     pub(crate) fn has_submissions(&self) -> bool {
         self.submitted.load(Ordering::Relaxed) > 0
