@@ -37,6 +37,8 @@ const IO_TIME: Duration = Duration::from_secs(30);
 /// address costs little, doubled each round for a rank 0 that is busy with thousands.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(250);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(8);
+/// How long rank 0 asks who has one of its ports: the others look for it meanwhile, and what is silent is hardly its twin.
+const TWIN_TIME: Duration = Duration::from_secs(1);
 /// Pauses between rounds over the candidates.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
@@ -371,7 +373,7 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 /// When a port is taken: by another rank 0 of this very job? Then both have to know.
 fn refuse_twin(identity: Identity, process: u64, port: u16, deadline: Instant) -> Result<()> {
     let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
-    match attempt_each(identity, process, &[address], deadline.min(Instant::now() + LONGEST_ATTEMPT)) {
+    match attempt_each(identity, process, &[address], deadline.min(Instant::now() + TWIN_TIME)) {
         Err(Attempt::Fatal(error @ Error::Disagree { .. })) => Err(error),
         // Another program, another job, or our own last store that is ending.
         Ok(_) | Err(_) => Ok(()),
