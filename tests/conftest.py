@@ -436,6 +436,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_configure() -> None:
+    # A shell without job control starts what goes on behind it with SIGINT ignored, and so would all that we start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans()
     own_folder()
     cache_home()
