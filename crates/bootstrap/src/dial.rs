@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -33,7 +33,8 @@ pub(crate) fn dial(address: SocketAddr, limit: Instant) -> io::Result<TcpStream>
 /// Waits a while for the attempt's end. Beyond the limit, too, it looks once: refusals are known at once.
 fn is_settled(socket: &OwnedFd, limit: Instant) -> io::Result<bool> {
     let left = limit.saturating_duration_since(Instant::now());
-    match poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timespec(interrupt::slice(left)))) {
+    let step = Timespec::try_from(interrupt::slice(left)).map_err(io::Error::other)?;
+    match poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&step)) {
         Ok(0) if left.is_zero() => Err(io::Error::new(io::ErrorKind::TimedOut, "connection timed out")),
         Ok(0) | Err(Errno::INTR) if interrupt::came() => Err(io::Error::other("the wait was interrupted")),
         Ok(ready) => Ok(ready > 0),
@@ -42,16 +43,13 @@ fn is_settled(socket: &OwnedFd, limit: Instant) -> io::Result<bool> {
     }
 }
 
-fn timespec(time: Duration) -> Timespec {
-    Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
     use std::io::{Read, Write};
     use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
     use std::rc::Rc;
+    use std::time::Duration;
 
     use super::*;
 

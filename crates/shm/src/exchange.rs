@@ -446,7 +446,7 @@ impl<'a> Work<'a> {
                 }
                 let (start, len) = relay.share(at.cut, at.next);
                 let slot = slot_to_read(at.next, true, at.group.part, self.segment, self.ring);
-                dst.slice(start, len).copy_in(theirs::order(len), slot.slice(0, len));
+                Theirs { hands_back: false }.copy(dst.slice(start, len), slot.slice(0, len));
                 self.budget = self.budget.saturating_sub(len);
                 self.moved = true;
             }

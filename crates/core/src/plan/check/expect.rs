@@ -68,13 +68,7 @@ fn wanted(world: &World, rank: usize, element: usize) -> Wanted {
             // The caller's affair (F3).
             if call.far && block == rank { Wanted::Nothing } else { Wanted::From(block, at) }
         }
-        Collective::ReduceScatter => {
-            let before = match &call.counts {
-                Some(counts) => counts[..rank].iter().sum(),
-                None => rank * call.count,
-            };
-            Wanted::Sum(before + element)
-        }
+        Collective::ReduceScatter => Wanted::Sum(world.before_own(rank) + element),
         Collective::AllToAll => match &call.splits {
             Some((_, recv)) => {
                 let (from, at) = place(&|r| recv[r]);
@@ -85,7 +79,7 @@ fn wanted(world: &World, rank: usize, element: usize) -> Wanted {
             None => Wanted::From(element / call.count, rank * call.count + element % call.count),
         },
         Collective::Gather => Wanted::From(element / call.count, element % call.count),
-        Collective::Scatter => Wanted::From(call.root, rank * call.count + element),
+        Collective::Scatter => Wanted::From(call.root, world.before_own(rank) + element),
     }
 }
 

@@ -97,9 +97,15 @@ impl World {
         }
     }
 
+    /// Elements of all ranks' blocks before this rank's own.
+    pub(super) fn before_own(&self, rank: usize) -> usize {
+        let call = &self.calls[rank];
+        call.counts.as_ref().map_or(call.count * rank, |c| c[..rank].iter().sum())
+    }
+
     fn layout(&self, rank: usize) -> Layout {
         let call = &self.calls[rank];
-        let own_block = || call.counts.as_ref().map_or(call.count * rank, |c| c[..rank].iter().sum());
+        let own_block = || self.before_own(rank);
         match call.collective {
             Collective::AllReduce | Collective::Broadcast | Collective::Reduce => Layout::InputInOutput(0),
             Collective::AllGather if self.own_blocks => Layout::InputInOutput(own_block()),
