@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use divan::Bencher;
+use smddp_core::order::Order;
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Call, Collective, DType, ReduceOp, Region};
@@ -26,6 +27,7 @@ fn pair() -> [ShmNode; 2] {
         node: "here".to_owned(),
         single_copy: SingleCopies::ALL,
         hands_back: false,
+        far: Order::Straight,
         streams_from: None,
         deadline: Instant::now() + Duration::from_secs(30),
     };

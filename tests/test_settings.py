@@ -30,7 +30,8 @@ MORE = {"on": {"SMDDP_SHM_STREAM": "1"}, "off": {"SMDDP_SPIN": "0"}}
 @pytest.mark.parametrize("single_copy", ["on", "off"])
 @pytest.mark.parametrize("hand_back", ["on", "off"])
 def test_ways_inside_a_node(single_copy: str, hand_back: str) -> None:
-    env = {"SMDDP_SHM_SINGLE_COPY": single_copy, "SMDDP_SHM_HAND_BACK": hand_back}
+    four_pages = "on" if single_copy == hand_back else "off"
+    env = {"SMDDP_SHM_SINGLE_COPY": single_copy, "SMDDP_SHM_HAND_BACK": hand_back, "SMDDP_SHM_FOUR_PAGES": four_pages}
     played("small_and_large", [0, 0], env | MORE[hand_back])
 
 

@@ -1,7 +1,8 @@
 //! In which order memory is gone over.
 //!
 //! A core's prefetchers work within pages: it has more lines on the way from four pages at once than from one. That pays where lines
-//! lie in another core's cache or in main memory, and costs where they are in the core's own first caches (docs/adr/0041).
+//! lie in another core's cache or in main memory, and costs where they are in the core's own first caches (docs/adr/0041). Not on every CPU: what
+//! lies at the same place of each page shares a set of the first cache, which may have too few ways (docs/adr/0042).
 
 /// What the prefetchers do not look beyond.
 const PAGE: usize = 4096;

@@ -126,6 +126,12 @@ pub const TABLE: &[Row] = &[
         "after reading a slot that no other rank reads, write to its cache lines, so that the owner's next write is faster (true on some CPUs). auto: if the probe measured a gain",
     ),
     row(
+        "SMDDP_SHM_FOUR_PAGES",
+        Kind::Choice(&["auto", "on", "off"]),
+        "auto",
+        "read what another rank has written, 32 KiB and more, and shared tensors of 16 MiB and more, a little of each of four pages in turn (faster on some CPUs, slower on others). auto: if the probe measured a gain",
+    ),
+    row(
         "SMDDP_SHM_STREAM",
         Kind::Bytes(0, 1 << 40),
         "",

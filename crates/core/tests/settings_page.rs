@@ -62,6 +62,7 @@ const GROUPS: [(&str, &[&str]); 6] = [
             "SMDDP_SHM_SLOTS",
             "SMDDP_SHM_SINGLE_COPY",
             "SMDDP_SHM_HAND_BACK",
+            "SMDDP_SHM_FOUR_PAGES",
             "SMDDP_SHM_STREAM",
         ],
     ),

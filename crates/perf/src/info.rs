@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use smddp::Settings;
 use smddp::slots::Origin;
+use smddp_core::order::Order;
 use smddp_core::reduce;
 
 use crate::args::InfoArgs;
@@ -131,7 +132,8 @@ fn slots(settings: &Settings) -> String {
         (false, false) => ", faster than single copies",
     };
     let hands_back = if choice.hands_back { ", cache lines handed back" } else { "" };
-    format!("{} of {} KiB ({why}{single_copy}{hands_back})", geometry.slots, geometry.slot >> 10)
+    let order = if choice.far == Order::FourPages { ", four pages read at once" } else { "" };
+    format!("{} of {} KiB ({why}{single_copy}{hands_back}{order})", geometry.slots, geometry.slot >> 10)
 }
 
 fn model() -> String {

@@ -100,8 +100,16 @@ impl Direct {
     }
 
     /// Works on the share of rank `me` of a move in place, `shift` bytes from where it says, until it is done or `budget`
-    /// bytes were read and written. Whether it is done. All ranks' data is known.
-    pub(crate) fn work(&mut self, arith: Arith, m: &Move, shift: usize, me: usize, budget: usize) -> bool {
+    /// bytes were read and written. Whether it is done. All ranks' data is known. `far`: the order of what lies far.
+    pub(crate) fn work(
+        &mut self,
+        arith: Arith,
+        far: Order,
+        m: &Move,
+        shift: usize,
+        me: usize,
+        budget: usize,
+    ) -> bool {
         let ranks = self.data.len();
         let (start, share) = share(m.dst.len, ranks, me);
         // Where the result of this rank's share comes to lie first.
@@ -109,6 +117,7 @@ impl Direct {
             (Who::One(root), _) | (Who::All, Who::One(root)) => root as usize,
             (Who::All, Who::All) => me,
         };
+        let order = if self.data[first].len() >= FAR { far } else { Order::Straight };
         let mut left = budget;
         if threads::in_use() > 1 {
             left = left.max(threads::WORTH * ranks);
@@ -123,10 +132,10 @@ impl Direct {
                 let data = &self.data;
                 threads::split(n, |range| {
                     let mut parts = Vec::with_capacity(ranks);
-                    piece(arith, m, first, data, &mut parts, at + range.start..at + range.end);
+                    piece(arith, order, m, first, data, &mut parts, at + range.start..at + range.end);
                 });
             } else {
-                piece(arith, m, first, &self.data, &mut self.parts, at..at + n);
+                piece(arith, order, m, first, &self.data, &mut self.parts, at..at + n);
             }
             self.done += n;
             left = left.saturating_sub(n * ranks);
@@ -138,6 +147,7 @@ impl Direct {
 /// Combines the bytes `range` of all ranks' `data` into that of local rank `first` and copies them to whom else they are for.
 fn piece(
     arith: Arith,
+    order: Order,
     m: &Move,
     first: usize,
     data: &[Region],
@@ -145,7 +155,6 @@ fn piece(
     range: Range<usize>,
 ) {
     let ranks = data.len();
-    let order = if data[first].len() >= FAR { Order::FourPages } else { Order::Straight };
     // Two ranks' parts are stored at once: nothing is copied.
     let step = if ranks > 2 { STEP } else { range.len() };
     for at in range.clone().step_by(step.max(1)) {

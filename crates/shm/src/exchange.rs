@@ -19,7 +19,7 @@ use crate::relay::Relay;
 use crate::ring::{Area, Ring};
 use crate::segment::Segment;
 use crate::single_copy::{Part, SingleCopy, Way};
-use crate::theirs::{self, Theirs};
+use crate::theirs::Theirs;
 
 /// What came of an attempt to make progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -328,7 +328,8 @@ impl<'a> Work<'a> {
         if let [m] = moves
             && m.src == m.dst
         {
-            let over = direct.work(self.run.arith, m, self.run.shift, self.me, self.budget);
+            let over =
+                direct.work(self.run.arith, self.segment.far(), m, self.run.shift, self.me, self.budget);
             return Ok(if over { None } else { Some(Step::Moved) });
         }
         self.peers = direct.data();
@@ -424,7 +425,8 @@ impl<'a> Work<'a> {
                 };
                 self.sources.push(source);
             }
-            let pass = Pass { store: Store::Twice(slot.slice(at.done, n)), order: theirs::order(n) };
+            let order = Theirs::within(self.segment, false).order(n);
+            let pass = Pass { store: Store::Twice(slot.slice(at.done, n)), order };
             combine_and(pass, self.run.arith, m.finish, dst.slice(start + at.done, n), self.sources);
             at.done += n;
             self.budget = self.budget.saturating_sub(n * self.ranks.len());
@@ -446,7 +448,7 @@ impl<'a> Work<'a> {
                 }
                 let (start, len) = relay.share(at.cut, at.next);
                 let slot = slot_to_read(at.next, true, at.group.part, self.segment, self.ring);
-                Theirs { hands_back: false }.copy(dst.slice(start, len), slot.slice(0, len));
+                Theirs::within(self.segment, false).copy(dst.slice(start, len), slot.slice(0, len));
                 self.budget = self.budget.saturating_sub(len);
                 self.moved = true;
             }
@@ -511,15 +513,15 @@ impl<'a> Work<'a> {
             PastCaches::Own => m.from == Who::One(self.me as u32),
             PastCaches::All => true,
         };
+        let theirs = Theirs::within(self.segment, at.group.hands_back);
         while at.done < len {
             if self.budget == 0 {
                 return false;
             }
             let left = len - at.done;
-            let hands_back = at.group.hands_back;
             let n = match m.from {
                 // What was combined goes back while it is still in the first cache.
-                Who::All if hands_back => left.min(COMBINED_AT_ONCE),
+                Who::All if at.group.hands_back => left.min(COMBINED_AT_ONCE),
                 _ if left.saturating_mul(reads) <= self.budget => left,
                 _ => left.min((self.budget / reads).max(4096) & !63),
             };
@@ -528,7 +530,7 @@ impl<'a> Work<'a> {
                 Who::One(from) => {
                     let source = self.source(from as usize, m, start, n, at);
                     let is_own = from as usize == self.me;
-                    copy_within(dst, source, streams, (!is_own).then_some(Theirs { hands_back }))
+                    copy_within(dst, source, streams, (!is_own).then_some(theirs))
                 }
                 Who::All => {
                     self.sources.clear();
@@ -538,15 +540,13 @@ impl<'a> Work<'a> {
                     }
                     let store = if streams { Store::PastCaches } else { Store::Cached };
                     combine_and(
-                        Pass { store, order: theirs::order(n) },
+                        Pass { store, order: theirs.order(n) },
                         self.run.arith,
                         m.finish,
                         dst,
                         self.sources,
                     );
-                    if hands_back {
-                        hand_back(self.me, self.sources);
-                    }
+                    hand_back(theirs, self.me, self.sources);
                     if streams { n } else { 0 }
                 }
             };
@@ -582,8 +582,8 @@ fn copy_within(dst: Region, source: Region, streams: bool, theirs: Option<Theirs
     if streams {
         dst.stream_from(source);
         settle();
-        if theirs.is_some_and(|theirs| theirs.hands_back) {
-            source.claim();
+        if let Some(theirs) = theirs {
+            theirs.hand_back(source);
         }
         return dst.len();
     }
@@ -594,13 +594,13 @@ fn copy_within(dst: Region, source: Region, streams: bool, theirs: Option<Theirs
     0
 }
 
-/// Hands the lines of its peers' pieces back, which rank `me` has combined and is the only one to read. `sources` are all
-/// ranks' pieces.
+/// Hands the lines of its peers' pieces back, if they go back, which rank `me` has combined and is the only one to read.
+/// `sources` are all ranks' pieces.
 #[inline]
-pub(crate) fn hand_back(me: usize, sources: &[Region]) {
-    for (rank, source) in sources.iter().enumerate() {
+pub(crate) fn hand_back(theirs: Theirs, me: usize, sources: &[Region]) {
+    for (rank, &source) in sources.iter().enumerate() {
         if rank != me {
-            source.claim();
+            theirs.hand_back(source);
         }
     }
 }

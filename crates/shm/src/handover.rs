@@ -506,6 +506,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use smddp_core::order::Order;
+
     use crate::geometry::SingleCopies;
 
     proptest! {
@@ -532,6 +534,7 @@ mod tests {
             node: "here".to_owned(),
             single_copy: SingleCopies::NONE,
             hands_back: false,
+            far: Order::FourPages,
             streams_from: None,
             deadline: Instant::now() + Duration::from_secs(60),
         }

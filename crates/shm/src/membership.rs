@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use smddp_core::order::Order;
+
 use crate::error::ShmError;
 use crate::geometry::{Agreed, SingleCopies};
 use crate::mask::MAX_LOCAL;
@@ -24,6 +26,8 @@ pub struct Membership {
     pub single_copy: SingleCopies,
     /// Whether who alone reads a piece hands its cache lines back. Local rank 0's word decides for the group.
     pub hands_back: bool,
+    /// The order in which much that comes from far is read. Local rank 0's word decides.
+    pub far: Order,
     /// Results of so many bytes, all ranks of the node together, are stored past the caches; `None`: never. Each rank does
     /// as it thinks best.
     pub streams_from: Option<usize>,
@@ -45,7 +49,7 @@ impl Membership {
 
     /// What the group does where this is local rank 0.
     pub(crate) fn agreed(&self) -> Agreed {
-        Agreed { single_copy: self.single_copy, hands_back: self.hands_back }
+        Agreed { single_copy: self.single_copy, hands_back: self.hands_back, far: self.far }
     }
 
     pub(crate) fn missing(&self, started: Instant, locals: impl Iterator<Item = usize>) -> ShmError {

@@ -357,7 +357,7 @@ impl Messages {
             match &incoming.target {
                 Target::Posted(message) => {
                     let place = message.region.slice(incoming.got, len);
-                    Theirs { hands_back: self.hands_back }.copy(place, data);
+                    Theirs::within(segment, self.hands_back).copy(place, data);
                 }
                 Target::Early => {
                     if let Some(Early { held: Held::Bytes(buffer), .. }) = lane.early.last_mut() {

@@ -478,10 +478,12 @@ mod tests {
     use super::*;
     use smddp_core::Region;
 
+    use crate::geometry::SingleCopies;
     use crate::probe::open;
 
     fn pair() -> [ShmNode; 2] {
-        let (mut ours, mut theirs) = open(&[(Geometry { slot: 4096, slots: 2 }, true)]).unwrap();
+        let agreed = Agreed { single_copy: SingleCopies::ALL, ..Agreed::default() };
+        let (mut ours, mut theirs) = open(&[(Geometry { slot: 4096, slots: 2 }, agreed)]).unwrap();
         [ours.remove(0), theirs.remove(0)]
     }
 

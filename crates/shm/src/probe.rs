@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
+use smddp_core::order::Order;
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
 
 use crate::error::ShmError;
-use crate::geometry::{Geometry, SingleCopies};
+use crate::geometry::{Agreed, Geometry, SingleCopies};
 use crate::handover::Listener;
 use crate::membership::Membership;
 use crate::node::ShmNode;
@@ -28,6 +29,9 @@ const DATA: usize = 4 << 20;
 /// All-reduces of so many bytes, all of the same.
 const BUCKET: usize = 1 << 20;
 const BUCKETS: usize = 3;
+/// All-reduces, all of the same, that show in which order to read: what a peer has written lies in its second cache.
+const NEAR: usize = 256 << 10;
+const NEARS: usize = 4;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 16 << 10;
 const PIECES: usize = 16;
@@ -60,10 +64,12 @@ pub struct SlotTimes {
 /// When the segments cannot be made, or those cores not be used.
 pub fn slots(
     candidates: &[Geometry],
+    far: Order,
     peer_cores: &[usize],
     limit: Duration,
 ) -> Result<Option<Vec<SlotTimes>>, Error> {
-    let candidates: Vec<_> = candidates.iter().map(|&geometry| (geometry, false)).collect();
+    let candidates: Vec<_> =
+        candidates.iter().map(|&geometry| (geometry, Agreed { far, ..Agreed::default() })).collect();
     let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_reduce_and_broadcast(node))?;
     let named =
         |[all_reduce, broadcast, handed_back]: [f64; 3]| SlotTimes { all_reduce, broadcast, handed_back };
@@ -79,25 +85,41 @@ pub struct BlockTimes {
     pub alone: f64,
 }
 
-/// The times through `geometry`'s slots, and straight between the ranks' private memory. Otherwise as [`slots`].
+/// The times through `geometry`'s slots, and straight between the ranks' private memory, all else as `agreed`. Otherwise as [`slots`].
 ///
 /// # Errors
 /// As [`slots`].
 pub fn blocks(
     geometry: Geometry,
+    agreed: Agreed,
     peer_cores: &[usize],
     limit: Duration,
 ) -> Result<Option<[BlockTimes; 2]>, Error> {
-    let candidates = [(geometry, false), (geometry, true)];
+    let candidates = [SingleCopies::NONE, SingleCopies::ALL]
+        .map(|single_copy| (geometry, Agreed { single_copy, ..agreed }));
     let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.blocks(node))?;
     let named = |[mutual, alone]: [f64; 2]| BlockTimes { mutual, alone };
     Ok(fastest.map(|times| [named(times[0]), named(times[1])]))
 }
 
-/// The fastest of each of the times that `measure` takes, for each candidate: slots, and whether large blocks are read from the
-/// peers' private memory.
+/// Fastest times, in seconds, of all-reduces of what a peer has just written, by each of `orders`. Otherwise as [`slots`].
+///
+/// # Errors
+/// As [`slots`].
+pub fn orders(
+    geometry: Geometry,
+    orders: [Order; 2],
+    peer_cores: &[usize],
+    limit: Duration,
+) -> Result<Option<[f64; 2]>, Error> {
+    let candidates = orders.map(|far| (geometry, Agreed { far, ..Agreed::default() }));
+    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.near(node))?;
+    Ok(fastest.map(|times| [times[0][0], times[1][0]]))
+}
+
+/// The fastest of each of the times that `measure` takes, for each candidate.
 fn fastest<const N: usize>(
-    candidates: &[(Geometry, bool)],
+    candidates: &[(Geometry, Agreed)],
     peer_cores: &[usize],
     limit: Duration,
     measure: Measure<N>,
@@ -132,25 +154,26 @@ fn move_to(cores: &[usize]) -> Result<(), Error> {
 }
 
 /// Both ranks' ends of a segment for each candidate.
-pub(crate) fn open(candidates: &[(Geometry, bool)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
-    let member = |local_rank, single_copy| Membership {
+pub(crate) fn open(candidates: &[(Geometry, Agreed)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
+    let member = |local_rank, agreed: Agreed| Membership {
         group: 0,
         secret: [0; 32],
         local_rank,
         ranks: vec![0, 1],
         node: "this machine".to_owned(),
-        single_copy: if single_copy { SingleCopies::ALL } else { SingleCopies::NONE },
-        hands_back: false,
+        single_copy: agreed.single_copy,
+        hands_back: agreed.hands_back,
+        far: agreed.far,
         streams_from: None,
         deadline: Instant::now() + HANDOVER,
     };
     let mut ends = (Vec::new(), Vec::new());
-    for &(geometry, single_copy) in candidates {
+    for &(geometry, agreed) in candidates {
         let listener = Listener::bind()?;
         let name = listener.name().to_owned();
         let (ours, theirs) = std::thread::scope(|scope| {
-            let peer = scope.spawn(|| ShmNode::connect(&name, &member(1, single_copy)));
-            let ours = listener.serve(&member(0, single_copy), geometry);
+            let peer = scope.spawn(|| ShmNode::connect(&name, &member(1, agreed)));
+            let ours = listener.serve(&member(0, agreed), geometry);
             let ended = ShmError::Parameters("the probe's second rank ended early".to_owned());
             (ours, peer.join().unwrap_or(Err(ended)))
         });
@@ -263,6 +286,15 @@ impl<'a> Rank<'a> {
             times[kind] = time;
         }
         Ok(Some(times))
+    }
+
+    /// Small all-reduces. `None` as above.
+    fn near(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
+        // SAFETY: as above.
+        let whole = unsafe { Region::of(&mut self.data) };
+        let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
+        let work = Work { collective: Collective::AllReduce, len: NEAR, shifts: &[0; NEARS] };
+        Ok(self.one_by_one(node, work, buffers)?.map(|time| [time]))
     }
 
     /// An all-to-all and an all-gather; a broadcast, and a look at what came of it. `None` as above.

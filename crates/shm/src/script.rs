@@ -19,7 +19,7 @@ use crate::mask::Mask;
 use crate::pen::Pen;
 use crate::ring::Ring;
 use crate::segment::Segment;
-use crate::theirs::{self, Theirs};
+use crate::theirs::Theirs;
 
 /// Keeps its memory when it is written anew.
 #[derive(Debug, Default)]
@@ -235,7 +235,7 @@ impl Playing<'_> {
             Source::Own => dst.copy_from(buffers.at(take.src, shift)),
             Source::Peer { rank, offset } => {
                 let theirs = self.theirs(rank, offset, take, ring);
-                Theirs { hands_back: self.script.hands_back }.copy(dst, theirs);
+                self.reading().copy(dst, theirs);
             }
             Source::All { offsets, finish, in_place } => {
                 let own = if in_place { dst } else { buffers.at(take.src, shift) };
@@ -244,13 +244,16 @@ impl Playing<'_> {
                     let source = if rank == self.me { own } else { self.theirs(rank, offset, take, ring) };
                     self.sources.push(source);
                 }
-                let pass = Pass { order: theirs::order(dst.len()), ..Pass::default() };
+                let pass = Pass { order: self.reading().order(dst.len()), ..Pass::default() };
                 combine_and(pass, self.run.arith, finish, dst, self.sources);
-                if self.script.hands_back {
-                    hand_back(self.me, self.sources);
-                }
+                hand_back(self.reading(), self.me, self.sources);
             }
         }
+    }
+
+    #[inline]
+    fn reading(&self) -> Theirs {
+        Theirs::within(self.segment, self.script.hands_back)
     }
 
     /// What `take` reads of `rank`.

@@ -16,6 +16,7 @@ use std::ptr::NonNull;
 use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags};
 use smddp_core::Region;
+use smddp_core::order::Order;
 
 use crate::deal::{DEALS, Deal};
 use crate::error::ShmError;
@@ -28,6 +29,7 @@ use crate::sync::{AtomicU32, AtomicU64};
 pub(crate) struct Segment {
     base: NonNull<u8>,
     layout: Layout,
+    agreed: Agreed,
 }
 
 // SAFETY: the mapping is not tied to a thread, and everything in it is shared under the protocols' rules (L1).
@@ -45,7 +47,7 @@ impl Segment {
     ) -> Result<(Segment, OwnedFd), ShmError> {
         let total = layout.total();
         let file = memfd::create("smddp-group", total)?;
-        let segment = Segment::map(&file, layout)?;
+        let segment = Segment::map(&file, layout, agreed)?;
         segment.allocate(&file, 0)?;
         // SAFETY: the header is the first thing in the mapping, nobody else has it yet.
         unsafe { segment.base.cast::<Header>().write(layout.header(group, agreed, pid_space)) };
@@ -69,13 +71,13 @@ impl Segment {
         let read = rustix::io::pread(file, bytemuck::bytes_of_mut(&mut header), 0)
             .map_err(|e| ShmError::system("reading a segment's header", e))?;
         let layout = check(&header, read, size as u64, group, local_size)?;
-        let segment = Segment::map(file, layout)?;
+        let segment = Segment::map(file, layout, header.agreed())?;
         segment.allocate(file, rank)?;
         Ok((segment, header))
     }
 
-    fn map(file: impl AsFd, layout: Layout) -> Result<Segment, ShmError> {
-        Ok(Segment { base: memfd::map(file, layout.total(), MapFlags::empty())?, layout })
+    fn map(file: impl AsFd, layout: Layout, agreed: Agreed) -> Result<Segment, ShmError> {
+        Ok(Segment { base: memfd::map(file, layout.total(), MapFlags::empty())?, layout, agreed })
     }
 
     /// M2 for the share of `rank`.
@@ -96,6 +98,12 @@ impl Segment {
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// As [`Agreed::far`].
+    #[inline]
+    pub(crate) fn far(&self) -> Order {
+        self.agreed.far
     }
 
     /// A reference to the `T` at `offset`.
@@ -234,8 +242,11 @@ mod tests {
     use super::*;
     use crate::geometry::SingleCopies;
 
-    const AGREED: Agreed =
-        Agreed { single_copy: SingleCopies { mutual: true, alone: false }, hands_back: false };
+    const AGREED: Agreed = Agreed {
+        single_copy: SingleCopies { mutual: true, alone: false },
+        hands_back: false,
+        far: Order::FourPages,
+    };
 
     fn layout() -> Layout {
         Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(3), 3)

@@ -7,6 +7,7 @@ mod common;
 use common::{Memory, arith, call, drive, membership, on_members, one_phase, run, span_move};
 use proptest::prelude::*;
 use smddp_core::dtype::{DType, ReduceOp};
+use smddp_core::order::Order;
 use smddp_core::plan::{Span, Who};
 use smddp_core::transport::{Ctx, NodeLocal, Patience};
 use smddp_shm::{Geometry, Membership};
@@ -27,9 +28,10 @@ proptest! {
         size in 2usize..4,
         at_once in any::<bool>(),
         hands_back in any::<bool>(),
+        far in prop::sample::select(vec![Order::Straight, Order::FourPages]),
         calls in prop::collection::vec((prop_oneof![1usize..200, 100_000usize..150_000, 200_000usize..900_000], any::<bool>()), 1..20),
     ) {
-        let member = |group, rank, size| Membership { hands_back, ..membership(group, rank, size) };
+        let member = |group, rank, size| Membership { hands_back, far, ..membership(group, rank, size) };
         let results = on_members(size, LARGE, member, |rank, mut node| {
             let mut wrong = Vec::new();
             for (number, &(len, symmetric)) in calls.iter().enumerate() {

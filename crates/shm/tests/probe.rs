@@ -4,8 +4,11 @@
 
 use std::time::Duration;
 
-use smddp_shm::Geometry;
+use smddp_core::order::Order;
 use smddp_shm::probe;
+use smddp_shm::{Agreed, Geometry};
+
+const ORDERS: [Order; 2] = [Order::Straight, Order::FourPages];
 
 fn cores() -> Vec<usize> {
     let all = rustix::thread::sched_getaffinity(None).unwrap();
@@ -15,24 +18,34 @@ fn cores() -> Vec<usize> {
 #[test]
 fn every_candidate_gets_a_time() {
     let candidates = [Geometry::USUAL, Geometry { slot: 64 << 10, slots: 2 }];
-    let slots = probe::slots(&candidates, &cores(), Duration::from_secs(60)).unwrap().unwrap();
+    let slots =
+        probe::slots(&candidates, Order::FourPages, &cores(), Duration::from_secs(60)).unwrap().unwrap();
     assert_eq!(slots.len(), candidates.len());
-    let blocks = probe::blocks(Geometry::USUAL, &cores(), Duration::from_secs(60)).unwrap().unwrap();
+    let blocks = probe::blocks(Geometry::USUAL, Agreed::default(), &cores(), Duration::from_secs(60))
+        .unwrap()
+        .unwrap();
+    let orders = probe::orders(Geometry::USUAL, ORDERS, &cores(), Duration::from_secs(60)).unwrap().unwrap();
     let all = slots
         .iter()
         .flat_map(|t| [t.all_reduce, t.broadcast, t.handed_back])
-        .chain(blocks.iter().flat_map(|t| [t.mutual, t.alone]));
-    assert!(all.into_iter().all(|t| t > 0.0 && t.is_finite()), "{slots:?} {blocks:?}");
+        .chain(blocks.iter().flat_map(|t| [t.mutual, t.alone]))
+        .chain(orders);
+    assert!(all.into_iter().all(|t| t > 0.0 && t.is_finite()), "{slots:?} {blocks:?} {orders:?}");
 }
 
 #[test]
 fn it_ends_at_its_limit_without_a_result() {
-    assert!(probe::slots(&[Geometry::USUAL; 8], &cores(), Duration::ZERO).unwrap().is_none());
-    assert!(probe::blocks(Geometry::USUAL, &cores(), Duration::ZERO).unwrap().is_none());
+    assert!(
+        probe::slots(&[Geometry::USUAL; 8], Order::Straight, &cores(), Duration::ZERO).unwrap().is_none()
+    );
+    assert!(probe::orders(Geometry::USUAL, ORDERS, &cores(), Duration::ZERO).unwrap().is_none());
+    assert!(probe::blocks(Geometry::USUAL, Agreed::default(), &cores(), Duration::ZERO).unwrap().is_none());
 }
 
 #[test]
 fn cores_that_cannot_be_used_are_an_error_and_no_wait() {
-    let error = probe::slots(&[Geometry::USUAL], &[], Duration::from_secs(3600)).unwrap_err().to_string();
+    let error = probe::slots(&[Geometry::USUAL], Order::Straight, &[], Duration::from_secs(3600))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("cannot run on cores []"), "{error}");
 }

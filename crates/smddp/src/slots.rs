@@ -1,5 +1,5 @@
-//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and which calls' large blocks go straight between the
-//! ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
+//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, in which order they read much, and which calls' large
+//! blocks go straight between the ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
 //!
 //! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
@@ -11,12 +11,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use smddp_core::order::Order;
 use smddp_core::settings::Settings;
 use smddp_shm::probe::{self, BlockTimes, SlotTimes};
-use smddp_shm::{Geometry, SingleCopies};
+use smddp_shm::{Agreed, Geometry, SingleCopies};
 
 /// Grows when what is measured, or what runs, changes.
-const VERSION: u32 = 9;
+const VERSION: u32 = 10;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
@@ -24,6 +25,8 @@ const CANDIDATES: [Geometry; 4] = [
     Geometry { slot: 512 << 10, slots: 4 },
     Geometry { slot: 1 << 20, slots: 4 },
 ];
+
+const ORDERS: [Order; 2] = [Order::Straight, Order::FourPages];
 
 /// What groups use of a node's shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,12 +36,18 @@ pub struct Choice {
     pub single_copy: SingleCopies,
     /// Readers hand cache lines back, where `SMDDP_SHM_HAND_BACK` says nothing else.
     pub hands_back: bool,
+    /// How much that comes from far is read, where `SMDDP_SHM_FOUR_PAGES` says nothing else.
+    pub far: Order,
 }
 
 impl Choice {
     /// Where nothing better is known.
-    pub const USUAL: Choice =
-        Choice { geometry: Geometry::USUAL, single_copy: SingleCopies::ALL, hands_back: false };
+    pub const USUAL: Choice = Choice {
+        geometry: Geometry::USUAL,
+        single_copy: SingleCopies::ALL,
+        hands_back: false,
+        far: Order::Straight,
+    };
 }
 
 /// Other slots must take at most so much of the usual ones' time: they take more memory, and the fastest times of two probes differ
@@ -47,13 +56,17 @@ const WORTH: f64 = 0.95;
 /// Handing lines back must take at most so much of the time without: where it gains nothing, what was written to leaves the caches
 /// once more, and large broadcasts take up to a third longer.
 const WORTH_HANDING: f64 = 0.95;
+/// Four pages at once must take at most so much of the time of one behind the other.
+const WORTH_FOUR_PAGES: f64 = 0.95;
 /// Slots must take at most so much of single copies' time: a machine that others use as well differs by a tenth from one moment to
 /// the next.
-const WORTH_SLOTS: f64 = 0.85;
+const WORTH_SLOTS: f64 = 0.9;
 /// Taking the segments down comes on top.
 const LIMIT: Duration = Duration::from_millis(70);
 /// For single copies, besides.
 const BLOCKS_LIMIT: Duration = Duration::from_millis(20);
+/// And for orders.
+const ORDERS_LIMIT: Duration = Duration::from_millis(10);
 
 /// Where a choice comes from, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,22 +149,28 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let ways = |way: u32| [way & 1, way & 2, way & 4].map(|bit| bit > 0);
+        let ways = |way: u32| [way & 1, way & 2, way & 4, way & 8].map(|bit| bit > 0);
         let mut choices = CANDIDATES.into_iter().flat_map(|geometry| {
-            (0..8).map(ways).map(move |[mutual, alone, hands_back]| Choice {
+            (0..16).map(ways).map(move |[mutual, alone, hands_back, four_pages]| Choice {
                 geometry,
                 single_copy: SingleCopies { mutual, alone },
                 hands_back,
+                far: order(four_pages),
             })
         });
         choices.find(|&choice| found == words(choice))
     })
 }
 
+fn order(four_pages: bool) -> Order {
+    ORDERS[usize::from(four_pages)]
+}
+
 fn words(choice: Choice) -> String {
-    let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back } = choice;
-    let bits = [single_copy.mutual, single_copy.alone, hands_back].map(u8::from);
-    format!("{slot} {slots} {} {} {}", bits[0], bits[1], bits[2])
+    let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back, far } = choice;
+    let ways = [single_copy.mutual, single_copy.alone, hands_back, far == Order::FourPages];
+    let [mutual, alone, hands_back, four_pages] = ways.map(u8::from);
+    format!("{slot} {slots} {mutual} {alone} {hands_back} {four_pages}")
 }
 
 /// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
@@ -162,16 +181,20 @@ fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> 
     let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(said("cannot write"))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| "another process is measuring".to_owned())?;
-    let slots = probe::slots(&CANDIDATES, peer_cores, limit).map_err(|e| e.to_string())?;
+    let orders = probe::orders(Geometry::USUAL, ORDERS, peer_cores, ORDERS_LIMIT.min(limit));
+    let orders = orders.map_err(|e| e.to_string())?;
+    let far = orders.map_or(Choice::USUAL.far, |times| order(pays(times)));
+    let slots = probe::slots(&CANDIDATES, far, peer_cores, limit).map_err(|e| e.to_string())?;
     let slots = slots.ok_or_else(|| format!("no result within {limit:?}"))?;
-    let copies = probe::blocks(Geometry::USUAL, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
+    let (geometry, hands_back) = best(&slots);
+    let agreed = Agreed { hands_back, far, ..Agreed::default() };
+    let copies = probe::blocks(geometry, agreed, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
     let single_copy = match copies {
         Ok(Some(times)) => paying(times),
         _ => Choice::USUAL.single_copy,
     };
-    let (geometry, hands_back) = best(&slots);
-    let found = Choice { geometry, single_copy, hands_back };
-    tracing::info!(?slots, ?copies, ?found, "shared memory was measured");
+    let found = Choice { geometry, single_copy, hands_back, far };
+    tracing::info!(?orders, ?slots, ?copies, ?found, "shared memory was measured");
     // One write, so that a reader sees the whole line or none.
     io::Write::write_all(&mut &file, format!("{machine} = {}\n", words(found)).as_bytes())
         .map_err(said("cannot write"))?;
@@ -191,6 +214,11 @@ fn best(times: &[SlotTimes]) -> (Geometry, bool) {
         _ => Geometry::USUAL,
     };
     (geometry, hands_back)
+}
+
+/// Whether four pages at once are worth it. `times` are those of [`ORDERS`].
+fn pays([straight, four_pages]: [f64; 2]) -> bool {
+    four_pages < WORTH_FOUR_PAGES * straight
 }
 
 /// Single copies stay unless slots are clearly faster. `times` are those of slots and of single copies.
@@ -239,9 +267,14 @@ mod tests {
     fn single_copies_stay_unless_slots_are_clearly_faster() {
         let slots =
             |mutual, alone| paying([BlockTimes { mutual, alone }, BlockTimes { mutual: 1.0, alone: 1.0 }]);
-        assert_eq!(slots(1.1, 0.9), SingleCopies::ALL);
-        assert_eq!(slots(0.8, 0.9), SingleCopies { mutual: false, alone: true });
-        assert_eq!(slots(0.9, 0.8), SingleCopies { mutual: true, alone: false });
+        assert_eq!(slots(1.1, 0.95), SingleCopies::ALL);
+        assert_eq!(slots(0.85, 0.95), SingleCopies { mutual: false, alone: true });
+        assert_eq!(slots(0.95, 0.85), SingleCopies { mutual: true, alone: false });
+    }
+
+    #[test]
+    fn four_pages_at_once_must_be_clearly_faster() {
+        assert!(pays([1.0, 0.94]) && !pays([1.0, 0.96]) && !pays([1.0, 1.4]));
     }
 
     #[test]
@@ -260,14 +293,14 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 262144 4 0 1 1\n1 2 x this = 262144 4 0 1\n1 2 x this = 12 4 1 0 0\nnonsense\n1 4 x this = 524288 4 1 0 0\n0 2 x this = 262144 4 1 1 1\n";
+        let lines = "1 2 x this = 262144 4 0 1 1 1\n1 2 x this = 262144 4 0 1 1\n1 2 x this = 12 4 1 0 0 1\nnonsense\n1 4 x this = 524288 4 1 0 0 0\n0 2 x this = 262144 4 1 1 1 1\n";
         fs::write(&path, lines).unwrap();
-        let choice = |at: usize, mutual, alone, hands_back| {
+        let choice = |at: usize, mutual, alone, hands_back, far| {
             let single_copy = SingleCopies { mutual, alone };
-            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back })
+            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back, far })
         };
-        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true));
-        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false));
+        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true, Order::FourPages));
+        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false, Order::Straight));
         assert_eq!(remembered(&path, "1 8 x this"), None);
         fs::remove_dir_all(folder).unwrap();
     }

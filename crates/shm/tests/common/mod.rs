@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use smddp_core::call::{Call, Collective, PackedCall};
 use smddp_core::dtype::{DType, ReduceOp};
+use smddp_core::order::Order;
 use smddp_core::plan::{Move, Op, Plan, Span, Who};
 use smddp_core::transport::{Arith, Buffers, Ctx, NodeLocal, PhaseRun};
 use smddp_core::{Error, Region};
@@ -29,6 +30,7 @@ pub fn membership(group: u64, local_rank: usize, size: usize) -> Membership {
         node: "here".to_owned(),
         single_copy: SingleCopies::ALL,
         hands_back: true,
+        far: Order::FourPages,
         streams_from: None,
         deadline: Instant::now() + PATIENCE,
     }
