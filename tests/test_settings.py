@@ -181,7 +181,7 @@ def this_machine() -> str:
 def test_what_was_found_before_is_used_and_not_measured_again(tmp_path: Path) -> None:
     kept = tmp_path / "smdistributed_rs/slots"
     kept.parent.mkdir()
-    kept.write_text(line := f"{this_machine()} = {1 << 20} 4 1 1 0 0\n")
+    kept.write_text(line := f"{this_machine()} = {1 << 20} 4 1 1 0\n")
     found = shared(XDG_CACHE_HOME=str(tmp_path))
     assert found == shared(SMDDP_SHM_SLOT="1M", SMDDP_SHM_SLOTS="4")
     assert found > 2 * shared()

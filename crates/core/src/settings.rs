@@ -129,7 +129,7 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_FOUR_PAGES",
         Kind::Choice(&["auto", "on", "off"]),
         "auto",
-        "read what another rank has written, 32 KiB and more, and shared tensors of 16 MiB and more, a little of each of four pages in turn (faster on some CPUs, slower on others). auto: if the probe measured a gain",
+        "read what another rank has written, from 32 KiB on, and shared tensors, from 16 MiB on, a little of each of four pages in turn (faster on some CPUs, slower on others). auto: where a set of the first cache has 12 lines or more",
     ),
     row(
         "SMDDP_SHM_STREAM",

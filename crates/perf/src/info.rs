@@ -132,8 +132,9 @@ fn slots(settings: &Settings) -> String {
         (false, false) => ", faster than single copies",
     };
     let hands_back = if choice.hands_back { ", cache lines handed back" } else { "" };
-    let order = if choice.far == Order::FourPages { ", four pages read at once" } else { "" };
-    format!("{} of {} KiB ({why}{single_copy}{hands_back}{order})", geometry.slots, geometry.slot >> 10)
+    let four_pages = smddp::caches::far(settings) == Order::FourPages;
+    let pages = if four_pages { ", four pages read at once" } else { "" };
+    format!("{} of {} KiB ({why}{single_copy}{hands_back}{pages})", geometry.slots, geometry.slot >> 10)
 }
 
 fn model() -> String {

@@ -546,7 +546,9 @@ impl<'a> Work<'a> {
                         dst,
                         self.sources,
                     );
-                    hand_back(theirs, self.me, self.sources);
+                    if at.group.hands_back {
+                        hand_back(self.me, self.sources);
+                    }
                     if streams { n } else { 0 }
                 }
             };
@@ -582,8 +584,8 @@ fn copy_within(dst: Region, source: Region, streams: bool, theirs: Option<Theirs
     if streams {
         dst.stream_from(source);
         settle();
-        if let Some(theirs) = theirs {
-            theirs.hand_back(source);
+        if theirs.is_some_and(|theirs| theirs.hands_back) {
+            source.claim();
         }
         return dst.len();
     }
@@ -594,13 +596,13 @@ fn copy_within(dst: Region, source: Region, streams: bool, theirs: Option<Theirs
     0
 }
 
-/// Hands the lines of its peers' pieces back, if they go back, which rank `me` has combined and is the only one to read.
-/// `sources` are all ranks' pieces.
+/// Hands the lines of its peers' pieces back, which rank `me` has combined and is the only one to read. `sources` are all
+/// ranks' pieces.
 #[inline]
-pub(crate) fn hand_back(theirs: Theirs, me: usize, sources: &[Region]) {
-    for (rank, &source) in sources.iter().enumerate() {
+pub(crate) fn hand_back(me: usize, sources: &[Region]) {
+    for (rank, source) in sources.iter().enumerate() {
         if rank != me {
-            theirs.hand_back(source);
+            source.claim();
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use bytemuck::{Pod, Zeroable};
 use smddp_core::Collective;
-use smddp_core::order::Order;
 
 use crate::deal::{DEALS, Deal};
 use crate::layout::{AbortCell, Alerts, Control};
@@ -84,8 +83,6 @@ pub struct Agreed {
     pub single_copy: SingleCopies,
     /// Who alone reads a piece hands its cache lines back ([`Region::take_from`](smddp_core::Region::take_from)).
     pub hands_back: bool,
-    /// The order in which much that comes from far is read: what a peer has written, and much shared memory.
-    pub far: Order,
 }
 
 /// The first bytes of a segment.
@@ -101,20 +98,18 @@ pub(crate) struct Header {
     pub(crate) total: u64,
     /// As [`Agreed`] says, 1 or 0 each.
     pub(crate) single_copy: [u16; 2],
-    pub(crate) hands_back: u16,
-    pub(crate) four_pages: u16,
+    pub(crate) hands_back: u32,
     /// Identity of the pid namespace in which the table of pids is to be read.
     pub(crate) pid_space: u64,
 }
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"smddpshm");
-pub(crate) const VERSION: u32 = 7;
+pub(crate) const VERSION: u32 = 6;
 
 impl Header {
     pub(crate) fn agreed(&self) -> Agreed {
         let [mutual, alone] = self.single_copy.map(|word| word == 1);
-        let far = if self.four_pages == 1 { Order::FourPages } else { Order::Straight };
-        Agreed { single_copy: SingleCopies { mutual, alone }, hands_back: self.hands_back == 1, far }
+        Agreed { single_copy: SingleCopies { mutual, alone }, hands_back: self.hands_back == 1 }
     }
 }
 
@@ -221,7 +216,6 @@ impl Layout {
             total: self.total() as u64,
             single_copy: [agreed.single_copy.mutual, agreed.single_copy.alone].map(u16::from),
             hands_back: agreed.hands_back.into(),
-            four_pages: (agreed.far == Order::FourPages).into(),
             pid_space,
         }
     }

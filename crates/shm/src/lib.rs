@@ -89,7 +89,7 @@ mod loom_tests;
 #[cfg(not(loom))]
 pub use error::ShmError;
 #[cfg(not(loom))]
-pub use geometry::{Agreed, Geometry, SingleCopies};
+pub use geometry::{Geometry, SingleCopies};
 #[cfg(not(loom))]
 pub use handover::Listener;
 pub use mask::MAX_LOCAL;

@@ -26,7 +26,7 @@ pub struct Membership {
     pub single_copy: SingleCopies,
     /// Whether who alone reads a piece hands its cache lines back. Local rank 0's word decides for the group.
     pub hands_back: bool,
-    /// The order in which much that comes from far is read. Local rank 0's word decides.
+    /// The order in which this rank reads much that comes from far: what a peer has written, and shared memory.
     pub far: Order,
     /// Results of so many bytes, all ranks of the node together, are stored past the caches; `None`: never. Each rank does
     /// as it thinks best.
@@ -49,7 +49,7 @@ impl Membership {
 
     /// What the group does where this is local rank 0.
     pub(crate) fn agreed(&self) -> Agreed {
-        Agreed { single_copy: self.single_copy, hands_back: self.hands_back, far: self.far }
+        Agreed { single_copy: self.single_copy, hands_back: self.hands_back }
     }
 
     pub(crate) fn missing(&self, started: Instant, locals: impl Iterator<Item = usize>) -> ShmError {

@@ -53,7 +53,8 @@ pub struct ShmNode {
 }
 
 impl ShmNode {
-    pub(crate) fn new(segment: Segment, who: &Membership, peers: Peers, agreed: Agreed) -> ShmNode {
+    pub(crate) fn new(mut segment: Segment, who: &Membership, peers: Peers, agreed: Agreed) -> ShmNode {
+        segment.read_in(who.far);
         let geometry = segment.layout().geometry;
         let size = who.ranks.len();
         let segment = Arc::new(segment);
@@ -477,13 +478,15 @@ mod tests {
 
     use super::*;
     use smddp_core::Region;
+    use smddp_core::order::Order;
 
     use crate::geometry::SingleCopies;
     use crate::probe::open;
 
     fn pair() -> [ShmNode; 2] {
         let agreed = Agreed { single_copy: SingleCopies::ALL, ..Agreed::default() };
-        let (mut ours, mut theirs) = open(&[(Geometry { slot: 4096, slots: 2 }, agreed)]).unwrap();
+        let (mut ours, mut theirs) =
+            open(&[(Geometry { slot: 4096, slots: 2 }, agreed)], Order::Straight).unwrap();
         [ours.remove(0), theirs.remove(0)]
     }
 

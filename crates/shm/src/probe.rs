@@ -29,9 +29,6 @@ const DATA: usize = 4 << 20;
 /// All-reduces of so many bytes, all of the same.
 const BUCKET: usize = 1 << 20;
 const BUCKETS: usize = 3;
-/// All-reduces, all of the same, that show in which order to read: what a peer has written lies in its second cache.
-const NEAR: usize = 256 << 10;
-const NEARS: usize = 4;
 /// Broadcasts of so many bytes.
 const PIECE: usize = 16 << 10;
 const PIECES: usize = 16;
@@ -57,8 +54,8 @@ pub struct SlotTimes {
     pub handed_back: f64,
 }
 
-/// Times of each of `candidates`. They take turns for as long as `limit` allows, between this thread and another that runs on
-/// `peer_cores`. `None` where the time was too short to tell.
+/// Times of each of `candidates`, much being read in the order `far`. They take turns for as long as `limit` allows, between this thread and another that
+/// runs on `peer_cores`. `None` where the time was too short to tell.
 ///
 /// # Errors
 /// When the segments cannot be made, or those cores not be used.
@@ -68,9 +65,9 @@ pub fn slots(
     peer_cores: &[usize],
     limit: Duration,
 ) -> Result<Option<Vec<SlotTimes>>, Error> {
-    let candidates: Vec<_> =
-        candidates.iter().map(|&geometry| (geometry, Agreed { far, ..Agreed::default() })).collect();
-    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.all_reduce_and_broadcast(node))?;
+    let candidates: Vec<_> = candidates.iter().map(|&geometry| (geometry, Agreed::default())).collect();
+    let fastest =
+        fastest(&candidates, far, peer_cores, limit, |rank, node| rank.all_reduce_and_broadcast(node))?;
     let named =
         |[all_reduce, broadcast, handed_back]: [f64; 3]| SlotTimes { all_reduce, broadcast, handed_back };
     Ok(fastest.map(|times| times.into_iter().map(named).collect()))
@@ -85,46 +82,33 @@ pub struct BlockTimes {
     pub alone: f64,
 }
 
-/// The times through `geometry`'s slots, and straight between the ranks' private memory, all else as `agreed`. Otherwise as [`slots`].
+/// The times through `geometry`'s slots, with lines handed back or not, and straight between the ranks' private memory. Otherwise as [`slots`].
 ///
 /// # Errors
 /// As [`slots`].
 pub fn blocks(
     geometry: Geometry,
-    agreed: Agreed,
+    hands_back: bool,
+    far: Order,
     peer_cores: &[usize],
     limit: Duration,
 ) -> Result<Option<[BlockTimes; 2]>, Error> {
     let candidates = [SingleCopies::NONE, SingleCopies::ALL]
-        .map(|single_copy| (geometry, Agreed { single_copy, ..agreed }));
-    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.blocks(node))?;
+        .map(|single_copy| (geometry, Agreed { single_copy, hands_back }));
+    let fastest = fastest(&candidates, far, peer_cores, limit, |rank, node| rank.blocks(node))?;
     let named = |[mutual, alone]: [f64; 2]| BlockTimes { mutual, alone };
     Ok(fastest.map(|times| [named(times[0]), named(times[1])]))
-}
-
-/// Fastest times, in seconds, of all-reduces of what a peer has just written, by each of `orders`. Otherwise as [`slots`].
-///
-/// # Errors
-/// As [`slots`].
-pub fn orders(
-    geometry: Geometry,
-    orders: [Order; 2],
-    peer_cores: &[usize],
-    limit: Duration,
-) -> Result<Option<[f64; 2]>, Error> {
-    let candidates = orders.map(|far| (geometry, Agreed { far, ..Agreed::default() }));
-    let fastest = fastest(&candidates, peer_cores, limit, |rank, node| rank.near(node))?;
-    Ok(fastest.map(|times| [times[0][0], times[1][0]]))
 }
 
 /// The fastest of each of the times that `measure` takes, for each candidate.
 fn fastest<const N: usize>(
     candidates: &[(Geometry, Agreed)],
+    far: Order,
     peer_cores: &[usize],
     limit: Duration,
     measure: Measure<N>,
 ) -> Result<Option<Vec<[f64; N]>>, Error> {
-    let (ours, theirs) = open(candidates)?;
+    let (ours, theirs) = open(candidates, far)?;
     let deadline = Instant::now() + limit;
     let meeting = Meeting::default();
     std::thread::scope(|scope| {
@@ -154,7 +138,10 @@ fn move_to(cores: &[usize]) -> Result<(), Error> {
 }
 
 /// Both ranks' ends of a segment for each candidate.
-pub(crate) fn open(candidates: &[(Geometry, Agreed)]) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
+pub(crate) fn open(
+    candidates: &[(Geometry, Agreed)],
+    far: Order,
+) -> Result<(Vec<ShmNode>, Vec<ShmNode>), ShmError> {
     let member = |local_rank, agreed: Agreed| Membership {
         group: 0,
         secret: [0; 32],
@@ -163,7 +150,7 @@ pub(crate) fn open(candidates: &[(Geometry, Agreed)]) -> Result<(Vec<ShmNode>, V
         node: "this machine".to_owned(),
         single_copy: agreed.single_copy,
         hands_back: agreed.hands_back,
-        far: agreed.far,
+        far,
         streams_from: None,
         deadline: Instant::now() + HANDOVER,
     };
@@ -286,15 +273,6 @@ impl<'a> Rank<'a> {
             times[kind] = time;
         }
         Ok(Some(times))
-    }
-
-    /// Small all-reduces. `None` as above.
-    fn near(&mut self, node: &mut ShmNode) -> Result<Option<[f64; 1]>, Error> {
-        // SAFETY: as above.
-        let whole = unsafe { Region::of(&mut self.data) };
-        let buffers = Buffers { input: whole, output: whole, scratch: Region::EMPTY };
-        let work = Work { collective: Collective::AllReduce, len: NEAR, shifts: &[0; NEARS] };
-        Ok(self.one_by_one(node, work, buffers)?.map(|time| [time]))
     }
 
     /// An all-to-all and an all-gather; a broadcast, and a look at what came of it. `None` as above.

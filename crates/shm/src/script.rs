@@ -246,7 +246,9 @@ impl Playing<'_> {
                 }
                 let pass = Pass { order: self.reading().order(dst.len()), ..Pass::default() };
                 combine_and(pass, self.run.arith, finish, dst, self.sources);
-                hand_back(self.reading(), self.me, self.sources);
+                if self.script.hands_back {
+                    hand_back(self.me, self.sources);
+                }
             }
         }
     }

@@ -29,7 +29,7 @@ use crate::sync::{AtomicU32, AtomicU64};
 pub(crate) struct Segment {
     base: NonNull<u8>,
     layout: Layout,
-    agreed: Agreed,
+    far: Order,
 }
 
 // SAFETY: the mapping is not tied to a thread, and everything in it is shared under the protocols' rules (L1).
@@ -47,7 +47,7 @@ impl Segment {
     ) -> Result<(Segment, OwnedFd), ShmError> {
         let total = layout.total();
         let file = memfd::create("smddp-group", total)?;
-        let segment = Segment::map(&file, layout, agreed)?;
+        let segment = Segment::map(&file, layout)?;
         segment.allocate(&file, 0)?;
         // SAFETY: the header is the first thing in the mapping, nobody else has it yet.
         unsafe { segment.base.cast::<Header>().write(layout.header(group, agreed, pid_space)) };
@@ -71,13 +71,17 @@ impl Segment {
         let read = rustix::io::pread(file, bytemuck::bytes_of_mut(&mut header), 0)
             .map_err(|e| ShmError::system("reading a segment's header", e))?;
         let layout = check(&header, read, size as u64, group, local_size)?;
-        let segment = Segment::map(file, layout, header.agreed())?;
+        let segment = Segment::map(file, layout)?;
         segment.allocate(file, rank)?;
         Ok((segment, header))
     }
 
-    fn map(file: impl AsFd, layout: Layout, agreed: Agreed) -> Result<Segment, ShmError> {
-        Ok(Segment { base: memfd::map(file, layout.total(), MapFlags::empty())?, layout, agreed })
+    fn map(file: impl AsFd, layout: Layout) -> Result<Segment, ShmError> {
+        Ok(Segment {
+            base: memfd::map(file, layout.total(), MapFlags::empty())?,
+            layout,
+            far: Order::Straight,
+        })
     }
 
     /// M2 for the share of `rank`.
@@ -100,10 +104,15 @@ impl Segment {
         &self.layout
     }
 
-    /// As [`Agreed::far`].
+    /// Much of it is read in this order from now on.
+    pub(crate) fn read_in(&mut self, far: Order) {
+        self.far = far;
+    }
+
+    /// The order in which this rank reads much of it.
     #[inline]
     pub(crate) fn far(&self) -> Order {
-        self.agreed.far
+        self.far
     }
 
     /// A reference to the `T` at `offset`.
@@ -242,11 +251,8 @@ mod tests {
     use super::*;
     use crate::geometry::SingleCopies;
 
-    const AGREED: Agreed = Agreed {
-        single_copy: SingleCopies { mutual: true, alone: false },
-        hands_back: false,
-        far: Order::FourPages,
-    };
+    const AGREED: Agreed =
+        Agreed { single_copy: SingleCopies { mutual: true, alone: false }, hands_back: false };
 
     fn layout() -> Layout {
         Layout::new(Geometry { slot: 4096, slots: 2 }.fitted(3), 3)

@@ -12,7 +12,7 @@ const FAR: usize = 32 << 10;
 #[derive(Clone, Copy)]
 pub(crate) struct Theirs {
     /// Its lines go back to the peer.
-    hands_back: bool,
+    pub(crate) hands_back: bool,
     /// The order in which much of it is read.
     far: Order,
 }
@@ -35,14 +35,6 @@ impl Theirs {
             dst.take_from(source);
         } else {
             dst.copy_in(self.order(dst.len()), source);
-        }
-    }
-
-    /// Its lines, which were read, go back.
-    #[inline]
-    pub(crate) fn hand_back(self, source: Region) {
-        if self.hands_back {
-            source.claim();
         }
     }
 }

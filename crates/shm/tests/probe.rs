@@ -5,10 +5,8 @@
 use std::time::Duration;
 
 use smddp_core::order::Order;
+use smddp_shm::Geometry;
 use smddp_shm::probe;
-use smddp_shm::{Agreed, Geometry};
-
-const ORDERS: [Order; 2] = [Order::Straight, Order::FourPages];
 
 fn cores() -> Vec<usize> {
     let all = rustix::thread::sched_getaffinity(None).unwrap();
@@ -21,16 +19,14 @@ fn every_candidate_gets_a_time() {
     let slots =
         probe::slots(&candidates, Order::FourPages, &cores(), Duration::from_secs(60)).unwrap().unwrap();
     assert_eq!(slots.len(), candidates.len());
-    let blocks = probe::blocks(Geometry::USUAL, Agreed::default(), &cores(), Duration::from_secs(60))
+    let blocks = probe::blocks(Geometry::USUAL, true, Order::Straight, &cores(), Duration::from_secs(60))
         .unwrap()
         .unwrap();
-    let orders = probe::orders(Geometry::USUAL, ORDERS, &cores(), Duration::from_secs(60)).unwrap().unwrap();
     let all = slots
         .iter()
         .flat_map(|t| [t.all_reduce, t.broadcast, t.handed_back])
-        .chain(blocks.iter().flat_map(|t| [t.mutual, t.alone]))
-        .chain(orders);
-    assert!(all.into_iter().all(|t| t > 0.0 && t.is_finite()), "{slots:?} {blocks:?} {orders:?}");
+        .chain(blocks.iter().flat_map(|t| [t.mutual, t.alone]));
+    assert!(all.into_iter().all(|t| t > 0.0 && t.is_finite()), "{slots:?} {blocks:?}");
 }
 
 #[test]
@@ -38,8 +34,9 @@ fn it_ends_at_its_limit_without_a_result() {
     assert!(
         probe::slots(&[Geometry::USUAL; 8], Order::Straight, &cores(), Duration::ZERO).unwrap().is_none()
     );
-    assert!(probe::orders(Geometry::USUAL, ORDERS, &cores(), Duration::ZERO).unwrap().is_none());
-    assert!(probe::blocks(Geometry::USUAL, Agreed::default(), &cores(), Duration::ZERO).unwrap().is_none());
+    assert!(
+        probe::blocks(Geometry::USUAL, true, Order::Straight, &cores(), Duration::ZERO).unwrap().is_none()
+    );
 }
 
 #[test]

@@ -13,7 +13,6 @@ use smddp_core::engine::Engine;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::group::Seat;
 use smddp_core::error::Site;
-use smddp_core::order::Order;
 use smddp_core::plan::Tuning;
 use smddp_core::process;
 use smddp_core::settings::Settings;
@@ -218,11 +217,7 @@ impl Party<'_> {
                 "auto" => choice.hands_back,
                 set => set == "on",
             },
-            far: match settings.text("SMDDP_SHM_FOUR_PAGES") {
-                "on" => Order::FourPages,
-                "off" => Order::Straight,
-                _ => choice.far,
-            },
+            far: caches::far(settings),
             streams_from: caches::streams_from(settings),
             deadline: self.deadline,
         };

@@ -16,7 +16,7 @@
 //! A [`World`] finds the job (MPI, launcher variables, or a single process) and derefs to its [`Communicator`]; programs
 //! that bring their own key-value store make a [`Communicator`] with [`connect`].
 
-mod caches;
+pub mod caches;
 mod connect;
 mod contact;
 mod dirs;

@@ -1,5 +1,5 @@
-//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, in which order they read much, and which calls' large
-//! blocks go straight between the ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
+//! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and which calls' large blocks go straight between the
+//! ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
 //!
 //! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
@@ -14,7 +14,9 @@ use rustix::fs::{FlockOperation, flock};
 use smddp_core::order::Order;
 use smddp_core::settings::Settings;
 use smddp_shm::probe::{self, BlockTimes, SlotTimes};
-use smddp_shm::{Agreed, Geometry, SingleCopies};
+use smddp_shm::{Geometry, SingleCopies};
+
+use crate::caches;
 
 /// Grows when what is measured, or what runs, changes.
 const VERSION: u32 = 10;
@@ -26,8 +28,6 @@ const CANDIDATES: [Geometry; 4] = [
     Geometry { slot: 1 << 20, slots: 4 },
 ];
 
-const ORDERS: [Order; 2] = [Order::Straight, Order::FourPages];
-
 /// What groups use of a node's shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
@@ -36,18 +36,12 @@ pub struct Choice {
     pub single_copy: SingleCopies,
     /// Readers hand cache lines back, where `SMDDP_SHM_HAND_BACK` says nothing else.
     pub hands_back: bool,
-    /// How much that comes from far is read, where `SMDDP_SHM_FOUR_PAGES` says nothing else.
-    pub far: Order,
 }
 
 impl Choice {
     /// Where nothing better is known.
-    pub const USUAL: Choice = Choice {
-        geometry: Geometry::USUAL,
-        single_copy: SingleCopies::ALL,
-        hands_back: false,
-        far: Order::Straight,
-    };
+    pub const USUAL: Choice =
+        Choice { geometry: Geometry::USUAL, single_copy: SingleCopies::ALL, hands_back: false };
 }
 
 /// Other slots must take at most so much of the usual ones' time: they take more memory, and the fastest times of two probes differ
@@ -56,8 +50,6 @@ const WORTH: f64 = 0.95;
 /// Handing lines back must take at most so much of the time without: where it gains nothing, what was written to leaves the caches
 /// once more, and large broadcasts take up to a third longer.
 const WORTH_HANDING: f64 = 0.95;
-/// Four pages at once must take at most so much of the time of one behind the other.
-const WORTH_FOUR_PAGES: f64 = 0.95;
 /// Slots must take at most so much of single copies' time: a machine that others use as well differs by a tenth from one moment to
 /// the next.
 const WORTH_SLOTS: f64 = 0.9;
@@ -65,8 +57,6 @@ const WORTH_SLOTS: f64 = 0.9;
 const LIMIT: Duration = Duration::from_millis(70);
 /// For single copies, besides.
 const BLOCKS_LIMIT: Duration = Duration::from_millis(20);
-/// And for orders.
-const ORDERS_LIMIT: Duration = Duration::from_millis(10);
 
 /// Where a choice comes from, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,11 +88,12 @@ fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choic
     // Two ranks on one core would measure how they take turns.
     let apart = own_cores.len() > 1 || own_cores != peer_cores;
     match (known(settings), cache_file()) {
-        ((usual, Origin::Usual), Some(path)) if apart => probed(&path, &machine(), peer_cores, LIMIT)
-            .unwrap_or_else(|why| {
+        ((usual, Origin::Usual), Some(path)) if apart => {
+            probed(&path, &machine(), caches::far(settings), peer_cores, LIMIT).unwrap_or_else(|why| {
                 tracing::debug!("the usual shared-memory slots are used: {why}");
                 usual
-            }),
+            })
+        }
         ((known, _), _) => known,
     }
 }
@@ -149,52 +140,49 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
     let text = fs::read_to_string(path).ok()?;
     text.lines().rev().find_map(|line| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let ways = |way: u32| [way & 1, way & 2, way & 4, way & 8].map(|bit| bit > 0);
+        let ways = |way: u32| [way & 1, way & 2, way & 4].map(|bit| bit > 0);
         let mut choices = CANDIDATES.into_iter().flat_map(|geometry| {
-            (0..16).map(ways).map(move |[mutual, alone, hands_back, four_pages]| Choice {
+            (0..8).map(ways).map(move |[mutual, alone, hands_back]| Choice {
                 geometry,
                 single_copy: SingleCopies { mutual, alone },
                 hands_back,
-                far: order(four_pages),
             })
         });
         choices.find(|&choice| found == words(choice))
     })
 }
 
-fn order(four_pages: bool) -> Order {
-    ORDERS[usize::from(four_pages)]
-}
-
 fn words(choice: Choice) -> String {
-    let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back, far } = choice;
-    let ways = [single_copy.mutual, single_copy.alone, hands_back, far == Order::FourPages];
-    let [mutual, alone, hands_back, four_pages] = ways.map(u8::from);
-    format!("{slot} {slots} {mutual} {alone} {hands_back} {four_pages}")
+    let Choice { geometry: Geometry { slot, slots }, single_copy, hands_back } = choice;
+    let bits = [single_copy.mutual, single_copy.alone, hands_back].map(u8::from);
+    format!("{slot} {slots} {} {} {}", bits[0], bits[1], bits[2])
 }
 
 /// Probes and remembers. One process of a machine at a time; another uses the usual slots meanwhile.
-fn probed(path: &Path, machine: &str, peer_cores: &[usize], limit: Duration) -> Result<Choice, String> {
+fn probed(
+    path: &Path,
+    machine: &str,
+    far: Order,
+    peer_cores: &[usize],
+    limit: Duration,
+) -> Result<Choice, String> {
     let said = |what: &'static str| move |e: io::Error| format!("{what} {}: {e}", path.display());
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder).map_err(said("cannot make the folder of"))?;
     let file: File = OpenOptions::new().create(true).append(true).open(path).map_err(said("cannot write"))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| "another process is measuring".to_owned())?;
-    let orders = probe::orders(Geometry::USUAL, ORDERS, peer_cores, ORDERS_LIMIT.min(limit));
-    let orders = orders.map_err(|e| e.to_string())?;
-    let far = orders.map_or(Choice::USUAL.far, |times| order(pays(times)));
     let slots = probe::slots(&CANDIDATES, far, peer_cores, limit).map_err(|e| e.to_string())?;
     let slots = slots.ok_or_else(|| format!("no result within {limit:?}"))?;
     let (geometry, hands_back) = best(&slots);
-    let agreed = Agreed { hands_back, far, ..Agreed::default() };
-    let copies = probe::blocks(geometry, agreed, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
+    let copies =
+        probe::blocks(geometry, hands_back, far, peer_cores, BLOCKS_LIMIT).map_err(|e| e.to_string());
     let single_copy = match copies {
         Ok(Some(times)) => paying(times),
         _ => Choice::USUAL.single_copy,
     };
-    let found = Choice { geometry, single_copy, hands_back, far };
-    tracing::info!(?orders, ?slots, ?copies, ?found, "shared memory was measured");
+    let found = Choice { geometry, single_copy, hands_back };
+    tracing::info!(?slots, ?copies, ?found, "shared memory was measured");
     // One write, so that a reader sees the whole line or none.
     io::Write::write_all(&mut &file, format!("{machine} = {}\n", words(found)).as_bytes())
         .map_err(said("cannot write"))?;
@@ -214,11 +202,6 @@ fn best(times: &[SlotTimes]) -> (Geometry, bool) {
         _ => Geometry::USUAL,
     };
     (geometry, hands_back)
-}
-
-/// Whether four pages at once are worth it. `times` are those of [`ORDERS`].
-fn pays([straight, four_pages]: [f64; 2]) -> bool {
-    four_pages < WORTH_FOUR_PAGES * straight
 }
 
 /// Single copies stay unless slots are clearly faster. `times` are those of slots and of single copies.
@@ -273,16 +256,11 @@ mod tests {
     }
 
     #[test]
-    fn four_pages_at_once_must_be_clearly_faster() {
-        assert!(pays([1.0, 0.94]) && !pays([1.0, 0.96]) && !pays([1.0, 1.4]));
-    }
-
-    #[test]
     fn what_a_probe_found_is_remembered_for_that_kind_of_machine() {
         let folder = folder("kept");
         let path = folder.join("deep/slots");
         assert_eq!(remembered(&path, "1 2 x this"), None);
-        let found = probed(&path, "1 2 x this", &cores(), Duration::from_secs(60)).unwrap();
+        let found = probed(&path, "1 2 x this", Order::Straight, &cores(), Duration::from_secs(60)).unwrap();
         assert_eq!(remembered(&path, "1 2 x this"), Some(found));
         assert_eq!(remembered(&path, "1 2 x that"), None);
         fs::remove_dir_all(folder).unwrap();
@@ -293,14 +271,14 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 262144 4 0 1 1 1\n1 2 x this = 262144 4 0 1 1\n1 2 x this = 12 4 1 0 0 1\nnonsense\n1 4 x this = 524288 4 1 0 0 0\n0 2 x this = 262144 4 1 1 1 1\n";
+        let lines = "1 2 x this = 262144 4 0 1 1\n1 2 x this = 262144 4 0 1\n1 2 x this = 12 4 1 0 0\nnonsense\n1 4 x this = 524288 4 1 0 0\n0 2 x this = 262144 4 1 1 1\n";
         fs::write(&path, lines).unwrap();
-        let choice = |at: usize, mutual, alone, hands_back, far| {
+        let choice = |at: usize, mutual, alone, hands_back| {
             let single_copy = SingleCopies { mutual, alone };
-            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back, far })
+            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back })
         };
-        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true, Order::FourPages));
-        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false, Order::Straight));
+        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true));
+        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false));
         assert_eq!(remembered(&path, "1 8 x this"), None);
         fs::remove_dir_all(folder).unwrap();
     }
@@ -310,7 +288,7 @@ mod tests {
         let folder = folder("late");
         let path = folder.join("slots");
         assert_eq!(
-            probed(&path, "1 2 x this", &cores(), Duration::ZERO),
+            probed(&path, "1 2 x this", Order::Straight, &cores(), Duration::ZERO),
             Err("no result within 0ns".to_owned())
         );
         assert_eq!(remembered(&path, "1 2 x this"), None);
@@ -325,7 +303,7 @@ mod tests {
         let holder = File::create(&path).unwrap();
         flock(&holder, FlockOperation::NonBlockingLockExclusive).unwrap();
         assert_eq!(
-            probed(&path, "1 2 x this", &cores(), LIMIT),
+            probed(&path, "1 2 x this", Order::Straight, &cores(), LIMIT),
             Err("another process is measuring".to_owned())
         );
         fs::remove_dir_all(folder).unwrap();
