@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Turns the CSV files of scripts/bench into tables and plots: ``report.py FOLDER [--mpis] [--publish]``.
+"""Turns the CSV files of scripts/bench into tables and plots: ``report.py FOLDER [--mpis] [--publish] [--kind KIND]``.
 
 The text goes to FOLDER/performance.md; with ``--publish`` to docs/performance.md, the plots to docs/img, and the short
-table into README.md between its two marks. With ``--mpis`` it is performance-mpi.md, and nothing else.
+table into README.md between its two marks. With ``--mpis`` it is performance-mpi.md, and nothing else. With a kind of
+machine that is not the README's, the name of each file ends in it, and the README stays as it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -153,14 +155,14 @@ def bytes_table(folder: Path) -> str:
     return COUNTED.format(size=size) + "\n".join(lines) + "\n"
 
 
-def document(folder: Path, images: Path) -> str:
+def document(folder: Path, images: Path, kind: str) -> str:
     one, others, crowded, two = (folder / f"{n}.csv" for n in ("one_node", "others", "crowded", "two_nodes"))
     training = folder / "training.md"
     parts = [
         INTRODUCTION,
         f"\nMachine: {machine()}.\n",
         "\n## One node, 2 ranks\n",
-        plot(one, images / "all_reduce_1x2.svg", "all_reduce, 1 node x 2 ranks", "--dtype", "float32"),
+        plot(one, images / f"all_reduce_1x2{kind}.svg", "all_reduce, 1 node x 2 ranks", "--dtype", "float32"),
         table(one),
         "\nMedian rounds:\n" + table(one, "--median"),
         SHARED,
@@ -171,13 +173,13 @@ def document(folder: Path, images: Path) -> str:
         FRESH,
         table(folder / "fresh.csv", *SHARED_LIBRARY_RATIOS),
         "\n## One node, more ranks than cores\n",
-        plot(crowded, images / "all_reduce_1x4.svg", "all_reduce, 4 ranks on few cores"),
+        plot(crowded, images / f"all_reduce_1x4{kind}.svg", "all_reduce, 4 ranks on few cores"),
         table(crowded),
     ]
     if two.exists():
         parts += [
             TWO_NODES,
-            plot(two, images / "all_reduce_2x2.svg", "all_reduce, 2 nodes x 2 ranks, 1 Gbit/s"),
+            plot(two, images / f"all_reduce_2x2{kind}.svg", "all_reduce, 2 nodes x 2 ranks, 1 Gbit/s"),
             table(two),
             bytes_table(folder),
         ]
@@ -267,6 +269,12 @@ def readme_block(folder: Path) -> str:
     )
 
 
+def titled(kind: str, text: str) -> str:
+    """The page with the kind of machine in its title."""
+    title, _, rest = text.partition("\n")
+    return f"{title}: {kind}\n{rest}" if kind else text
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -285,14 +293,19 @@ def update_readme(folder: Path) -> int:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
-    publish = "--publish" in sys.argv[2:]
-    target = ROOT / "docs" if publish else folder
-    if "--mpis" in sys.argv[2:]:
-        write(target / "performance-mpi.md", beside_mpis(folder))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mpis", action="store_true")
+    parser.add_argument("--publish", action="store_true")
+    parser.add_argument("--kind", default="")
+    given = parser.parse_args()
+    target = ROOT / "docs" if given.publish else given.folder
+    kind = f"-{given.kind}" if given.kind else ""
+    if given.mpis:
+        write(target / f"performance-mpi{kind}.md", titled(given.kind, beside_mpis(given.folder)))
         return 0
-    write(target / "performance.md", document(folder, target / "img"))
-    return update_readme(folder) if publish else 0
+    write(target / f"performance{kind}.md", titled(given.kind, document(given.folder, target / "img", kind)))
+    return update_readme(given.folder) if given.publish and not kind else 0
 
 
 if __name__ == "__main__":
