@@ -122,7 +122,7 @@ def test_algorithms_between_nodes(turn: int) -> None:
         assert report == expected
 
 
-# ---- what is found out at the first start on a machine
+# ---- what is found out at the first starts on a machine
 
 
 def starts() -> str:
@@ -138,12 +138,15 @@ def starts() -> str:
     return os.environ["XDG_CACHE_HOME"]
 
 
-def test_one_process_measures(tmp_path: Path) -> None:
+def test_one_process_measures_at_the_first_three_starts(tmp_path: Path) -> None:
     """And keeps what it has found, if it did in the little time there is."""
     kept = tmp_path / "smdistributed_rs/slots"
-    ranks = conftest.run(starts, 2, env={"XDG_CACHE_HOME": str(tmp_path)}, limit=60).check()
-    assert ranks.reports == [str(tmp_path)] * 2
-    assert kept.read_text().count("\n") <= 1
+    found = 0
+    for _ in range(5):
+        ranks = conftest.run(starts, 2, env={"XDG_CACHE_HOME": str(tmp_path)}, limit=60).check()
+        assert ranks.reports == [str(tmp_path)] * 2
+        found, before = kept.read_text().count("\n"), found
+        assert before <= found <= min(before + 1, 3)
 
 
 def segment() -> int:
@@ -181,8 +184,8 @@ def this_machine() -> str:
 def test_what_was_found_before_is_used_and_not_measured_again(tmp_path: Path) -> None:
     kept = tmp_path / "smdistributed_rs/slots"
     kept.parent.mkdir()
-    kept.write_text(line := f"{this_machine()} = {1 << 20} 4 1 1 0\n")
+    kept.write_text(lines := f"{this_machine()} = {1 << 20} 4 1 1 0\n" * 3)
     found = shared(XDG_CACHE_HOME=str(tmp_path))
     assert found == shared(SMDDP_SHM_SLOT="1M", SMDDP_SHM_SLOTS="4")
     assert found > 2 * shared()
-    assert kept.read_text() == line
+    assert kept.read_text() == lines

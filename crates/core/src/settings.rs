@@ -105,13 +105,13 @@ pub const TABLE: &[Row] = &[
         "SMDDP_SHM_SLOT",
         Kind::Bytes(4096, 4 << 20),
         "",
-        "bytes of one shared-memory slot (default: what a probe of 0.1 s finds best at the first start on a machine, else 128K). Only for a process's first groups, up to 12 MiB of slots (8 groups by default, one at least); later groups have at most 4 slots of 64K",
+        "bytes of one shared-memory slot (default: what probes of 0.1 s find best at the first three starts on a machine, else 128K). Only for a process's first groups, up to 12 MiB of slots (8 groups by default, one at least); later groups have at most 4 slots of 64K",
     ),
     row(
         "SMDDP_SHM_SLOTS",
         Kind::Count(2, 64),
         "",
-        "shared-memory slots a rank has in each group (default: as the probe finds, else 4; no probe where this or SMDDP_SHM_SLOT is given)",
+        "shared-memory slots a rank has in each group (default: as the probes find, else 4; no probe where this or SMDDP_SHM_SLOT is given)",
     ),
     row(
         "SMDDP_SHM_SINGLE_COPY",

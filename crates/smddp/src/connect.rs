@@ -241,7 +241,9 @@ impl Party<'_> {
         let choice = match self.shape.ranks_on(self.shape.node_of(self.options.rank)) {
             [first, second, ..] if is_first => {
                 let cores = |rank: u32| &*self.hellos[rank as usize].cores;
-                slots::choose(&self.options.settings, cores(*first), cores(*second))
+                // Beside groups that are at work a probe would measure them, too.
+                let may_probe = self.engine.groups() == 0;
+                slots::choose(&self.options.settings, cores(*first), cores(*second), may_probe)
             }
             _ => Choice::USUAL,
         };

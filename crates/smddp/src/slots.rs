@@ -1,7 +1,7 @@
 //! Which shared-memory slots a node's ranks use, whether readers hand cache lines back, and which calls' large blocks go straight between the
-//! ranks' memory: what the settings give, else what a probe at the first start on this machine found best, else the usual.
+//! ranks' memory: what the settings give, else what probes at the first starts on this machine found best, else the usual.
 //!
-//! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, one line a kind of machine: a home may be
+//! What was found is kept in `smdistributed_rs/slots` in the user's cache folder, a line for each probe and kind of machine: a home may be
 //! shared by several. Without such a folder nothing is probed, since it would cost every start.
 
 use std::fs::{self, File, OpenOptions};
@@ -20,6 +20,8 @@ use crate::caches;
 
 /// Grows when what is measured, or what runs, changes.
 const VERSION: u32 = 10;
+/// Starts that probe on a kind of machine, each in its own moment: what a machine does besides misleads one of them (docs/adr/0043).
+const PROBES: usize = 3;
 /// The usual slots come first.
 const CANDIDATES: [Geometry; 4] = [
     Geometry::USUAL,
@@ -71,31 +73,55 @@ pub fn known(settings: &Settings) -> (Choice, Origin) {
     if let Some(given) = given(settings) {
         return (given, Origin::Settings);
     }
-    match cache_file().and_then(|path| remembered(&path, &machine())) {
-        Some(found) => (found, Origin::Probe),
-        None => (Choice::USUAL, Origin::Usual),
-    }
+    let found = cache_file().map(|path| remembered(&path, &machine())).unwrap_or_default();
+    middle(&found).map_or((Choice::USUAL, Origin::Usual), |choice| (choice, Origin::Probe))
 }
 
-/// What a new group uses. Probes at most once in a process, where nothing is known, for at most 0.1 s, between this rank's cores
-/// and those of another rank of its node.
-pub(crate) fn choose(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
+/// What a new group uses. Where little is known and it `may_probe`, probes for at most 0.1 s between this rank's cores and those of
+/// another rank of its node; once in a process.
+pub(crate) fn choose(
+    settings: &Settings,
+    own_cores: &[usize],
+    peer_cores: &[usize],
+    may_probe: bool,
+) -> Choice {
     static FOUND: OnceLock<Choice> = OnceLock::new();
-    given(settings).unwrap_or_else(|| *FOUND.get_or_init(|| find(settings, own_cores, peer_cores)))
-}
-
-fn find(settings: &Settings, own_cores: &[usize], peer_cores: &[usize]) -> Choice {
     // Two ranks on one core would measure how they take turns.
     let apart = own_cores.len() > 1 || own_cores != peer_cores;
-    match (known(settings), cache_file()) {
-        ((usual, Origin::Usual), Some(path)) if apart => {
-            probed(&path, &machine(), caches::far(settings), peer_cores, LIMIT).unwrap_or_else(|why| {
-                tracing::debug!("the usual shared-memory slots are used: {why}");
-                usual
-            })
-        }
-        ((known, _), _) => known,
+    let measure = |path: &Path, machine: &str| {
+        probed(path, machine, caches::far(settings), peer_cores, LIMIT).inspect_err(|why| {
+            tracing::debug!("shared memory was not measured: {why}");
+        })
+    };
+    given(settings).unwrap_or_else(|| *FOUND.get_or_init(|| find(may_probe && apart, measure)))
+}
+
+/// What was found before, and what `measure` finds if that is little and it `may_probe`.
+fn find(may_probe: bool, measure: impl FnOnce(&Path, &str) -> Result<Choice, String>) -> Choice {
+    let Some(path) = cache_file() else { return Choice::USUAL };
+    let machine = machine();
+    let mut found = remembered(&path, &machine);
+    if found.len() < PROBES && may_probe {
+        found.extend(measure(&path, &machine));
     }
+    middle(&found).unwrap_or(Choice::USUAL)
+}
+
+/// Each part as the middle one of `found` has it: one that other work misled does not decide.
+fn middle(found: &[Choice]) -> Option<Choice> {
+    fn of<T: Ord>(parts: impl Iterator<Item = T>) -> Option<T> {
+        let mut parts: Vec<T> = parts.collect();
+        parts.sort_unstable();
+        let middle = parts.len().checked_sub(1)? / 2;
+        Some(parts.swap_remove(middle))
+    }
+    let (slot, slots) = of(found.iter().map(|choice| (choice.geometry.slot, choice.geometry.slots)))?;
+    let single_copy = SingleCopies {
+        mutual: of(found.iter().map(|choice| choice.single_copy.mutual))?,
+        alone: of(found.iter().map(|choice| choice.single_copy.alone))?,
+    };
+    let hands_back = of(found.iter().map(|choice| choice.hands_back))?;
+    Some(Choice { geometry: Geometry { slot, slots }, single_copy, hands_back })
 }
 
 fn given(settings: &Settings) -> Option<Choice> {
@@ -136,11 +162,12 @@ fn machine() -> String {
     format!("{VERSION} {processors} x {}", words.join("/").replace('=', "-"))
 }
 
-fn remembered(path: &Path, machine: &str) -> Option<Choice> {
-    let text = fs::read_to_string(path).ok()?;
-    text.lines().rev().find_map(|line| {
+/// What probes have found on this kind of machine.
+fn remembered(path: &Path, machine: &str) -> Vec<Choice> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let ways = |way: u32| [way & 1, way & 2, way & 4].map(|bit| bit > 0);
+    let choice = |line: &str| {
         let found = line.strip_prefix(machine)?.strip_prefix(" = ")?;
-        let ways = |way: u32| [way & 1, way & 2, way & 4].map(|bit| bit > 0);
         let mut choices = CANDIDATES.into_iter().flat_map(|geometry| {
             (0..8).map(ways).map(move |[mutual, alone, hands_back]| Choice {
                 geometry,
@@ -149,7 +176,8 @@ fn remembered(path: &Path, machine: &str) -> Option<Choice> {
             })
         });
         choices.find(|&choice| found == words(choice))
-    })
+    };
+    text.lines().filter_map(choice).collect()
 }
 
 fn words(choice: Choice) -> String {
@@ -259,10 +287,10 @@ mod tests {
     fn what_a_probe_found_is_remembered_for_that_kind_of_machine() {
         let folder = folder("kept");
         let path = folder.join("deep/slots");
-        assert_eq!(remembered(&path, "1 2 x this"), None);
+        assert_eq!(remembered(&path, "1 2 x this"), []);
         let found = probed(&path, "1 2 x this", Order::Straight, &cores(), Duration::from_secs(60)).unwrap();
-        assert_eq!(remembered(&path, "1 2 x this"), Some(found));
-        assert_eq!(remembered(&path, "1 2 x that"), None);
+        assert_eq!(remembered(&path, "1 2 x this"), [found]);
+        assert_eq!(remembered(&path, "1 2 x that"), []);
         fs::remove_dir_all(folder).unwrap();
     }
 
@@ -271,15 +299,18 @@ mod tests {
         let folder = folder("lines");
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("slots");
-        let lines = "1 2 x this = 262144 4 0 1 1\n1 2 x this = 262144 4 0 1\n1 2 x this = 12 4 1 0 0\nnonsense\n1 4 x this = 524288 4 1 0 0\n0 2 x this = 262144 4 1 1 1\n";
+        let lines = "1 2 x this = 262144 4 0 1 1\n1 2 x this = 262144 4 0 1\n1 2 x this = 12 4 1 0 0\nnonsense\n1 4 x this = 524288 4 1 0 0\n1 2 x this = 131072 4 1 1 0\n0 2 x this = 262144 4 1 1 1\n";
         fs::write(&path, lines).unwrap();
         let choice = |at: usize, mutual, alone, hands_back| {
             let single_copy = SingleCopies { mutual, alone };
-            Some(Choice { geometry: CANDIDATES[at], single_copy, hands_back })
+            Choice { geometry: CANDIDATES[at], single_copy, hands_back }
         };
-        assert_eq!(remembered(&path, "1 2 x this"), choice(1, false, true, true));
-        assert_eq!(remembered(&path, "1 4 x this"), choice(2, true, false, false));
-        assert_eq!(remembered(&path, "1 8 x this"), None);
+        assert_eq!(
+            remembered(&path, "1 2 x this"),
+            [choice(1, false, true, true), choice(0, true, true, false)]
+        );
+        assert_eq!(remembered(&path, "1 4 x this"), [choice(2, true, false, false)]);
+        assert_eq!(remembered(&path, "1 8 x this"), []);
         fs::remove_dir_all(folder).unwrap();
     }
 
@@ -291,8 +322,23 @@ mod tests {
             probed(&path, "1 2 x this", Order::Straight, &cores(), Duration::ZERO),
             Err("no result within 0ns".to_owned())
         );
-        assert_eq!(remembered(&path, "1 2 x this"), None);
+        assert_eq!(remembered(&path, "1 2 x this"), []);
         fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn each_part_is_as_the_middle_probe_has_it() {
+        let choice = |at: usize, mutual, alone, hands_back| Choice {
+            geometry: CANDIDATES[at],
+            single_copy: SingleCopies { mutual, alone },
+            hands_back,
+        };
+        let (one, two, three) =
+            (choice(2, true, false, true), choice(0, false, false, true), choice(1, true, true, false));
+        assert_eq!(middle(&[]), None);
+        assert_eq!(middle(&[one]), Some(one));
+        assert_eq!(middle(&[one, two, three]), Some(choice(1, true, false, true)));
+        assert_eq!(middle(&[one, two]), Some(choice(0, false, false, true)));
     }
 
     #[test]
