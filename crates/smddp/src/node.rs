@@ -1,5 +1,7 @@
 //! Which ranks share a node.
 
+use std::num::NonZero;
+
 use smddp_core::settings::Settings;
 
 /// Two ranks share memory when their identities are equal: same kernel (boot id), host name, /dev/shm and network
@@ -53,7 +55,8 @@ impl Parts<'_> {
 pub fn cores() -> Vec<usize> {
     match rustix::thread::sched_getaffinity(None) {
         Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|&c| set.is_set(c)).collect(),
-        Err(_) => Vec::new(),
+        // More than the set has room for.
+        Err(_) => (0..std::thread::available_parallelism().map_or(1, NonZero::get)).collect(),
     }
 }
 
