@@ -1,6 +1,7 @@
-//! Instructions of one blocking all_reduce of two ranks, for callgrind: what noise of the machine cannot hide.
+//! Instructions of one blocking all_reduce of two ranks, or of one message each way, for callgrind: what noise of the machine cannot
+//! hide.
 //!
-//! `valgrind --tool=callgrind --toggle-collect='*measured_call*' instructions BYTES CALLS`
+//! `valgrind --tool=callgrind --toggle-collect='*measured_call*' instructions all_reduce|sendrecv BYTES CALLS`
 //!
 //! The peer is a process of its own, not under callgrind. A measured call begins when the peer sleeps in it already, so that
 //! its data is there and nobody waits: the same instructions every time.
@@ -10,15 +11,22 @@
 use std::process::{Child, Command};
 use std::time::Duration;
 
-use smddp::{ReduceOp, World};
+use smddp::{DType, ReduceOp, Result, World};
+use smddp_core::Region;
 
 fn main() {
-    let arguments: Vec<usize> = std::env::args().skip(1).map(|a| a.parse().unwrap()).collect();
-    let [bytes, calls] = arguments[..] else { panic!("expected BYTES and CALLS") };
-    let mut data = vec![1f32; bytes / 4];
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [op, bytes, calls] = &arguments[..] else { panic!("expected OP, BYTES and CALLS") };
+    let call: Call = match op.as_str() {
+        "all_reduce" => |world, data, _| world.all_reduce(data, ReduceOp::Sum),
+        "sendrecv" => messages,
+        other => panic!("no operation {other}"),
+    };
+    let (bytes, calls): (usize, usize) = (bytes.parse().unwrap(), calls.parse().unwrap());
+    let (mut data, mut other) = (vec![1f32; bytes / 4], vec![1f32; bytes / 4]);
     if std::env::var_os("RANK").is_some() {
         let world = World::init().unwrap();
-        (0..calls + 2).for_each(|_| world.all_reduce(&mut data, ReduceOp::Sum).unwrap());
+        (0..calls + 2).for_each(|_| call(&world, &mut data, &mut other).unwrap());
         return;
     }
     let master = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -36,18 +44,33 @@ fn main() {
     variables.iter().for_each(|(name, value)| unsafe { std::env::set_var(name, value) });
     let world = World::init().unwrap();
     // Warm: plans are made, memory is mapped.
-    (0..2).for_each(|_| world.all_reduce(&mut data, ReduceOp::Sum).unwrap());
+    (0..2).for_each(|_| call(&world, &mut data, &mut other).unwrap());
     for _ in 0..calls {
         peer.wait_until_asleep();
-        measured_call(&world, &mut data);
+        measured_call(call, &world, &mut data, &mut other);
     }
     world.shutdown();
     assert!(peer.0.wait().unwrap().success());
 }
 
+type Call = fn(&World, &mut [f32], &mut [f32]) -> Result<()>;
+
 #[inline(never)]
-fn measured_call(world: &World, data: &mut [f32]) {
-    world.all_reduce(data, ReduceOp::Sum).unwrap();
+fn measured_call(call: Call, world: &World, data: &mut [f32], other: &mut [f32]) {
+    call(world, data, other).unwrap();
+}
+
+/// `data` to the other rank, its own to `other`.
+fn messages(world: &World, data: &mut [f32], other: &mut [f32]) -> Result<()> {
+    let peer = 1 - world.rank();
+    // SAFETY: both handles are waited for before the slices are anybody else's; a failed start ends the program.
+    let [data, other] = [data, other].map(|slice| unsafe { Region::of(slice) });
+    // SAFETY: as above.
+    let received = unsafe { world.start_recv(peer, 0, DType::F32, other)? };
+    // SAFETY: as above.
+    let sent = unsafe { world.start_send(peer, 0, DType::F32, data)? };
+    sent.wait(None)?;
+    received.wait(None)
 }
 
 fn ranked(command: &mut Command, rank: usize, port: u16) -> &mut Command {

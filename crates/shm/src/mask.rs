@@ -7,28 +7,33 @@ pub const MAX_LOCAL: usize = WORDS * 64;
 pub(crate) const WORDS: usize = 7;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Mask([u64; WORDS]);
+pub(crate) struct Mask {
+    words: [u64; WORDS],
+    /// Ranks in it: few of many words are looked at.
+    len: usize,
+}
 
 impl Mask {
     #[inline]
     pub(crate) fn set(&mut self, rank: usize) {
-        self.0[rank / 64] |= 1 << (rank % 64);
+        self.len += usize::from(!self.has(rank));
+        self.words[rank / 64] |= 1 << (rank % 64);
     }
 
     #[inline]
     pub(crate) fn clear(&mut self, rank: usize) {
-        self.0[rank / 64] &= !(1 << (rank % 64));
+        self.len -= usize::from(self.has(rank));
+        self.words[rank / 64] &= !(1 << (rank % 64));
     }
 
     #[inline]
     pub(crate) fn has(&self, rank: usize) -> bool {
-        self.0[rank / 64] >> (rank % 64) & 1 == 1
+        self.words[rank / 64] >> (rank % 64) & 1 == 1
     }
 
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // Folded: comparing arrays calls memcmp.
-        self.0.iter().fold(0, |any, word| any | word) == 0
+        self.len == 0
     }
 
     pub(crate) fn iter(self) -> Around {
@@ -39,19 +44,20 @@ impl Mask {
     #[inline]
     pub(crate) fn iter_from(self, first: usize) -> Around {
         let (word, behind) = (first / 64, u64::MAX << (first % 64));
-        Around { mask: self, before: !behind, word, bits: self.0[word] & behind, words_left: WORDS }
+        Around { mask: self, first: word, before: !behind, word, bits: self.words[word] & behind }
     }
 }
 
 /// The ranks of a mask from one on, and around. By hand: what adapters make of it is a tenth of a small message.
 pub(crate) struct Around {
+    /// Its `len` counts those still to come.
     mask: Mask,
+    first: usize,
     /// Bits of the first word that come last.
     before: u64,
     word: usize,
     /// Of `word`, still to come.
     bits: u64,
-    words_left: usize,
 }
 
 impl Iterator for Around {
@@ -59,11 +65,11 @@ impl Iterator for Around {
 
     #[inline]
     fn next(&mut self) -> Option<usize> {
+        self.mask.len = self.mask.len.checked_sub(1)?;
         while self.bits == 0 {
-            self.words_left = self.words_left.checked_sub(1)?;
-            self.word = (self.word + 1) % WORDS;
-            let wanted = if self.words_left == 0 { self.before } else { u64::MAX };
-            self.bits = self.mask.0[self.word] & wanted;
+            self.word = if self.word + 1 < WORDS { self.word + 1 } else { 0 };
+            let wanted = if self.word == self.first { self.before } else { u64::MAX };
+            self.bits = self.mask.words[self.word] & wanted;
         }
         let bit = self.bits.trailing_zeros() as usize;
         self.bits &= self.bits - 1;
@@ -95,6 +101,8 @@ mod tests {
         for rank in [0, 63, 64, MAX_LOCAL - 1] {
             mask.set(rank);
         }
+        mask.set(64);
+        mask.clear(63);
         mask.clear(63);
         assert!(mask.has(64) && !mask.has(63) && !mask.is_empty());
         assert_eq!(mask.iter().collect::<Vec<_>>(), vec![0, 64, MAX_LOCAL - 1]);
