@@ -12,7 +12,6 @@ use common::*;
 use proptest::prelude::*;
 use smddp_core::call::{Call, Collective};
 use smddp_core::dtype::{DType, ReduceOp};
-use smddp_core::order::Order;
 use smddp_core::plan::{Move, Span, Who};
 use smddp_core::reduce::combine;
 use smddp_core::transport::{Arith, Ctx, NodeLocal, Patience, PhaseRun};
@@ -47,8 +46,6 @@ struct Case {
     streams: Vec<bool>,
     /// Whether lines are handed back.
     hands_back: bool,
-    /// In which order much is read.
-    far: Order,
 }
 
 /// Elements around the sizes at which something changes: inline, one slot, several.
@@ -87,12 +84,10 @@ fn case() -> impl Strategy<Value = Case> {
             let spins = prop::collection::vec(prop_oneof![Just(0usize), Just(3), Just(200)], size);
             let patience = prop_oneof![Just(None), Just(Some(0)), Just(Some(5)), Just(Some(100_000))];
             let each = prop::collection::vec((patience, any::<bool>()), size);
-            let far = prop::sample::select(vec![Order::Straight, Order::FourPages]);
-            (Just((size, slots, window)), phases, spins, each, (any::<bool>(), far))
+            (Just((size, slots, window)), phases, spins, each, any::<bool>())
         })
-        .prop_map(|((size, slots, window), raw, spins, each, (hands_back, far))| Case {
+        .prop_map(|((size, slots, window), raw, spins, each, hands_back)| Case {
             hands_back,
-            far,
             now: each.iter().map(|(now, _)| *now).collect(),
             streams: each.iter().map(|(_, streams)| *streams).collect(),
             ..build(size, slots, window, raw, spins)
@@ -127,7 +122,6 @@ fn build(size: usize, slots: usize, window: usize, raw: Vec<RawPhase>, spins: Ve
         now: vec![None; size],
         streams: vec![false; size],
         hands_back: false,
-        far: Order::Straight,
     }
 }
 
@@ -186,7 +180,6 @@ fn execute(case: &Case) -> Vec<Memory> {
     let member = |group, rank: usize, size| Membership {
         streams_from: case.streams[rank].then_some(1),
         hands_back: case.hands_back,
-        far: case.far,
         ..membership(group, rank, size)
     };
     on_members(case.size, case.geometry, member, |rank, mut node| {
