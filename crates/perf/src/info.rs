@@ -123,7 +123,7 @@ fn slots(settings: &Settings) -> String {
     let why = match origin {
         Origin::Settings => "as set",
         Origin::Probe => "found best on this machine",
-        Origin::Usual => "usual; a job of several ranks measures once which are best",
+        Origin::Usual => "usual; the first jobs of several ranks measure which are best",
     };
     let single_copy = match (choice.single_copy.mutual, choice.single_copy.alone) {
         (true, true) => "",

@@ -504,10 +504,9 @@ fn receive(
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-
-    use super::*;
     use smddp_core::order::Order;
 
+    use super::*;
     use crate::geometry::SingleCopies;
 
     proptest! {
