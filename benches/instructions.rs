@@ -11,8 +11,7 @@
 use std::process::{Child, Command};
 use std::time::Duration;
 
-use smddp::{DType, ReduceOp, Result, World};
-use smddp_core::Region;
+use smddp::{ReduceOp, Result, World};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -63,14 +62,7 @@ fn measured_call(call: Call, world: &World, data: &mut [f32], other: &mut [f32])
 /// `data` to the other rank, its own to `other`.
 fn messages(world: &World, data: &mut [f32], other: &mut [f32]) -> Result<()> {
     let peer = 1 - world.rank();
-    // SAFETY: whatever was started is over before this returns, and the slices are borrowed until then.
-    let [data, other] = [data, other].map(|slice| unsafe { Region::of(slice) });
-    // SAFETY: as above.
-    let received = unsafe { world.start_recv(peer, 0, DType::F32, other)? };
-    // SAFETY: as above.
-    let sent = unsafe { world.start_send(peer, 0, DType::F32, data) };
-    let sent = sent.and_then(|handle| handle.wait(None));
-    received.wait(None).and(sent)
+    world.sendrecv(data, peer, other, peer, 0)
 }
 
 fn ranked(command: &mut Command, rank: usize, port: u16) -> &mut Command {

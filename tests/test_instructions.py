@@ -25,8 +25,8 @@ COUNTED = {
     ("all_reduce", 4): 1_800,
     ("all_reduce", 1024): 2_280,
     ("all_reduce", 16 << 10): 21_500,
-    ("sendrecv", 4): 5_300,
-    ("sendrecv", 1024): 5_750,
+    ("sendrecv", 4): 2_180,
+    ("sendrecv", 1024): 2_570,
 }
 """operation and bytes of float32, and instructions of a call"""
 

@@ -1,5 +1,6 @@
 //! A process group as its user holds it: checks arguments, finds the plan, hands the operation to the engine.
 
+mod handle;
 #[cfg(test)]
 mod tests;
 mod typed;
@@ -16,7 +17,7 @@ use crate::engine::Engine;
 use crate::engine::graph::Ready;
 use crate::engine::group::{Immediate, Seat, Tried};
 use crate::engine::numbers::{MessageNumbers, Stream};
-use crate::engine::op::{Callback, GroupKey, OpState, Work, nanos};
+use crate::engine::op::{GroupKey, OpState, PointToPoint, Work, nanos};
 use crate::error::{Error, Result, Site};
 use crate::interrupt;
 use crate::memory::{Owner, Region};
@@ -26,6 +27,8 @@ use crate::request::{Blocks, Request};
 use crate::shared::{OwnParts, Shared};
 use crate::topology::GroupShape;
 use crate::transport::{Fabric, MsgKey, NodeLocal, Transports};
+
+pub use handle::Handle;
 
 /// Plans kept; beyond that the cache starts anew.
 const PLANS_KEPT: usize = 256;
@@ -130,59 +133,6 @@ impl<T: Transports> Drop for SharedEntry<T> {
             };
             // A group that is gone has forgotten the memory already.
             let _ = group.engine.with_local(group.key, leave);
-        }
-    }
-}
-
-/// An operation under way.
-pub struct Handle<T: Transports> {
-    engine: Arc<Engine<T>>,
-    op: Arc<OpState>,
-}
-
-impl<T: Transports> Clone for Handle<T> {
-    fn clone(&self) -> Self {
-        Handle { engine: Arc::clone(&self.engine), op: Arc::clone(&self.op) }
-    }
-}
-
-impl<T: Transports> Handle<T> {
-    /// Helps until the operation is done. When `limit` passes first, returns `Error::Timeout` and leaves the operation
-    /// under way.
-    pub fn wait(&self, limit: Option<Duration>) -> Result<()> {
-        self.engine.wait(&self.op, limit)
-    }
-
-    /// Whether the operation is over, well or not. Never waits.
-    pub fn is_done(&self) -> bool {
-        self.op.is_done()
-    }
-
-    /// How the operation ended; `None` while it is under way.
-    pub fn result(&self) -> Option<Result<()>> {
-        self.op.result().cloned()
-    }
-
-    /// Changes the operation's time limit, counted from its start.
-    pub fn set_timeout(&self, timeout: Duration) {
-        self.op.set_timeout(timeout);
-    }
-
-    /// The group rank a message comes from, once that is known; `None` for everything but receives.
-    pub fn source(&self) -> Option<usize> {
-        match &self.op.work {
-            Work::Message { peer, send: false, .. } => Some(*peer),
-            Work::ReceiveAny { source, .. } => source.get().copied(),
-            Work::Message { .. } | Work::Collective { .. } => None,
-        }
-    }
-
-    /// Calls `f` once the operation is over: at once, on this thread, if it is; else on a callback thread.
-    pub fn on_done(&self, f: Callback) {
-        self.op.on_done(f);
-        if !self.op.is_done() {
-            // Nobody may ever wait for it.
-            self.engine.wake_thread();
         }
     }
 }
@@ -295,7 +245,7 @@ impl<T: Transports> Communicator<T> {
     pub unsafe fn start(&self, request: &Request) -> Result<Handle<T>> {
         let op = Arc::new(self.collective(request, self.admit(request)?));
         self.inner.engine.submit(Arc::clone(&op));
-        Ok(Handle { engine: Arc::clone(&self.inner.engine), op })
+        Ok(Handle::operation(&self.inner.engine, op))
     }
 
     /// Runs a collective; the caller's thread drives it. An [`interrupt`] aborts the group.
@@ -347,7 +297,7 @@ impl<T: Transports> Communicator<T> {
         match op.result() {
             Some(result) => result.clone().map(|()| None),
             // The limit has passed; or a driver panicked, as waiting on the handle will tell.
-            None => Ok(Some(Handle { engine: Arc::clone(&self.inner.engine), op })),
+            None => Ok(Some(Handle::operation(&self.inner.engine, op))),
         }
     }
 
@@ -391,7 +341,7 @@ impl<T: Transports> Communicator<T> {
     /// # Safety
     /// As [`start`](Self::start).
     pub unsafe fn start_send(&self, to: usize, tag: u64, dtype: DType, data: Region) -> Result<Handle<T>> {
-        self.message(to, tag, dtype, data, true)
+        self.message(&Stream { peer: to, tag, send: true }, dtype, data, false)
     }
 
     /// Starts receiving into `data` from group rank `from`.
@@ -399,7 +349,7 @@ impl<T: Transports> Communicator<T> {
     /// # Safety
     /// As [`start`](Self::start).
     pub unsafe fn start_recv(&self, from: usize, tag: u64, dtype: DType, data: Region) -> Result<Handle<T>> {
-        self.message(from, tag, dtype, data, false)
+        self.message(&Stream { peer: from, tag, send: false }, dtype, data, false)
     }
 
     /// Starts receiving into `data` from whichever rank's next message of `tag` comes first; [`Handle::source`] says
@@ -416,7 +366,9 @@ impl<T: Transports> Communicator<T> {
         let count = whole_elements("recv", dtype, data.len())?;
         let numbers = Arc::clone(&self.inner.message_numbers);
         let work = Work::ReceiveAny { tag, region: data, numbers, source: OnceLock::new() };
-        Ok(self.submit_message(dtype, count, work))
+        let op = Arc::new(self.op(Call::new(Collective::SendRecv, dtype, count as u64), work, None));
+        self.inner.engine.submit(Arc::clone(&op));
+        Ok(Handle::operation(&self.inner.engine, op))
     }
 
     /// Fails the group on every rank; every waiter gets `Error::Aborted` with `reason`.
@@ -472,24 +424,36 @@ impl<T: Transports> Communicator<T> {
         Ok(())
     }
 
-    fn message(&self, peer: usize, tag: u64, dtype: DType, region: Region, send: bool) -> Result<Handle<T>> {
-        let name = if send { "send" } else { "recv" };
-        self.check_open(name)?;
-        self.inner.shape.check_rank(name, if send { "to" } else { "from" }, peer)?;
-        if peer == self.inner.rank {
-            return Err(argument(name, "peer", "another rank", format!("this rank, {peer}"), "Copy instead"));
-        }
-        let count = whole_elements(name, dtype, region.len())?;
-        let number = self.inner.message_numbers.take(Stream { peer, tag, send })?;
+    /// Starts a message. Who `waits` for it anystream waits a little on the spot.
+    fn message(&self, stream: &Stream, dtype: DType, region: Region, waits: bool) -> Result<Handle<T>> {
+        let count = self.check_message(stream, dtype, region.len())?;
+        let number = self.inner.message_numbers.take(*stream)?;
+        let Stream { peer, tag, send } = *stream;
         let key = MsgKey { group: self.inner.key.id, seq: MsgKey::P2P | number, tag };
-        Ok(self.submit_message(dtype, count, Work::Message { peer, key, region, send }))
+        let message = PointToPoint { peer, key, region, send };
+        let call = Call::new(Collective::SendRecv, dtype, count as u64);
+        let op = || Arc::new(self.op(call, Work::Message(message), None));
+        Ok(match self.inner.engine.message(self.inner.key, (&message, &call), waits, op) {
+            Some(op) => Handle::operation(&self.inner.engine, op),
+            None => Handle::over(&message),
+        })
     }
 
-    fn submit_message(&self, dtype: DType, count: usize, work: Work) -> Handle<T> {
-        let call = Call::new(Collective::SendRecv, dtype, count as u64);
-        let op = Arc::new(self.op(call, work, None));
-        self.inner.engine.submit(Arc::clone(&op));
-        Handle { engine: Arc::clone(&self.inner.engine), op }
+    /// What can be known of a message before it is started. Elements of it.
+    fn check_message(&self, stream: &Stream, dtype: DType, bytes: usize) -> Result<usize> {
+        let (name, argument_name) = if stream.send { ("send", "to") } else { ("recv", "from") };
+        self.check_open(name)?;
+        self.inner.shape.check_rank(name, argument_name, stream.peer)?;
+        if stream.peer == self.inner.rank {
+            return Err(argument(
+                name,
+                "peer",
+                "another rank",
+                format!("this rank, {}", stream.peer),
+                "Copy instead",
+            ));
+        }
+        whole_elements(name, dtype, bytes)
     }
 
     fn op(&self, call: Call, work: Work, timeout: Option<Duration>) -> OpState {

@@ -106,7 +106,7 @@ pub struct Message {
     pub ctx: Ctx,
 }
 
-/// How long a phase that runs on the spot waits for its peers: some looks one behind the other, then some with the core yielded
+/// How long what runs on the spot, a phase or a receive, waits for its peers: some looks one behind the other, then some with the core yielded
 /// before each, for a peer that shares it; no longer than nobody else of this process waits. Where yields are dear, looks alone in
 /// place of them, if there are to be any.
 #[derive(Clone, Copy, Debug)]
@@ -203,6 +203,16 @@ pub trait NodeLocal: Send {
     }
     fn send(&mut self, message: Message) -> Result<()>;
     fn recv(&mut self, message: Message) -> Result<()>;
+    /// Sends a message on the spot, where this rank alone can. True: it is over. False: nothing was done.
+    fn send_now(&mut self, message: &Message) -> bool {
+        let _ = message;
+        false
+    }
+    /// Receives on the spot what has come, or comes while `patience` lasts. True: it is over. False: nothing was done.
+    fn recv_now(&mut self, message: &Message, patience: &mut Patience<'_>) -> bool {
+        let _ = (message, patience);
+        false
+    }
     /// Whether a message that no receive was posted for has begun to come from a peer with `key`. Until it has, polls
     /// take in what that peer sends.
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool;

@@ -257,6 +257,45 @@ fn a_message_that_is_awaited_is_sent_when_its_start_returns() {
     }
 }
 
+/// A receive whose message has come is over when its start returns, without an operation: its handle is as any other's.
+#[test]
+fn a_message_that_has_come_is_received_when_its_start_returns() {
+    let groups = groups(&GroupShape::even(1, 2), 3, &Tuning::default());
+    let (mut sent, mut got) = ([7u64], [0u64]);
+    // SAFETY: both messages are waited for before their memory goes.
+    let (to, from) = unsafe { (Region::of(&mut sent), Region::of(&mut got)) };
+    // SAFETY: as above.
+    let sent = unsafe { groups[0].start_send(1, 0, DType::I64, to).unwrap() };
+    assert!(!sent.is_done());
+    // SAFETY: as above.
+    let received = unsafe { groups[1].start_recv(0, 0, DType::I64, from).unwrap() };
+    assert_eq!((received.is_done(), received.source(), got), (true, Some(0), [7]));
+    let (tell, told) = std::sync::mpsc::channel();
+    received.on_done(Box::new(|_| panic!("as it happens")));
+    received.clone().on_done(Box::new(move |result| tell.send(result.clone()).unwrap()));
+    told.try_recv().unwrap().unwrap();
+    received.set_timeout(Duration::ZERO);
+    received.result().unwrap().unwrap();
+    received.wait(Some(Duration::ZERO)).unwrap();
+    sent.wait(None).unwrap();
+}
+
+#[test]
+fn messages_both_ways_at_once_cross() {
+    let groups = groups(&GroupShape::uneven(&[3, 1]), 3, &Tuning::default());
+    on_all(&groups, |g| {
+        let (next, previous) = ((g.rank() + 1) % 4, (g.rank() + 3) % 4);
+        for len in [0, 1, 1000] {
+            let (data, mut got) = (vec![g.rank() as i32; len], vec![-1; len]);
+            g.sendrecv(&data, next, &mut got, previous, 0).unwrap();
+            assert_eq!(got, vec![previous as i32; len]);
+        }
+        // What cannot be received is known before anything is sent.
+        let error = g.sendrecv(&[1], next, &mut [0], 4, 0).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "from", .. }), "{error}");
+    });
+}
+
 /// The progress thread moves it, however brief; here it alone calls back.
 #[test]
 fn what_nobody_waits_for_is_done_all_the_same() {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use smddp_core::engine::execution::Route;
 use smddp_core::engine::graph::Ready;
 use smddp_core::engine::group::{Group, Seat};
-use smddp_core::engine::op::{GroupKey, OpState, Work};
+use smddp_core::engine::op::{GroupKey, OpState, PointToPoint, Work};
 use smddp_core::engine::staging::Staging;
 use smddp_core::memory::Owner;
 use smddp_core::plan::{CallShape, Override, Tuning, candidates, schedule};
@@ -372,7 +372,7 @@ fn a_receive_from_a_rank_of_the_node_hears_of_an_abort_elsewhere() {
     // SAFETY: the data outlives the operation, as in `start`.
     let region = unsafe { Region::of(&mut data) };
     let key = MsgKey { group: 9, seq: MsgKey::P2P, tag: 3 };
-    let work = Work::Message { peer: 1, key, region, send: false };
+    let work = Work::Message(PointToPoint { peer: 1, key, region, send: false });
     let call = Call::new(Collective::SendRecv, DType::U8, 4);
     let op =
         Arc::new(OpState::new(call, work, job.ranks[0].key(), "sim".into(), 0, Duration::from_secs(3600)));

@@ -217,15 +217,8 @@ impl<'a, T: Sample> Workload<'a, T> {
     /// To the next rank and from the one before, both at once.
     fn ring(&mut self) -> Result<()> {
         let (rank, size) = (self.comm.rank(), self.comm.size());
-        // SAFETY: both buffers live in `self`, which stays mutably borrowed until both handles are done below; on an
-        // error the communicator has withdrawn the operations before `wait` returns.
-        let (to, from) = unsafe { (Region::of(self.x.get_mut()), Region::of(self.y.get_mut())) };
-        // SAFETY: as above.
-        let recv = unsafe { self.comm.start_recv((rank + size - 1) % size, 0, T::DTYPE, from)? };
-        // SAFETY: as above.
-        let sent = unsafe { self.comm.start_send((rank + 1) % size, 0, T::DTYPE, to) };
-        let sent = sent.and_then(|h| h.wait(None));
-        recv.wait(None).and(sent)
+        let (next, last) = ((rank + 1) % size, (rank + size - 1) % size);
+        self.comm.sendrecv(self.x.get(), next, self.y.get_mut(), last, 0)
     }
 
     /// Fresh data in the inputs, something else in the outputs.

@@ -29,7 +29,7 @@ pub(crate) struct SlotHead {
 }
 
 /// What a message cell's head carries: a frame of a message, or an offer of one (`straight`), whole messages following one another.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Frame {
     pub(crate) key: MsgKey,

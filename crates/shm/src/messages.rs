@@ -200,6 +200,49 @@ impl Messages {
         Ok(())
     }
 
+    /// Sends a message on the spot if the next cell takes all of it. False: nothing was done.
+    pub(crate) fn send_now(&mut self, message: &Message, segment: &Segment) -> bool {
+        let peer = message.peer as usize;
+        let len = message.region.len();
+        let Some(lane) = self.lanes.get_mut(peer) else { return false };
+        if !lane.outgoing.is_empty() || (!lane.unable && self.copier.offers(len)) {
+            return false;
+        }
+        let index = lane.put.index(self.cells);
+        let cell = segment.cell(self.me, peer, index);
+        let data = segment.cell_data(self.me, peer, index);
+        if len > data.len() || !lane.put.is_free(cell, self.cells) {
+            return false;
+        }
+        self.pen.write(data.slice(0, len), message.region, !self.hands_back);
+        lane.put.publish(cell, self.cells, frame(message, len, 0));
+        call_back_lines(segment, (self.me, peer), lane.put, self.cells, len);
+        true
+    }
+
+    /// Receives a message on the spot if it is what the next cell holds, all of it. `None`: nothing has come yet.
+    pub(crate) fn recv_now(&mut self, message: &Message, segment: &Segment) -> Option<bool> {
+        let peer = message.peer as usize;
+        let Some(lane) = self.lanes.get_mut(peer) else { return Some(false) };
+        let index = lane.take.index(self.cells);
+        let cell = segment.cell(peer, self.me, index);
+        let is_early = lane.incoming.is_some() || lane.early.iter().any(|early| early.key == message.key);
+        if is_early {
+            return Some(false);
+        }
+        let found = lane.take.arrived(cell, self.cells)?;
+        let data = segment.cell_data(peer, self.me, index);
+        let len = message.region.len();
+        // What is anything else, or makes no sense, is for the poll to judge.
+        if len > data.len() || found != frame(message, len, 0) {
+            return Some(false);
+        }
+        Theirs::within(segment, self.hands_back).copy(message.region, data.slice(0, len));
+        lane.take.release(cell, self.cells);
+        lane.in_vain = 0;
+        Some(true)
+    }
+
     /// Whether an unexpected message with `key` has begun to come (S2).
     pub(crate) fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {
         let Some(lane) = self.lanes.get_mut(peer as usize) else { return false };

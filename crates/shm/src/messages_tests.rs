@@ -35,10 +35,18 @@ impl Victim {
     }
 
     fn expect(&mut self, key: MsgKey, bytes: &mut [u8]) -> Result<()> {
+        self.messages.recv(Victim::message(key, bytes), &self.segment)
+    }
+
+    fn message(key: MsgKey, bytes: &mut [u8]) -> Message {
         // SAFETY: every test keeps the bytes while it polls.
         let region = unsafe { Region::of(bytes) };
-        let message = Message { key, peer: 1, peer_rank: 11, region, call: call(), ctx: Ctx(1) };
-        self.messages.recv(message, &self.segment)
+        Message { key, peer: 1, peer_rank: 11, region, call: call(), ctx: Ctx(1) }
+    }
+
+    /// Whether a message is received on the spot; `None`: nothing lies there.
+    fn receive_now(&mut self, key: MsgKey, bytes: &mut [u8]) -> Option<bool> {
+        self.messages.recv_now(&Victim::message(key, bytes), &self.segment)
     }
 
     fn has_room(&self) -> bool {
@@ -104,6 +112,73 @@ fn a_frame_longer_than_its_cell_or_message_is_refused() {
     refused(exceeds, 0, &[frame(0, 1)]);
     // One that is not waited for yet.
     refused(exceeds, 100, &[Frame { key: OTHER, ..frame(50, 51) }]);
+}
+
+/// Until then nothing is touched: what is not as it should be is for the poll to judge, and what is wanted elsewhere to hold.
+#[test]
+fn only_the_message_that_is_wanted_is_received_on_the_spot() {
+    let room = Victim::new().room();
+    let others = [
+        Frame { key: OTHER, ..frame(100, 100) },
+        frame(101, 101),
+        frame(100, 60),
+        frame(100, 101),
+        frame(4 * room, room),
+        Frame { call: Call::new(Collective::SendRecv, DType::I8, 100).pack(), ..frame(100, 100) },
+        Frame { offer: 1, ..frame(100, 100) },
+    ];
+    for other in others {
+        let (mut victim, mut memory) = (Victim::new(), [0xee; 100]);
+        assert_eq!(victim.receive_now(KEY, &mut memory), None);
+        victim.forge(other, &[0x11; 100]);
+        assert_eq!(victim.receive_now(KEY, &mut memory), Some(false), "{other:?}");
+        assert_eq!(memory, [0xee; 100], "{other:?}");
+    }
+    let (mut victim, mut memory) = (Victim::new(), [0xee; 100]);
+    victim.forge(frame(100, 100), &[0x11; 100]);
+    assert_eq!(victim.receive_now(KEY, &mut memory), Some(true));
+    assert_eq!((memory, victim.receive_now(KEY, &mut memory)), ([0x11; 100], None));
+    // Its cell is the peer's again.
+    (0..victim.messages.cells).for_each(|_| victim.forge(frame(100, 100), &[0x22; 100]));
+}
+
+/// It came before, and waits in a buffer; or another is still arriving.
+#[test]
+fn what_is_not_the_next_cells_whole_is_not_received_on_the_spot() {
+    let (mut victim, mut memory) = (Victim::new(), [[0u8; 100]; 2]);
+    let [first, second] = &mut memory;
+    victim.expect(OTHER, first).unwrap();
+    victim.forge(frame(100, 100), &[0x11; 100]);
+    victim.poll().unwrap();
+    assert_eq!(victim.receive_now(KEY, second), Some(false), "it lies in a buffer");
+    victim.expect(KEY, second).unwrap();
+    victim.forge(Frame { key: OTHER, ..frame(100, 60) }, &[0x22; 60]);
+    assert_eq!(victim.poll().unwrap(), [Ctx(1)]);
+    assert_eq!(victim.receive_now(MsgKey { tag: 9, ..KEY }, second), Some(false), "another is arriving");
+    assert_eq!(second, &[0x11; 100]);
+}
+
+/// One cell, one message, none before it; else nothing is done.
+#[test]
+fn what_fits_the_next_cell_is_sent_on_the_spot() {
+    let mut victim = Victim::new();
+    let (room, cells) = (victim.room(), victim.messages.cells);
+    let mut data = vec![0x11; room + 1];
+    assert!(!victim.messages.send_now(&Victim::message(KEY, &mut data), &victim.segment), "too long");
+    for sent in 0..=cells {
+        let message = Victim::message(KEY, &mut data[..100]);
+        assert_eq!(victim.messages.send_now(&message, &victim.segment), sent < cells, "message {sent}");
+    }
+    let mut reader = Place::default();
+    for index in 0..cells {
+        let cell = victim.segment.cell(0, 1, index);
+        assert_eq!(reader.arrived(cell, cells), Some(frame(100, 100)));
+        reader.release(cell, cells);
+    }
+    let queued = Victim::message(OTHER, &mut data[..100]);
+    victim.messages.send(queued).unwrap();
+    let behind = Victim::message(KEY, &mut data[..100]);
+    assert!(!victim.messages.send_now(&behind, &victim.segment), "one comes before it");
 }
 
 #[test]

@@ -114,6 +114,12 @@ impl ShmNode {
         }
     }
 
+    /// Whether the group has not failed, as far as is known here.
+    #[inline]
+    fn is_well(&self) -> bool {
+        self.failed.is_none() && !abort::is_raised(&*self.segment)
+    }
+
     /// Remembers why, so that nothing is touched again. Peers are told, and the door is closed, by [`abort`](NodeLocal::abort), which the
     /// engine calls before anybody has his memory back: a door that closes with no reason raised makes its rank a lost one.
     fn fail(&mut self, error: Error) -> Error {
@@ -364,6 +370,29 @@ impl NodeLocal for ShmNode {
         self.check()?;
         self.stuck_on = None;
         self.messages.send(message)
+    }
+
+    fn send_now(&mut self, message: &Message) -> bool {
+        let sent = self.is_well() && self.messages.send_now(message, &self.segment);
+        if sent {
+            self.notify();
+        }
+        sent
+    }
+
+    fn recv_now(&mut self, message: &Message, patience: &mut Patience<'_>) -> bool {
+        while self.is_well() {
+            match self.messages.recv_now(message, &self.segment) {
+                Some(true) => {
+                    self.notify();
+                    return true;
+                }
+                Some(false) => return false,
+                None if patience.wait() => {}
+                None => return false,
+            }
+        }
+        false
     }
 
     fn has_come(&mut self, peer: u32, key: &MsgKey) -> bool {

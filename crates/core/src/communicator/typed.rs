@@ -3,6 +3,7 @@
 use crate::call::Collective;
 use crate::dtype::{DType, ReduceOp};
 use crate::element::Element;
+use crate::engine::numbers::Stream;
 use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::request::Request;
@@ -100,18 +101,37 @@ impl<T: Transports> Communicator<T> {
 
     /// Sends `data` to rank `to`; returns when `data` may be used again.
     pub fn send<E: Element>(&self, data: &[E], to: usize, tag: u64) -> Result<()> {
-        // SAFETY: waited for below while `data` is borrowed; a failure withdraws it (G3).
-        let handle = unsafe { self.start_send(to, tag, E::DTYPE, source(data))? };
-        handle.wait(None)
+        // Waited for below while `data` is borrowed; a failure withdraws it (G3).
+        self.message(&Stream { peer: to, tag, send: true }, E::DTYPE, source(data), true)?.wait(None)
     }
 
     /// Receives from rank `from`; `data` must have the length that was sent.
     pub fn recv<E: Element>(&self, data: &mut [E], from: usize, tag: u64) -> Result<()> {
-        // SAFETY: as in `send`.
-        let handle = unsafe { self.start_recv(from, tag, E::DTYPE, whole(data))? };
+        // As in `send`.
+        let handle = self.message(&Stream { peer: from, tag, send: false }, E::DTYPE, whole(data), true)?;
         let result = handle.wait(None);
         settle(E::DTYPE, whole(data));
         result
+    }
+
+    /// Sends `data` to rank `to` and receives `into` from rank `from`, both at once, as `MPI_Sendrecv`.
+    pub fn sendrecv<E: Element>(
+        &self,
+        data: &[E],
+        to: usize,
+        into: &mut [E],
+        from: usize,
+        tag: u64,
+    ) -> Result<()> {
+        let incoming = Stream { peer: from, tag, send: false };
+        self.check_message(&incoming, E::DTYPE, size_of_val(into))?;
+        // As in `send`; the one is waited for whatever becomes of the other.
+        let sent = self.message(&Stream { peer: to, tag, send: true }, E::DTYPE, source(data), false)?;
+        let received = self.message(&incoming, E::DTYPE, whole(into), true);
+        let received = received.and_then(|handle| handle.wait(None));
+        let sent = sent.wait(None);
+        settle(E::DTYPE, whole(into));
+        received.and(sent)
     }
 
     /// Receives the message of `tag` that comes first, and returns the rank it came from.

@@ -343,7 +343,7 @@ mod tests {
     use crate::call::{Call, Collective};
     use crate::dtype::DType;
     use crate::engine::execution::Route;
-    use crate::engine::op::{BRIEF, Work};
+    use crate::engine::op::{BRIEF, PointToPoint, Work};
     use crate::memory::Region;
     use crate::testing::{MemoryNode, MemoryTransports};
     use crate::topology::GroupShape;
@@ -372,7 +372,7 @@ mod tests {
         let key = MsgKey { group: 7, seq: MsgKey::P2P | number, tag: 0 };
         // SAFETY: nothing comes.
         let region = unsafe { Region::of(memory) };
-        let work = Work::Message { peer: 1, key, region, send: false };
+        let work = Work::Message(PointToPoint { peer: 1, key, region, send: false });
         Arc::new(OpState::new(call, work, GROUP, "test".into(), 0, Duration::from_secs(9)))
     }
 
@@ -427,7 +427,8 @@ mod tests {
         let call = Call::new(Collective::SendRecv, DType::U8, 1);
         let key = MsgKey { group: 8, seq: MsgKey::P2P, tag: 0 };
         // SAFETY: nothing comes.
-        let work = Work::Message { peer: 1, key, region: unsafe { Region::of(&mut memory) }, send: false };
+        let region = unsafe { Region::of(&mut memory) };
+        let work = Work::Message(PointToPoint { peer: 1, key, region, send: false });
         let op = Arc::new(OpState::new(call, work, late, "gone".into(), 0, Duration::from_secs(9)));
         driver.start(Arc::clone(&op));
         assert!(matches!(op.result(), Some(Err(Error::Aborted { .. }))));

@@ -19,7 +19,7 @@ use crate::call::{Call, Collective};
 use crate::engine::execution::{Execution, Hands, Route, Start, Workspace, post};
 use crate::engine::graph::{Ready, SCRAP};
 use crate::engine::numbers::Stream;
-use crate::engine::op::{BRIEF, OpState, Work};
+use crate::engine::op::{BRIEF, OpState, PointToPoint, Work};
 use crate::engine::staging::{Loan, Staging};
 use crate::error::{Error, Result, Site};
 use crate::memory::Region;
@@ -157,10 +157,10 @@ impl<L: NodeLocal> Group<L> {
                 self.stirred = true;
                 Ok(())
             }
-            Work::Message { peer, key, region, send } => {
+            Work::Message(message) => {
                 // Its number is taken: the peer would take the next one for it, so there can be no next one.
                 let slot = self.keep_message(op, finished)?;
-                self.post(slot, (peer, key, region, send), fabric)
+                self.post(slot, message, fabric)
             }
             Work::ReceiveAny { .. } => {
                 let slot = self.keep_message(op, finished).ok();
@@ -191,7 +191,7 @@ impl<L: NodeLocal> Group<L> {
     fn post<F: Fabric>(
         &mut self,
         slot: usize,
-        (peer, key, region, send): (usize, MsgKey, Region, bool),
+        PointToPoint { peer, key, region, send }: PointToPoint,
         fabric: Option<&mut F>,
     ) -> Result<()> {
         let Some(op) = &self.messages[slot] else {
@@ -270,7 +270,7 @@ impl<L: NodeLocal> Group<L> {
         &mut self,
         slot: usize,
         mut fabric: Option<&mut F>,
-    ) -> Result<Option<(usize, MsgKey, Region, bool)>> {
+    ) -> Result<Option<PointToPoint>> {
         let Some(op) = &self.messages[slot] else { return Ok(None) };
         let Work::ReceiveAny { tag, region, numbers, source } = &op.work else { return Ok(None) };
         for peer in (0..self.seat.routes.len()).filter(|&peer| peer != self.seat.rank) {
@@ -284,7 +284,7 @@ impl<L: NodeLocal> Group<L> {
             if let Some(number) = numbers.take_if(Stream { peer, tag: *tag, send: false }, came)? {
                 // Set once: the receive leaves `open` with it.
                 let _ = source.set(peer);
-                return Ok(Some((peer, key(number), *region, false)));
+                return Ok(Some(PointToPoint { peer, key: key(number), region: *region, send: false }));
             }
         }
         Ok(None)
@@ -413,6 +413,19 @@ impl<L: NodeLocal> Group<L> {
         self.weight = self.weight.saturating_add(op.weight());
         self.active = Some(Active { op: Arc::clone(&op), execution, loan: Loan::none() });
         (Tried::Later(op), outcome.map(|_| ()))
+    }
+
+    /// Moves a message of a call on the spot; true: it is over. False: nothing was done.
+    pub fn message_now(&mut self, message: &PointToPoint, call: &Call, patience: &mut Patience<'_>) -> bool {
+        let PointToPoint { peer, key, region, send } = *message;
+        let Route::Local(local) = self.seat.routes[peer] else { return false };
+        if self.failed.get().is_some() {
+            return false;
+        }
+        // The transport has nothing to report.
+        let ctx = Ctx(self.mark());
+        let message = Message { key, peer: local, peer_rank: peer as u32, region, call: call.pack(), ctx };
+        if send { self.seat.local.send_now(&message) } else { self.seat.local.recv_now(&message, patience) }
     }
 
     fn arith(&self, call: &Call) -> Arith {
@@ -617,7 +630,7 @@ fn is_of(error: &Error, op: &OpState) -> bool {
     // With whom it may have to do; none: with all.
     let (is_message, with) = match &op.work {
         Work::Collective { .. } => (false, None),
-        Work::Message { peer, .. } => (true, Some(*peer)),
+        Work::Message(message) => (true, Some(message.peer)),
         Work::ReceiveAny { source, .. } => (true, source.get().copied()),
     };
     let site = op.site();

@@ -35,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::call::Call;
 use crate::error::{Error, Result, Site};
 use crate::memory::Owner;
 use crate::process;
@@ -45,7 +46,7 @@ use callbacks::Callbacks;
 use driver::{Bed, Driver};
 use group::{Immediate, Seat, Tried};
 use idle::{Idle, Pace, Step};
-use op::{GroupKey, OpState};
+use op::{GroupKey, OpState, PointToPoint};
 use seat_flags::SeatFlags;
 use summons::{Nap, Summons, When};
 
@@ -271,8 +272,13 @@ impl<T: Transports> Engine<T> {
     /// Starts an operation, moves what can be moved at once, and returns. May wait for as long as a turn of the progress thread
     /// takes.
     pub fn submit(&self, op: Arc<OpState>) {
+        self.submit_from(self.free_seat(), op);
+    }
+
+    /// As [`submit`](Self::submit), by a caller who may hold the seat already.
+    fn submit_from(&self, seat: Option<Seated<'_, T>>, op: Arc<OpState>) {
         let shared = &self.shared;
-        let seat = self.free_seat().or_else(|| {
+        let seat = seat.or_else(|| {
             // Called to the inbox, the thread would be in its caller's way again when that waits.
             let from_thread = op.is_brief()
                 && shared.thread_drives.load(Ordering::Acquire)
@@ -311,10 +317,7 @@ impl<T: Transports> Engine<T> {
     /// under way; an operation that it becomes was helped as by [`run`](Self::run).
     pub fn run_now(&self, group: GroupKey, call: &Immediate<'_>, limit: Option<Duration>) -> Tried {
         let Some(mut driver) = self.free_seat() else { return Tried::NotNow };
-        let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
-        // What other groups have under way goes on meanwhile only if this call becomes an operation.
-        let yields = if driver.is_idle() { YIELDS_AT_ONCE } else { 0 };
-        let mut patience = Patience::new(looks, yields, self.shared.flags.wanted(), &self.shared.yields);
+        let mut patience = self.patience(driver.is_idle());
         let tried = driver.run_now(group, call, &mut patience);
         match &tried {
             Tried::Later(op) => {
@@ -329,6 +332,39 @@ impl<T: Transports> Engine<T> {
             }
         }
         tried
+    }
+
+    /// Moves a message of a call on the spot, where nobody drives or wants to, or else submits it as the operation that `op` makes.
+    /// Who `waits` for it anyway waits a little on the spot.
+    pub fn message(
+        &self,
+        group: GroupKey,
+        (message, call): (&PointToPoint, &Call),
+        waits: bool,
+        op: impl FnOnce() -> Arc<OpState>,
+    ) -> Option<Arc<OpState>> {
+        let mut seat = self.free_seat();
+        if let Some(driver) = &mut seat {
+            let mut patience = if waits { self.patience(driver.is_idle()) } else { Patience::of_looks(0) };
+            if driver.group(group).is_some_and(|group| group.message_now(message, call, &mut patience)) {
+                // As in `run_now`.
+                if !driver.is_idle() {
+                    driver.turn();
+                }
+                return None;
+            }
+        }
+        let op = op();
+        self.submit_from(seat, Arc::clone(&op));
+        Some(op)
+    }
+
+    /// Of a call on its caller's stack, in an engine that `is_idle` or not.
+    fn patience(&self, is_idle: bool) -> Patience<'_> {
+        let looks = self.shared.spins.load(Ordering::Relaxed).saturating_mul(LOOKS_PER_SPIN);
+        // What other groups have under way goes on meanwhile only if this call becomes an operation.
+        let yields = if is_idle { YIELDS_AT_ONCE } else { 0 };
+        Patience::new(looks, yields, self.shared.flags.wanted(), &self.shared.yields)
     }
 
     /// Helps until `op` is done or `limit` has passed; passing the limit leaves the operation as it is.

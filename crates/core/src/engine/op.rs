@@ -35,12 +35,7 @@ pub enum Work {
         output: Region,
         far: Option<FarCall>,
     },
-    Message {
-        peer: usize,
-        key: MsgKey,
-        region: Region,
-        send: bool,
-    },
+    Message(PointToPoint),
     /// A receive from whichever rank's next message of `tag` comes first; `source` tells which that was.
     ReceiveAny {
         tag: u64,
@@ -48,6 +43,16 @@ pub enum Work {
         numbers: Arc<MessageNumbers>,
         source: OnceLock<usize>,
     },
+}
+
+/// A message to or from one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct PointToPoint {
+    /// Group rank of the other side.
+    pub peer: usize,
+    pub key: MsgKey,
+    pub region: Region,
+    pub send: bool,
 }
 
 /// How long a call past its limit waits for the word of a rank that may know better who is missing; at most a quarter
@@ -124,7 +129,8 @@ impl OpState {
         match &self.work {
             _ if self.gate.is_some() => BRIEF + 1,
             Work::Collective { input, output, .. } => input.len().max(output.len()),
-            Work::Message { region, .. } | Work::ReceiveAny { region, .. } => region.len(),
+            Work::Message(message) => message.region.len(),
+            Work::ReceiveAny { region, .. } => region.len(),
         }
     }
 
@@ -231,7 +237,7 @@ mod tests {
     fn a_callback_that_panics_takes_no_other_with_it() {
         let call = Call::new(Collective::SendRecv, DType::U8, 0);
         let key = MsgKey { group: 0, seq: MsgKey::P2P, tag: 0 };
-        let work = Work::Message { peer: 0, key, region: Region::EMPTY, send: true };
+        let work = Work::Message(PointToPoint { peer: 0, key, region: Region::EMPTY, send: true });
         let group = GroupKey { index: 0, id: 0 };
         let op = OpState::new(call, work, group, "test".into(), 0, Duration::MAX);
         let ran = Arc::new(AtomicBool::new(false));
