@@ -114,6 +114,7 @@ def inside(chroot: Path, script: str, limit: float = 300) -> str:
     return run(
         "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/bash", "-c", before, limit=limit,
         PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", DEBIAN_FRONTEND="noninteractive",
+        TMPDIR="/tmp",
     )  # fmt: skip
 
 

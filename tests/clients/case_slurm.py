@@ -59,7 +59,7 @@ def test_smddprun_in_a_shell(name: str, tmp_path: Path) -> None:
     smddprun = str(Path(sys.executable).with_name("smddprun"))
     on_a_terminal = ["bash", "-c", 'script -qec "$(printf "%q " "$@")" /dev/null', "bash"]
     line = ["srun", "-N1", "--pty", smddprun, "--mpirun", MPIS[name].mpirun, "-np", "3"]
-    ranks = launch(tmp_path, [*on_a_terminal, *line], numpy_job, ())
+    ranks = launch(tmp_path, [*on_a_terminal, *line], numpy_job, 3, ())
     assert [r["rank"] for r in ranks.reports] == [0, 1, 2], ranks.text
 
 
