@@ -101,14 +101,16 @@ class Case:
     def __init__(self, torch: Any, dist: Any, op: str, dtype: Any, count: int, rank: int, world: int) -> None:
         place = torch.arange(count).remainder_(7)
         block = slice(rank * (count // world), (rank + 1) * (count // world))
-        mine, total = place + (rank + 1), place * world + world * (world + 1) // 2
+        # What rank `by` brings, of one period: small, so that sums of many ranks are exact in bfloat16, too.
+        period = lambda by: (torch.arange(7) + 3 * by).remainder_(13) + 1  # noqa: E731
+        mine, total = period(rank)[place], sum(map(period, range(world)))[place]
         if op == "allreduce":
             self.buffers = [mine.to(dtype)]
             self.wanted, self.result = total.to(dtype), self.buffers[0]
             self.call = lambda x: dist.all_reduce(x)
         elif op == "broadcast":
             self.buffers = [mine.to(dtype)]
-            self.wanted, self.result = (place + 1).to(dtype), self.buffers[0]
+            self.wanted, self.result = period(0)[place].to(dtype), self.buffers[0]
             self.call = lambda x: dist.broadcast(x, 0)
         elif op == "allgather":
             self.buffers = [place[block].to(dtype), torch.full((count,), -1, dtype=dtype)]
@@ -120,7 +122,7 @@ class Case:
             self.call = lambda x, y: dist.reduce_scatter_tensor(y, x)
         elif op == "alltoall":
             self.buffers = [mine.to(dtype), torch.full((count,), -1, dtype=dtype)]
-            self.wanted = torch.cat([place[block] + (source + 1) for source in range(world)]).to(dtype)
+            self.wanted = torch.cat([period(source)[place[block]] for source in range(world)]).to(dtype)
             self.result = self.buffers[1]
             self.call = lambda x, y: dist.all_to_all_single(y, x)
         else:
@@ -133,7 +135,11 @@ class Case:
 
     def right(self, torch: Any) -> bool:
         self.call(*self.buffers)
-        return torch.equal(self.result, self.wanted)
+        # Sums of two bytes are rounded, in each step, where they are large.
+        exact = self.wanted.dtype.itemsize > 2 or self.wanted.abs().max() < 256
+        if exact:
+            return torch.equal(self.result, self.wanted)
+        return torch.allclose(self.result.float(), self.wanted.float(), rtol=0.02)
 
 
 def batch(case: Case, calls: int) -> float:
