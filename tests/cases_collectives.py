@@ -802,6 +802,17 @@ def barriers(c: Case) -> None:
 
 
 @case
+def coalesced_reduce_scatters_may_differ_in_dtype(c: Case) -> None:
+    dtypes = [torch.float32, torch.int64, torch.float32]
+    inputs = [c.mine(c.size * (3 + i), dtype) for i, dtype in enumerate(dtypes)]
+    outputs = [torch.empty(3 + i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    c.group.reduce_scatter_tensor_coalesced(outputs, inputs, ReduceScatterOptions()).wait()
+    for i, (output, dtype) in enumerate(zip(outputs, dtypes, strict=True)):
+        whole = sum(c.everyone(c.size * (3 + i), dtype))
+        assert torch.equal(output, whole.chunk(c.size)[c.rank]), (i, output)
+
+
+@case
 def both_spellings_exist(c: Case) -> None:
     output, mine = torch.empty(4 * c.size), c.mine(4, torch.float32)
     c.group._allgather_base(output, mine, AllgatherOptions()).wait()

@@ -21,6 +21,8 @@ class Handle:
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the operation is over, helping it along; raises its error. After `timeout` seconds (None: the
         group's limit decides) raises TimeoutError, and the operation goes on."""
+    def set_timeout(self, seconds: float) -> None:
+        """Changes the operation's time limit, counted from its start."""
     def is_done(self) -> bool:
         """Whether the operation is over, well or not."""
     def error(self) -> BaseException | None:

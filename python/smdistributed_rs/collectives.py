@@ -60,7 +60,7 @@ from .tensors import (
     refuse_overlap,
     sent_span,
 )
-from .work import DONE, DoneWork, SmddpWork
+from .work import DONE, DoneWork, SmddpWork, Together
 
 if TYPE_CHECKING:
     from ._core import Communicator, Handle
@@ -305,7 +305,7 @@ class Collectives:
         return self._reduce_scatter(name, source, target, parts, [output], opts.reduceOp, opts, counts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
-        """reduce_scatter_single of several tensors of one dtype as one."""
+        """reduce_scatter_single of several tensors, those of one dtype as one."""
         name = "reduce_scatter_single_coalesced"
         opts = opts or REDUCE_SCATTER
         _count(name, "outputs", len(outputs), len(inputs), "one per input", "tensors")
@@ -318,6 +318,11 @@ class Collectives:
             check(name, f"inputs[{i}]", input)
             _same_types(name, f"inputs[{i}]", input, output)
             _count(name, f"inputs[{i}]", input.numel(), output.numel() * self._size, "size() times the output's")
+        dtypes = list(dict.fromkeys(input.dtype for input in inputs))
+        if len(dtypes) > 1:
+            alike = [[i for i, input in enumerate(inputs) if input.dtype == dtype] for dtype in dtypes]
+            picked = [([outputs[i] for i in some], [inputs[i] for i in some]) for some in alike]
+            return Together([self.reduce_scatter_single_coalesced(*some, opts) for some in picked])
         rows = torch.cat([t.detach().reshape(self._size, -1) for t in inputs], dim=1)
         source, target = input_span(name, "inputs", rows), output_list(name, "outputs", outputs)
         return self._reduce_scatter(name, source, target, [rows], outputs, opts.reduceOp, opts)

@@ -11,6 +11,7 @@ at the first collective, which may come before a message on one rank and behind 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -340,8 +341,15 @@ def _tensors(kept: object) -> Sequence[Tensor]:
 
 
 def _is_torchs(tensor: Tensor) -> bool:
-    """Whether the memory is torch's allocator's: what comes from elsewhere (DLPack, another process) is of one size."""
-    return tensor.untyped_storage().resizable()
+    """Whether the memory is torch's own allocator's, which hears by `record_stream` that a stream uses it: what comes
+    from elsewhere (DLPack, another process) is of one size, and allocators of others need not listen."""
+    return tensor.untyped_storage().resizable() and not _allocator_is_anothers()
+
+
+@functools.cache
+def _allocator_is_anothers() -> bool:
+    """It cannot be changed once it has given memory."""
+    return torch.cuda.get_allocator_backend() == "pluggable"
 
 
 def _foreign(given: object) -> list[Tensor]:

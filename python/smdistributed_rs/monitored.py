@@ -30,7 +30,7 @@ def monitored_barrier(group: Communicator, seconds: float, wait_all_ranks: bool)
 
 def _lead(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
     start = time.monotonic()
-    reports = [_Byte(group, False, rank, _REPORT) for rank in range(1, group.size)]
+    reports = [_Byte(group, False, rank, _REPORT, seconds) for rank in range(1, group.size)]
     causes: dict[int, SmddpError] = {}
     for rank, report in enumerate(reports, start=1):
         try:
@@ -38,7 +38,7 @@ def _lead(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
         except SmddpError as error:
             causes[rank] = error
     if not causes:
-        for answer in [_Byte(group, True, rank, _ANSWER) for rank in range(1, group.size)]:
+        for answer in [_Byte(group, True, rank, _ANSWER, seconds) for rank in range(1, group.size)]:
             answer.wait(seconds)
         return
     named = list(causes) if wait_all_ranks else list(causes)[:1]
@@ -51,7 +51,7 @@ def _lead(group: Communicator, seconds: float, wait_all_ranks: bool) -> None:
 
 def _follow(group: Communicator, seconds: float) -> None:
     try:
-        report, answer = _Byte(group, True, 0, _REPORT), _Byte(group, False, 0, _ANSWER)
+        report, answer = _Byte(group, True, 0, _REPORT, seconds), _Byte(group, False, 0, _ANSWER, seconds)
         report.wait(seconds)
         # Rank 0 may take its whole time for the others, and then says what it found.
         answer.wait(seconds * 2 + 1)
@@ -72,13 +72,14 @@ def _late(group: Communicator, text: str, waited: float, missing: list[int]) -> 
 
 
 class _Byte:
-    """A message of one byte under way."""
+    """A message of one byte under way. Who waits for it has a limit of his own, whatever the group's."""
 
-    def __init__(self, group: Communicator, sends: bool, peer: int, tag: int) -> None:
+    def __init__(self, group: Communicator, sends: bool, peer: int, tag: int, seconds: float) -> None:
         from array import array
 
         byte = array("B", [0])
         self._handle: Handle = group.start_message_of(sends, peer, tag, _BYTE, (byte.buffer_info()[0], 1), byte)
+        self._handle.set_timeout(3 * seconds + 3)
 
     def wait(self, seconds: float) -> None:
         self._handle.wait(max(seconds, 0.001))

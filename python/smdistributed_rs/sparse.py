@@ -45,5 +45,7 @@ def all_reduce_sparse(group: Gathers, tensor: Tensor, op: object, size: int, opt
     group.allgather([places], [indices.contiguous()], opts).wait()
     group.allgather([entries], [values.contiguous()], opts).wait()
     # In rank order, hence the same bits on all ranks.
-    total = torch.sparse_coo_tensor(torch.cat(places, dim=1), torch.cat(entries), mine.shape).coalesce()
+    # Said explicitly, or torch warns that nobody has said it.
+    given = {"check_invariants": False}
+    total = torch.sparse_coo_tensor(torch.cat(places, dim=1), torch.cat(entries), mine.shape, **given).coalesce()
     copy_back(tensor, total)

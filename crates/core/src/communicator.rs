@@ -424,7 +424,7 @@ impl<T: Transports> Communicator<T> {
         Ok(())
     }
 
-    /// Starts a message. Who `waits` for it anystream waits a little on the spot.
+    /// Starts a message. Who `waits` for it anyway waits a little on the spot.
     fn message(&self, stream: &Stream, dtype: DType, region: Region, waits: bool) -> Result<Handle<T>> {
         let count = self.check_message(stream, dtype, region.len())?;
         let number = self.inner.message_numbers.take(*stream)?;

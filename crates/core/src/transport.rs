@@ -177,7 +177,7 @@ pub enum Gone {
     Failed,
 }
 
-/// The ranks of one group on one node: phases in host memory (shared memory) or device memory (NCCL).
+/// The ranks of one group on one node: phases and messages in shared memory.
 ///
 /// Peers are named by their local rank within the group's node. Every member submits the same phases in the
 /// same order.

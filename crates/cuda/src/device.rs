@@ -267,6 +267,10 @@ impl Stream {
     }
 
     pub(crate) fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
+        // Whose part of a call is empty may have no memory for it.
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: `to` is a piece of a slot (C4) or of memory borrowed for the call, which stays until this stream is past
         // the copy, or for good; the device range is vouched for by the caller of the group's `start`.
         let status = unsafe { (self.device.driver.copy_to_host)(to.cast::<c_void>(), from, bytes, self.raw) };
@@ -274,6 +278,9 @@ impl Stream {
     }
 
     pub(crate) fn copy_to_device(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: as in `copy_to_host`.
         let status =
             unsafe { (self.device.driver.copy_to_device)(to, from.cast::<c_void>(), bytes, self.raw) };

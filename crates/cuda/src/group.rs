@@ -394,7 +394,12 @@ impl<T: Transports> DeviceGroup<T> {
             if let Some(error) = started.error().or_else(|| self.failure()) {
                 return Err(error);
             }
-            if started.past.is_done()? {
+            let is_done = started.past.is_done().inspect_err(|error| {
+                if leaves_others_waiting(error) {
+                    self.fail(error);
+                }
+            });
+            if is_done? {
                 let watched = self.watch.as_ref().zip(started.life.as_ref());
                 let verdict = watched.map_or(Some(Ok(())), |(watch, life)| watch.verdict(life));
                 if let Some(verdict) = verdict {
@@ -535,8 +540,23 @@ impl<T: Transports> DeviceGroup<T> {
             .map_err(|_| Error::Internal("a thread panicked while it enqueued a call".to_owned()))
     }
 
-    /// What every call begins with: nothing has failed so far, and `stream` comes behind `behind`.
+    /// What every call begins with: nothing has failed so far, and `stream` comes behind `behind`. Where that cannot be had the group
+    /// fails as in the midst of a call, for the others make theirs; where it has failed, whoever watches NCCL may not have heard of it.
     fn enter(
+        &self,
+        op: &str,
+        stream: sys::Stream,
+        behind: Option<u64>,
+    ) -> Result<(MutexGuard<'_, Parts<T>>, Visit)> {
+        let entered = self.try_enter(op, stream, behind);
+        entered.inspect_err(|error| {
+            if leaves_others_waiting(error) {
+                self.fail(error);
+            }
+        })
+    }
+
+    fn try_enter(
         &self,
         op: &str,
         stream: sys::Stream,

@@ -1,12 +1,13 @@
 //! Runs a collective on device memory as operations on pinned slots, pieces following one another.
 //!
-//! Calls whose rows differ in length pass as one piece (`pieces.rs`) through memory of their own, of which a little is kept for
-//! the next such call.
+//! Calls whose rows differ in length pass as one piece (`pieces.rs`) through memory of their own, which is kept for later such calls:
+//! unregistering memory waits for the device, and so, perhaps, for other ranks.
 //!
 //! The host waits, within the call's limit,
 //! - for the first piece where [`UNDER_WAY`] are under way (384 MiB in slots of the default size; larger slots hold more, since pieces
-//!   grow with the call). A piece takes four places in each of our streams, some more with GPUDirect, and about as many in the
-//!   caller's. Drivers have some thousand, and who enqueues more waits inside of them, with their locks;
+//!   grow with the call), half as many where NCCL has a part in each. A piece takes four places in each of our streams, some more
+//!   with GPUDirect, and about as many in the caller's, or eight with NCCL. Drivers have some thousand, and who enqueues more waits
+//!   inside of them, with their locks;
 //! - for its copies and for each exchange, where streams cannot wait for words.
 //!
 //! No other thread can do the first for the caller: the caller's stream would wait for what is yet to be enqueued, and who frees
@@ -40,8 +41,6 @@ const PROBE_LONGEST: Duration = Duration::from_secs(60);
 const UNDER_WAY: usize = 192;
 /// Slots, and halves of them, begin where all element types may, and what kernels read at once.
 const APART: usize = 256;
-/// Free memory for calls that do not fit a slot that is kept.
-const KEPT: usize = 2;
 /// How often a host that waits for the device looks.
 const WAIT_STEP: Duration = Duration::from_micros(50);
 /// How long the end waits for the device.
@@ -500,7 +499,6 @@ impl Stager {
         let len = |borrowed: &Borrowed| borrowed.memory.region().len();
         let fitting = (0..free.len()).filter(|&at| len(&free[at]) >= bytes).min_by_key(|&at| len(&free[at]));
         let fitting = fitting.map(|at| free.remove(at).memory);
-        free.drain(..free.len().saturating_sub(KEPT));
         let memory =
             fitting.map_or_else(|| Pinned::new(&self.device, roomy(bytes)), Ok).or_else(|error| {
                 if free.is_empty() {
@@ -519,6 +517,8 @@ impl Stager {
     /// Waits, outside of the driver, until the streams have places for another piece.
     fn make_room<T: Transports>(&mut self, host: &Communicator<T>, call: &DeviceCall) -> Result<()> {
         let words = &self.words.words;
+        // NCCL works in the scratch.
+        let most = if self.scratch.is_some() { UNDER_WAY / 2 } else { UNDER_WAY };
         let under_way = &mut self.under_way;
         if !self.by_words {
             // Nothing is under way that the host has not waited for.
@@ -529,7 +529,7 @@ impl Stager {
             while under_way.front().is_some_and(|&(slot, value)| words.is_left(slot, value)) {
                 under_way.pop_front();
             }
-            Ok(under_way.len() < UNDER_WAY)
+            Ok(under_way.len() < most)
         };
         wait_for(host, (call.collective, call.timeout), &mut has_room)
     }

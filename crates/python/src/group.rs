@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 
 use crate::ending;
 
-/// Something whose end can wait for other threads, or ranks: it ends with the interpreter detached (**P1**).
+/// Something whose end can wait for other threads, or ranks: it ends with the interpreter detached (**P1**), and not at all where the
+/// process ends without leaving its groups.
 pub struct Detached<T: Send>(ManuallyDrop<T>);
 
 impl<T: Send> Detached<T> {
@@ -29,6 +30,9 @@ impl<T: Send> Drop for Detached<T> {
     fn drop(&mut self) {
         // SAFETY: taken here alone, and nobody sees the field afterwards.
         let mut inner = Some(unsafe { ManuallyDrop::take(&mut self.0) });
+        if ending::stays() {
+            return std::mem::forget(inner);
+        }
         // Where the interpreter is gone, it ends all the same.
         let _ = Python::try_attach(|py| py.detach(|| drop(inner.take())));
     }
@@ -69,10 +73,6 @@ impl Drop for Group {
     fn drop(&mut self) {
         // SAFETY: taken here alone, and nobody sees the field afterwards.
         let share = unsafe { ManuallyDrop::take(&mut self.0) };
-        match Arc::into_inner(share) {
-            Some(last) if ending::stays() => std::mem::forget(last),
-            Some(last) => drop(Detached::new(last)),
-            None => {}
-        }
+        drop(Arc::into_inner(share).map(Detached::new));
     }
 }

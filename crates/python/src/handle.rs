@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use smddp::Error;
 use smddp_core::interrupt;
 
-use crate::arguments::seconds;
+use crate::arguments::seconds as limit_of;
 use crate::callback;
 use crate::errors::{exception, raise};
 use crate::group::Group;
@@ -87,10 +87,18 @@ impl Handle {
     /// group's limit decides) raises TimeoutError, and the operation goes on.
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
-        let timeout = seconds(py, "wait", timeout)?;
+        let timeout = limit_of(py, "wait", timeout)?;
         let waited = wait(py, &self.inner, timeout);
         self.is_done();
         waited
+    }
+
+    /// Changes the operation's time limit, counted from its start.
+    fn set_timeout(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
+        if let Some(limit) = limit_of(py, "set_timeout", Some(seconds))? {
+            self.inner.set_timeout(limit);
+        }
+        Ok(())
     }
 
     /// Whether the operation is over, well or not.

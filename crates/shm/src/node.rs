@@ -114,6 +114,17 @@ impl ShmNode {
         }
     }
 
+    /// As [`check`](Self::check), once it has heard of what peers say.
+    #[inline]
+    fn hear(&mut self) -> Result<()> {
+        self.check()?;
+        if abort::is_raised(&*self.segment) {
+            let error = self.heard_of_abort();
+            return Err(self.fail(error));
+        }
+        Ok(())
+    }
+
     /// Whether the group has not failed, as far as is known here.
     #[inline]
     fn is_well(&self) -> bool {
@@ -335,7 +346,8 @@ impl NodeLocal for ShmNode {
     }
 
     fn run_now(&mut self, run: &PhaseRun, patience: &mut Patience<'_>) -> Result<bool> {
-        self.check()?;
+        // Not only once it waits: all that such a call needs of its peers may lie here, who have given it up.
+        self.hear()?;
         let up = if self.messages.is_idle() { self.phases.take_up(run)? } else { None };
         let Some(up) = up else {
             self.submit(run.clone())?;
@@ -407,11 +419,7 @@ impl NodeLocal for ShmNode {
     }
 
     fn poll(&mut self, done: &mut Vec<Ctx>) -> Result<bool> {
-        self.check()?;
-        if abort::is_raised(&*self.segment) {
-            let error = self.heard_of_abort();
-            return Err(self.fail(error));
-        }
+        self.hear()?;
         if self.is_stuck() {
             return Ok(false);
         }

@@ -212,6 +212,45 @@ fn a_driver_call_that_fails_is_told_on_all_ranks() {
     });
 }
 
+/// What is to come before a call cannot be waited for: nothing of it is enqueued, and the others make theirs.
+fn a_call_that_cannot_be_entered_is_told_on_all_ranks(test: &str, nodes: &[usize]) {
+    children(test, nodes, &[]).run(|rank| {
+        let job = Job::start(rank, nodes);
+        let other = job.new_stream();
+        for name in ["cuEventRecord", "cuStreamWaitEvent"] {
+            let group = job.group(name, &[]);
+            let case = sum(&job, 1000);
+            case.run(&job, &group);
+            let placed = case.place(&job);
+            rank.barrier(name);
+            if rank.rank == 0 {
+                job.control.fail(name, 1, 1);
+            }
+            let outcome = case.launch(&group, &placed, job.stream_address(), Some(other.addr() as u64));
+            if rank.rank == 0 {
+                let error = outcome.err().unwrap_or_else(|| panic!("{name} did not fail"));
+                assert!(matches!(error, Error::Transport { transport: "CUDA", .. }), "{error}");
+            }
+            assert!(job.comes_to_rest(), "a stream waits for ever after {name}");
+            told(&job, &group);
+            rank.barrier(&format!("{name}-over"));
+        }
+        job.end_stream(other);
+    });
+}
+
+#[test]
+fn a_call_that_cannot_be_entered_between_nodes_is_told_on_all_ranks() {
+    let test = "failures::a_call_that_cannot_be_entered_between_nodes_is_told_on_all_ranks";
+    a_call_that_cannot_be_entered_is_told_on_all_ranks(test, &[1, 1]);
+}
+
+#[test]
+fn a_call_that_cannot_be_entered_within_a_node_is_told_on_all_ranks() {
+    let test = "failures::a_call_that_cannot_be_entered_within_a_node_is_told_on_all_ranks";
+    a_call_that_cannot_be_entered_is_told_on_all_ranks(test, &[2]);
+}
+
 /// In the node's part, where no other rank has come, and on the rail, where the ranks of the other node have not.
 #[test]
 fn an_abort_releases_every_call_over_nccl_and_host() {

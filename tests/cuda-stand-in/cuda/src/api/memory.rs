@@ -243,9 +243,14 @@ api! {
         memory::label(Kind::Registered, device, host, len, flags)
     }
 
+    /// As freeing pinned memory: when no device can use it any more.
     fn cuMemHostUnregister(host: u64) {
         capture::refuse()?;
-        context::current()?;
+        let current = context::current()?;
+        let region = memory::host_region_at(host).filter(|r| r.kind == Kind::Registered).ok_or(Code::NOT_REGISTERED)?;
+        let device = context::device(region.device).unwrap_or(current);
+        let _driver = crate::entry::driver_alone();
+        device.synchronize()?;
         memory::remove(Kind::Registered, host, Code::NOT_REGISTERED)
     }
 
