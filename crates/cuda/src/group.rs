@@ -541,7 +541,7 @@ impl<T: Transports> DeviceGroup<T> {
     }
 
     /// What every call begins with: nothing has failed so far, and `stream` comes behind `behind`. Where that cannot be had the group
-    /// fails as in the midst of a call, for the others make theirs; where it has failed, whoever watches NCCL may not have heard of it.
+    /// fails as in the midst of a call, for the others make theirs.
     fn enter(
         &self,
         op: &str,
